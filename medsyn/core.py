@@ -35,9 +35,10 @@ def pick(name: str,     # what the user typed
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     raise MedsynError(f"unknown {what} {name!r}{guess}: choose one of {', '.join(options)}")
 
-# %% ../nbs/api/00_core.ipynb #0f90169d
+# %% ../nbs/api/00_core.ipynb #e9673cda
 @contextlib.contextmanager
-def os_errors(path):
+def os_errors(path  # the file or folder that is being written
+             ):
     "Turn the operating system's refusals while writing `path` into a `MedsynError`."
     try: yield
     except OSError as e:

@@ -1,0 +1,48 @@
+"What several test modules share: where the project is, and its notebooks as plain dictionaries."
+import ast
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(NBS).parts))
+API = [p for p in NOTEBOOKS if p.parent == NBS/'api']
+
+def ids(paths):
+    "Readable names for parametrised tests."
+    return [p.relative_to(NBS).with_suffix('').as_posix() for p in paths]
+
+def load(path):
+    "A notebook's JSON."
+    return json.loads(path.read_text(encoding='utf-8'))
+
+def source(cell):
+    "A cell's text."
+    return ''.join(cell['source'])
+
+def directives(cell):
+    "The words of a code cell's `#|` lines: {'export', 'eval: false', ...}."
+    return {m.strip() for m in re.findall(r'^#\|(.*)$', source(cell), re.M)} if cell['cell_type'] == 'code' else set()
+
+def exports(nb):
+    "The dotted module that a notebook is exported to, `None` if it is a page only."
+    for c in nb['cells']:
+        for d in directives(c):
+            if d.startswith('default_exp'): return d.split()[1]
+
+def module_file(dotted):
+    "medsyn's file of that dotted name (relative to the package)."
+    return ROOT/'medsyn'/(dotted.replace('.', '/') + '.py')
+
+def imported(path, package='medsyn'):
+    "The modules of `package` that a file imports anywhere, relative imports resolved: `data.pairs`, `core`, ..."
+    here = path.relative_to(ROOT/package).with_suffix('').parts
+    out = set()
+    for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(n, ast.Import): out |= {a.name for a in n.names}
+        elif isinstance(n, ast.ImportFrom):
+            base = '.'.join((package, *here)[:-n.level]) if n.level else ''
+            mod = '.'.join(o for o in (base, n.module or '') if o)
+            out |= {mod, *(f'{mod}.{a.name}' for a in n.names)}
+    return {o.removeprefix(package + '.') for o in out if o.startswith(package + '.')}

@@ -1,0 +1,165 @@
+"The project as a whole: README, start-up time, and what is committed in the notebooks."
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from configparser import ConfigParser
+
+import pytest
+from helpers import API, NBS, NOTEBOOKS, ROOT, directives, exports, ids, load, module_file, source
+
+INI = ConfigParser(delimiters=['='], interpolation=None)
+INI.read(ROOT/'settings.ini', encoding='utf-8')
+each = lambda paths: pytest.mark.parametrize('path', paths, ids=ids(paths))
+
+# README ---------------------------------------------------------------------------------------------------------------
+
+def test_readme_is_current():
+    import make_readme as m
+    assert m.README.read_text(encoding='utf-8') == m.readme(load(m.INDEX)), "stale: run python tests/make_readme.py"
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    links = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'(?:src|href)="([^"]+)', text)
+    missing = [o for o in links if '://' not in o and not o.startswith(('#', 'mailto:')) and not (ROOT/o.split('#')[0]).exists()]
+    assert not missing, missing
+
+def test_make_readme():
+    "Links are rebased outside code, tables lose their style, pictures and errors are refused."
+    import make_readme as m
+    md = "see [a](api/x.ipynb), ![p](images/p.png), [w](https://e.org), [h](#top)\n```bash\necho [no](api/x)\n```\n`[no](b)`"
+    want = "see [a](nbs/api/x.ipynb), ![p](nbs/images/p.png), [w](https://e.org), [h](#top)\n```bash\necho [no](api/x)\n```\n`[no](b)`"
+    assert m.relink_all(md) == want and m.relink('../LICENSE') == 'LICENSE'
+    cell = lambda src, *outs: dict(cell_type='code', source=src, outputs=list(outs))
+    plain = dict(output_type='execute_result', data={'text/plain': ['2']})
+    table = dict(output_type='execute_result', data={'text/html': '<style>x</style>\n<table border="1" class="c">\n  <tr></tr></table>', 'text/plain': 'x'})
+    assert m.code(cell('#| echo: true\n1+1', plain)) == ['```python\n1+1\n```', '```\n2\n```']
+    assert m.code(cell('#| echo: false\ndf', table)) == ['<table>\n<tr></tr></table>']
+    assert m.code(cell('#| hide\n1')) == []
+    for bad in (dict(output_type='display_data', data={'image/png': 'x'}), dict(output_type='error', ename='E')):
+        with pytest.raises(SystemExit): m.code(cell('x', bad))
+
+# Start-up -------------------------------------------------------------------------------------------------------------
+
+def best(cmd, n=3):
+    "The shortest of `n` runs in seconds, and the last output."
+    times = []
+    for _ in range(n):
+        t = time.perf_counter()
+        out = subprocess.run(cmd, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
+        times.append(time.perf_counter() - t)
+    return min(times), out
+
+def test_import_is_light():
+    code = ("import sys, time; t = time.perf_counter(); import medsyn; t = time.perf_counter() - t;"
+            "print(t, *[m for m in ('torch', 'numpy', 'pandas', 'matplotlib', 'fastai', 'fastcore') if m in sys.modules])")
+    _, out = best([sys.executable, '-c', code])
+    seconds, *heavy = out.split()
+    assert float(seconds) < 0.5 and not heavy, out
+
+def test_version():
+    import medsyn
+    assert medsyn.__version__ == INI['DEFAULT']['version']
+
+def test_help_is_quick():
+    seconds, out = best([sys.executable, '-m', 'medsyn.cli', '--help'])
+    assert seconds < 2, f"{seconds:.2f} s"
+    for command in 'quickstart check pretrain train synth segment score compare'.split(): assert command in out
+
+# Notebooks ------------------------------------------------------------------------------------------------------------
+
+def outputs(nb):
+    "Every piece of text that the notebook's outputs hold."
+    for c in nb['cells']:
+        for o in c.get('outputs', []):
+            yield from (''.join(o['text']),) if 'text' in o else ()
+            yield from (''.join(v) for k, v in o.get('data', {}).items() if not k.startswith('image/') and isinstance(v, (str, list)))
+
+@each(NOTEBOOKS)
+def test_first_cell_is_title_and_quote(path):
+    "nbdev's pages keep the H1 and one line of quote of the first cell and drop the rest, so nothing else may stand there."
+    first = load(path)['cells'][0]
+    assert first['cell_type'] == 'markdown' and re.fullmatch(r'# [^\n]+\n+> [^\n]+\n*', source(first)), source(first)
+
+@each(NOTEBOOKS)
+def test_second_cell_is_an_introduction(path):
+    second = load(path)['cells'][1]
+    assert second['cell_type'] == 'markdown' and len(source(second)) > 150
+
+@each(NOTEBOOKS)
+def test_committed_outputs_are_clean(path):
+    nb = load(path)
+    for c in nb['cells']:
+        for o in c.get('outputs', []):
+            assert o['output_type'] != 'error', source(c)
+            assert o.get('name') != 'stderr', o['text']
+    text = '\n'.join(outputs(nb))
+    assert not (m := re.search(r'(?<![\w.:/-])/(home|root|work|tmp|Users|private)/\S*', text)), m[0]
+    assert not (m := re.search(r'Traceback \(most recent|\w+Warning:|\d+%\|.{0,12}[|\u2588]|\d+it/s|it/s\]|\u2588\u2588', text)), m[0]
+
+@each(NOTEBOOKS)
+def test_size(path):
+    assert path.stat().st_size < 600_000, f"{path.stat().st_size/1000:.0f} kB: smaller or fewer figures"
+
+@each(NOTEBOOKS)
+def test_imports_stand_alone(path):
+    "nbdev's pages run each cell that holds an import, without the cells before it: such a cell holds imports and definitions alone."
+    for c in load(path)['cells']:
+        words, text = directives(c), source(c)
+        if c['cell_type'] != 'code' or words & {'export', 'exporti', 'eval: false'} or 'nbdev_export' in text: continue
+        body = ast.parse(re.sub(r'^\s*[%!].*$', '', text, flags=re.M)).body
+        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for b in body for n in ast.walk(b)):
+            assert all(isinstance(b, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for b in body), text
+
+@each(API)
+def test_exports_its_module(path):
+    nb = load(path)
+    module = exports(nb)
+    assert module == path.stem.split('_', 1)[1], module
+    assert module_file(module).exists()
+    assert 'nbdev_export()' in source(nb['cells'][-1]) and 'hide' in directives(nb['cells'][-1])
+
+def test_only_api_exports():
+    assert not [p.name for p in NOTEBOOKS if p not in API and exports(load(p))]
+
+def test_sidebar_lists_every_notebook():
+    listed = re.findall(r'- (\S+\.ipynb)', (NBS/'sidebar.yml').read_text())
+    assert sorted(listed) == sorted(p.relative_to(NBS).as_posix() for p in NOTEBOOKS)
+
+def test_quarto_settings_agree():
+    assert (NBS/'_quarto.yml').resolve() == ROOT/'_quarto.yml'
+    text = (NBS/'nbdev.yml').read_text()
+    for k in ('title', 'description', 'git_url'): assert f'"{INI["DEFAULT"][k]}"' in text, k
+
+# Documentation of what is public --------------------------------------------------------------------------------------
+
+def public(module):
+    "The functions and classes of a module's `__all__` that it defines itself, with their public methods."
+    for name in module.__all__:
+        o = getattr(module, name)
+        if getattr(o, '__module__', '') != module.__name__ or not (inspect.isfunction(o) or inspect.isclass(o)): continue
+        yield name, o
+
+def undocumented(fn, text):
+    "Parameters of `fn` without a comment on their own line."
+    node = ast.parse(text).body[0]
+    lines = text.splitlines()
+    args = node.args
+    for a in [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]:
+        if a is None or a.arg in ('self', 'cls') or a.arg.startswith('_'): continue
+        if '#' not in lines[a.end_lineno - 1]: yield a.arg
+
+@each(API)
+def test_public_names_are_documented(path):
+    module = importlib.import_module('medsyn.' + exports(load(path)))
+    missing = []
+    for name, o in public(module):
+        if not (o.__doc__ or '').strip() or (inspect.isclass(o) and '__doc__' not in vars(o)): missing.append(f'{name}: docstring')
+        fn = o if inspect.isfunction(o) else vars(o).get('__init__')
+        if inspect.isfunction(fn := inspect.unwrap(fn) if fn else None) and fn.__module__ == o.__module__ and fn.__code__.co_filename == module.__file__:
+            missing += [f'{name}: {a}' for a in undocumented(fn, textwrap.dedent(inspect.getsource(fn)))]
+    assert not missing, missing
