@@ -1,0 +1,90 @@
+"The wheel as a user gets it: what is in it, what it asks for, and one training step beside the newest fastai."
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+from helpers import API, ROOT, exports, load
+
+STEP = """
+import sys, warnings; warnings.filterwarnings('ignore')
+from importlib.metadata import version
+from tempfile import TemporaryDirectory
+import fastai, fastcore, medsyn
+assert all(m.__file__.startswith(sys.prefix) for m in (fastai, fastcore, medsyn)), (fastai.__file__, fastcore.__file__, medsyn.__file__)
+assert version('fastai') == sys.argv[1], version('fastai')
+import torch; torch.manual_seed(0)
+from medsyn.data.lesions import lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls
+from medsyn.segment.learner import segment_learner
+from medsyn.segment.models import segmenter
+from medsyn.train import fit_steps
+with TemporaryDirectory() as d:
+    dls = pair_dls(find_pairs(lesion_folder(d + '/data', 16, size=64)), size=64, bs=4)
+    learn = segment_learner(dls, segmenter('unet', encoder='resnet18'))
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    fit_steps(learn, 1)
+    assert any((a != b).any() for a, b in zip(before, learn.model.parameters())), 'nothing was learned'
+print('one step on fastai', version('fastai'), 'and fastcore', version('fastcore'))
+"""
+
+def call(*cmd, **kw):
+    "Run a command; its output, or a failed test that shows it."
+    r = subprocess.run([str(c) for c in cmd], capture_output=True, text=True, **kw)
+    assert r.returncode == 0, f"{' '.join(map(str, cmd))}\n{r.stdout[-2000:]}\n{r.stderr[-4000:]}"
+    return r.stdout
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel built from a copy, so that nothing is left in the checkout."
+    src = tmp_path_factory.mktemp('src')
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, src)
+    for name in ('medsyn', 'nbs'): shutil.copytree(ROOT/name, src/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'out'))
+    call(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', src/'dist', src)
+    return next((src/'dist').glob('*.whl'))
+
+def test_contents(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    want = {f"medsyn/{exports(load(p)).replace('.', '/')}.py" for p in API} | {'medsyn/__init__.py', 'medsyn/_modidx.py'}
+    assert want <= set(names), want - set(names)
+    extra = [n for n in names if n not in want and '.dist-info/' not in n and not n.endswith('/__init__.py')]
+    assert not extra, extra
+    assert any(n.endswith('LICENSE') for n in names)
+
+def test_metadata(wheel):
+    z = zipfile.ZipFile(wheel)
+    read = lambda end: z.read(next(n for n in z.namelist() if n.endswith(end))).decode()
+    meta = message_from_string(read('.dist-info/METADATA'))
+    assert meta['Requires-Python'] == '>=3.11' and meta['License-Expression'] == 'Apache-2.0'
+    runtime = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
+    spec = {re.match(r'[\w.-]+', r)[0]: sorted(re.findall(r'([<>=!~]=?)([\w.]+)', r)) for r in runtime}
+    assert all('>=' in dict(o) for o in spec.values()), spec
+    assert {k: o for k, o in spec.items() if len(o) > 1} == {'fastai': [('<', '3'), ('>=', '2.8.7')]}, 'a cap that nobody asked for'
+    assert 'medsyn=medsyn.cli:main' in read('entry_points.txt').replace(' ', '')
+    assert 'dev' in meta.get_all('Provides-Extra')
+
+@pytest.fixture(scope='module')
+def newest(tmp_path_factory):
+    "The newest fastai's version; skips the test where the package index cannot be reached."
+    d = tmp_path_factory.mktemp('newest')
+    r = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--retries', '1', '-d', d, 'fastai>=2.8.7,<3'], capture_output=True, text=True)
+    if r.returncode: pytest.skip(f"the package index is out of reach: {(r.stderr.strip().splitlines() or ['pip failed'])[-1][:200]}")
+    return re.match(r'fastai-([\d.]+)', next(Path(d).iterdir()).name)[1].rstrip('.')
+
+def test_one_step_beside_the_newest_fastai(wheel, newest, tmp_path):
+    "The development environment is held at an older fastai by nbdev; users are not, so their combination is tried here."
+    call(sys.executable, '-m', 'venv', tmp_path/'ve')
+    python = tmp_path/'ve'/'bin'/'python'
+    site = Path(call(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
+    here = call(sys.executable, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
+    (site/'parent.pth').write_text(here + '\n')     # torch and the other big ones are seen there, not fetched again
+    frozen = call(sys.executable, '-m', 'pip', 'list', '--format', 'freeze').splitlines()
+    (tmp_path/'same.txt').write_text('\n'.join(o for o in frozen if re.match('(torch|torchvision|diffusers|transformers)==', o)))
+    call(python, '-m', 'pip', 'install', '--quiet', '--upgrade', '-c', tmp_path/'same.txt', wheel, f'fastai=={newest}')
+    out = call(python, '-c', STEP, newest, cwd=tmp_path)
+    assert f'one step on fastai {newest}' in out
+    print(out)
