@@ -17,15 +17,18 @@ from PIL import Image, ImageDraw
 
 from ..core import MedsynError, open_run, seed_of, write_atomic
 
-# %% ../../nbs/api/10_data.lesions.ipynb #6c7f24f8
+# %% ../../nbs/api/10_data.lesions.ipynb #b7834288
 def pixel_grid(size: int    # side in pixels
               ) -> tuple:   # u (1,size) growing to the right and v (size,1) growing downwards, both in [-1,1]
     "Pixel centres in coordinates that do not depend on the size."
     c = (np.arange(size, dtype=np.float32) + .5)/size*2 - 1
     return c[None, :], c[:, None]
 
-def smoothstep(x, a: float, b: float):
-    "0 at `a`, 1 at `b`, smooth between; `a` may be the larger."
+def smoothstep(x,         # a number or an array
+               a: float, # where it is 0
+               b: float  # where it is 1; it may be the smaller
+              ):         # as `x`, in [0,1]
+    "A smooth step from 0 to 1."
     t = np.clip((x - a)/(b - a), 0, 1)
     return t*t*(3 - 2*t)
 

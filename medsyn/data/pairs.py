@@ -87,7 +87,7 @@ def _flat(found):
                 break
     return images, masks
 
-# %% ../../nbs/api/11_data.pairs.ipynb #d188c72b
+# %% ../../nbs/api/11_data.pairs.ipynb #b148edbc
 _SPLITS = {**dict.fromkeys(('train', 'training', 'traindataset'), 'train'), **dict.fromkeys(('val', 'valid', 'validation'), 'validation'),
            **dict.fromkeys(('test', 'testing', 'testdataset'), 'test')}
 
@@ -104,19 +104,23 @@ def _collections(path, prefix='', depth=2):
             roles[role, key] = two
         (im, o1), (ma, o2) = (_files(roles[role, key][0], True) for role in ('image', 'mask'))
         out.append((f'{prefix}{key}/' if key else prefix, im, ma, o1 + o2))
-    if out: return [('' if len(out) == 1 and not prefix else out[0][0], *out[0][1:])] if len(out) == 1 else out
+    if len(out) == 1: return [(prefix, *out[0][1:])]
+    if out: return out
     found, other = _files(path, False)
     images, masks = _flat(found)
     if masks: return [(prefix, images, masks, other)]
     return [c for p in dirs if depth for c in _collections(p, f'{prefix}{p.name}/', depth - 1)]
 
-def _one_split(path, collections):
-    "Refuse a folder whose collections belong to different splits."
-    split = lambda c: next((_SPLITS[w] for w in re.split(r'[^a-z]+', c[0].lower()) if w in _SPLITS), None)
-    splits = sorted({s for s in map(split, collections) if s})
-    if len(splits) > 1: raise MedsynError(f"{path} holds several splits ({' and '.join(splits)}): give the folder of one of them, so that no test image is trained on")
+def _one_split(path, collections, split):
+    "The collections of one split; refuses to mix several."
+    of = lambda c: next((_SPLITS[w] for w in re.split(r'[^a-z]+', c[0].lower()) if w in _SPLITS), None)
+    splits = sorted({s for s in map(of, collections) if s})
+    if split: return [c for c in collections if of(c) == pick(split, ('train', 'validation', 'test'), 'split')]
+    if len(splits) > 1:
+        raise MedsynError(f"{path} holds several splits ({' and '.join(splits)}): give the folder of one of them, or split={splits[-1]!r}, so that no test image is trained on")
+    return collections
 
-# %% ../../nbs/api/11_data.pairs.ipynb #f76efa19
+# %% ../../nbs/api/11_data.pairs.ipynb #9cc70353
 def _row(file, problem, remedy, severity='error'): return dict(file=str(file), problem=problem, remedy=remedy, severity=severity)
 
 def _pair_up(prefix, images, masks, other):
@@ -134,7 +138,7 @@ def _pair_up(prefix, images, masks, other):
         if len(im) == len(ma) == 1: pairs.append(Pair(prefix + k, im[0], ma[0]))
     return pairs, rows
 
-def _scan(path):
+def _scan(path, split=None):
     "All pairs under a folder, sorted by name, and the rows of what could not be paired."
     path = Path(path)
     if not path.is_dir(): raise MedsynError(f"{path} is {'a file' if path.exists() else 'not there'}: give the folder that holds images and masks")
@@ -142,11 +146,10 @@ def _scan(path):
     if not collections:
         up = " (did you mean the folder above it?)" if _role(path.name)[0] else ""
         raise MedsynError(f"no image/mask pairs in {path}{up}: known layouts are {LAYOUTS}")
-    _one_split(path, collections)
-    found = [_pair_up(*c) for c in collections]
+    found = [_pair_up(*c) for c in _one_split(path, collections, split)]
     return sorted(p for ps, _ in found for p in ps), [r for _, rows in found for r in rows]
 
-# %% ../../nbs/api/11_data.pairs.ipynb #0f770f5a
+# %% ../../nbs/api/11_data.pairs.ipynb #03662fd2
 def _where(path, pairs, where):
     "The pairs whose line in `manifest.csv` has the wanted values."
     table = Path(path)/'manifest.csv'
@@ -164,10 +167,11 @@ def _where(path, pairs, where):
 
 def find_pairs(path,                    # folder in one of the known layouts
                strict: bool = True,     # False: leave out what has no partner instead of refusing
-               where: dict = None       # column of manifest.csv -> value or list of values
+               where: dict = None,      # column of manifest.csv -> value or list of values
+               split: str = None        # 'train', 'validation' or 'test', where a folder holds several
               ) -> list:                # of `Pair`, sorted by name
     "The pairs of a folder, matched by name. `MedsynError` if there are none, if a file has no partner, or if a stem occurs twice."
-    pairs, rows = _scan(path)
+    pairs, rows = _scan(path, split)
     if rows and strict:
         some = '; '.join(f"{_short(r['file'], path)}: {r['problem']}" for r in rows[:3])
         more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ''
@@ -275,19 +279,19 @@ def read_pair(pair: Pair,           # what to read
     resize = lambda a, how: np.array(Image.fromarray(a).resize((size, size), how))
     return resize(image, Image.Resampling.BILINEAR), resize(mask, Image.Resampling.NEAREST)
 
-# %% ../../nbs/api/11_data.pairs.ipynb #d3df8859
-def _fingerprint(im, side=16):
-    "Difference hash of a picture: bool (side*side,)."
-    a = np.asarray(im.convert('L').resize((side + 1, side), Image.Resampling.BOX), dtype=np.int16)
-    return (np.diff(a, axis=1) > 1).ravel()
+# %% ../../nbs/api/11_data.pairs.ipynb #b713e942
+def _fingerprint(im, side=24):
+    "Gradients of a thumbnail as a vector of length 1 (0 for a picture without any)."
+    a = np.asarray(im.convert('L').resize((side, side), Image.Resampling.BOX), dtype=np.float32)
+    g = np.concatenate([np.diff(a, axis=1).ravel(), np.diff(a, axis=0).ravel()])
+    return g/max(float(np.linalg.norm(g)), 1e-6)
 
-def _duplicates(files, prints, share=.05, block=1024):
+def _duplicates(files, prints, least=.95, block=1024):
     "Rows for the pictures that repeat an earlier one."
-    p = np.array(prints, dtype=np.float32)*2 - 1
+    p = np.array(prints)
     for i in range(0, len(p), block):
-        differ = (p.shape[1] - p[i:i+block] @ p.T)/2/p.shape[1]
-        for j, d in enumerate(differ, i):
-            same = np.flatnonzero(d[:j] <= share)
+        for j, alike in enumerate(p[i:i+block] @ p.T, i):
+            same = np.flatnonzero(alike[:j] >= least)
             if len(same): yield _row(files[j], f"near-duplicate of {files[same[0]]}", "keep one of them, or keep them in the same split", 'warning')
 
 def _check_image(path, stride):
