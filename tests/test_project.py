@@ -9,6 +9,7 @@ import textwrap
 import time
 from configparser import ConfigParser
 
+import nbformat
 import pytest
 from helpers import API, NBS, NOTEBOOKS, ROOT, directives, exports, ids, load, module_file, source
 
@@ -89,6 +90,11 @@ def test_first_cell_is_title_and_quote(path):
 def test_second_cell_is_an_introduction(path):
     second = load(path)['cells'][1]
     assert second['cell_type'] == 'markdown' and len(source(second)) > 150
+
+@each(NOTEBOOKS)
+def test_valid(path):
+    "A notebook that breaks the format's schema opens nowhere but in Jupyter."
+    nbformat.validate(load(path))
 
 @each(NOTEBOOKS)
 def test_committed_outputs_are_clean(path):
