@@ -121,6 +121,15 @@ def test_imports_stand_alone(path):
         if any(isinstance(n, (ast.Import, ast.ImportFrom)) for b in body for n in ast.walk(b)):
             assert all(isinstance(b, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for b in body), text
 
+@each(NOTEBOOKS)
+def test_departures_are_listed(path):
+    "A note that begins `> **Departure.**` has a row in explain/departures; other styles of callout show as raw text in Jupyter."
+    text = '\n'.join(source(c) for c in load(path)['cells'] if c['cell_type'] == 'markdown')
+    assert not re.search(r'^:::', text, re.M)
+    notes = len(re.findall(r'^> \*\*Departure', text, re.M))
+    listed = '\n'.join(map(source, load(NBS/'explain'/'departures.ipynb')['cells'])).count(f'| [{path.stem.split("_", 1)[-1]}](')
+    assert notes <= listed, f"{notes} departures in the notebook, {listed} rows in explain/departures"
+
 @each(API)
 def test_exports_its_module(path):
     nb = load(path)
