@@ -48,7 +48,7 @@ def _role(folder):
     role = 'mask' if MASK_WORDS & {*words} else 'image' if IMAGE_WORDS & {*words} else None
     return role, '-'.join(w for w in words if w not in MASK_WORDS | IMAGE_WORDS)
 
-# %% ../../nbs/api/11_data.pairs.ipynb #d2c689f1
+# %% ../../nbs/api/11_data.pairs.ipynb #4ef99fd4
 IMAGE_TYPES = set('.jpg .jpeg .png .tif .tiff .bmp .gif .webp'.split())
 _NOTES = set('.csv .json .jsonl .txt .md .xml .html .htm .pdf .ini .db .yaml .yml .xlsx .zip .tar .gz'.split())
 
@@ -61,6 +61,8 @@ def _files(folder, deep):
         if p.suffix.lower() in _NOTES or p.stem.endswith('_superpixels'): continue
         if p.suffix.lower() in IMAGE_TYPES: found['/'.join([*parts[:-1], p.stem])].append(p)
         else: other.append(p)
+    while found and len({k.split('/')[0] for k in found}) == 1 and all('/' in k for k in found):      # images/images/a.png
+        found = {k.split('/', 1)[1]: ps for k, ps in found.items()}
     return found, other
 
 # %% ../../nbs/api/11_data.pairs.ipynb #ef3fc9cd
