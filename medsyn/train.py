@@ -45,10 +45,10 @@ class LossTermCB(Callback):
         self.learn.terms[self.name] = v.detach()
         self.learn.loss_grad = self.learn.loss_grad + self.weight * v
 
-# %% ../nbs/api/02_train.ipynb #e5ca20cb
+# %% ../nbs/api/02_train.ipynb #636a6470
 class LogCB(Callback):
-    "Keeps the plain loss, every loss term and the learning rate of every step (`learn.log`)."
-    order, run_valid, name = 65, False, 'log'
+    "Keeps the plain loss, every loss term and the learning rate of every step (`learn.history`)."
+    order, run_valid, name = 65, False, 'history'
     def __init__(self): self.steps, self.rows = [], []
 
     def after_batch(self):
@@ -99,9 +99,9 @@ def evaluating(learn):
         with torch.no_grad(), (ema.applied() if ema and ema.avg else contextlib.nullcontext()): yield learn.model
     finally: learn.model.train(was)
 
-# %% ../nbs/api/02_train.ipynb #ccadec66
+# %% ../nbs/api/02_train.ipynb #e0f6be4a
 class EvalCB(Callback):
-    "Adds a row to `learn.log` every `every` steps and at the last; subclass it with `evaluate() -> dict`."
+    "Adds a row to `learn.history` every `every` steps and at the last; subclass it with `evaluate() -> dict`."
     order, run_valid = 70, False
     def __init__(self,
         every: int = None   # steps between evaluations; `None`: ten times in a run
@@ -115,7 +115,7 @@ class EvalCB(Callback):
         if not self.training: return
         k, n = self.steps.done, self.steps.total
         if k % (self.every or max(n // 10, 1)) and k != n: return
-        with evaluating(self.learn): self.learn.log.add_eval(step=len(self.learn.log.steps), **self.evaluate())
+        with evaluating(self.learn): self.learn.history.add_eval(step=len(self.learn.history.steps), **self.evaluate())
 
 # %% ../nbs/api/02_train.ipynb #837883c0
 SCHEDULES = dict(
@@ -157,19 +157,19 @@ class _ProgressOfStepsCB(Callback):
     order, name = 59, 'share_of_steps'
     def before_batch(self): self.learn.pct_train = self.learn.steps.done / self.learn.steps.total
 
-# %% ../nbs/api/02_train.ipynb #a144ee01
+# %% ../nbs/api/02_train.ipynb #e8bf740c
 def fit_steps(learn: Learner,               # any learner
               steps: int,                   # optimiser steps, at least 1
               lr: float = None,             # peak learning rate; `None`: the learner's
               schedule: str = 'constant',   # constant (after a warm-up of 5%), cosine or one_cycle
               desc: str = 'train',          # title of the progress bar
               cbs=()                        # further callbacks for this fit
-             ) -> Learner:                  # `learn`, trained, with `learn.log`
+             ) -> Learner:                  # `learn`, trained, with `learn.history`
     "Train for a number of optimiser steps; `MedsynError` if `steps` is not positive, the data are empty or the loss is no longer finite."
     if int(steps) < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     if not len(learn.dls.train): raise MedsynError("the training set has no batch: give it more images or a smaller batch")
     sched = SCHEDULES[pick(schedule, SCHEDULES, 'schedule')](learn.lr if lr is None else lr)
-    if not hasattr(learn, 'log'): learn.add_cb(LogCB())
+    if not hasattr(learn, 'history'): learn.add_cb(LogCB())
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, ProgressCallback)])
     own = [StepsCB(int(steps), desc), _StopCB(), _ProgressOfStepsCB(), ParamScheduler({'lr': sched}), *cbs]
     with learn.no_logging(): learn.fit(math.ceil(steps / len(learn.dls.train)), lr=lr, cbs=own)

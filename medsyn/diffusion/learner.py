@@ -166,9 +166,9 @@ def margin(losses: pd.DataFrame,        # from `denoising_losses`
     m = losses.groupby('mask').loss.mean()
     return float((m[wrong] - m[right]) / m[right])
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #05e31614
+# %% ../../nbs/api/22_diffusion.learner.ipynb #49a98d42
 class ObedienceCB(EvalCB):
-    "The probe during training: columns `right`, `shuffled` and `margin` in `learn.log.evals()`."
+    "The probe during training: columns `right`, `shuffled` and `margin` in `learn.history.evals()`."
     name = 'obedience'
     def __init__(self,
         every: int = None,  # steps between probes; `None`: ten in a run
@@ -204,7 +204,7 @@ def denoising_learner(dls,                      # fastai DataLoaders of (image i
 
 def _trainable(model): return [[p for p in model.parameters() if p.requires_grad]]
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #b185146a
+# %% ../../nbs/api/22_diffusion.learner.ipynb #f7c6b470
 class _Pretraining(Denoiser):
     def trainable(self): return [self.backbone.unet, self.backbone.text]
 
@@ -214,7 +214,7 @@ def pretrain_backbone(dls,                      # DataLoaders of (image, mask); 
                       lr: float = 1e-3,         # peak learning rate
                       seed: int = 0,            # of noise and timesteps
                       cbs=()                    # further callbacks
-                     ) -> Learner:              # the finished learner: `.log` holds the loss
+                     ) -> Learner:              # the finished learner: `.history` holds the loss
     "Fit the U-Net and the prompts of a tiny backbone on images alone."
     if not backbone.is_tiny: raise MedsynError("pretraining is for tiny backbones: Stable Diffusion's is already trained, give it to medsyn train")
     learn = denoising_learner(dls, _Pretraining(backbone), lr=lr, drop_prompt=0.1, seed=seed, cbs=cbs)
