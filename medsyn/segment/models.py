@@ -6,8 +6,8 @@
 __all__ = ['NETWORKS', 'encoder_name', 'read_weights', 'fit_weights', 'unet', 'segformer', 'good_sizes', 'check_size',
            'Segmenter', 'segmenter']
 
-# %% ../../nbs/api/50_segment.models.ipynb #86fe190e
-import json
+# %% ../../nbs/api/50_segment.models.ipynb #983094cd
+import inspect
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -67,14 +67,25 @@ def fit_weights(module: nn.Module,  # what the weights are for
     module.load_state_dict({**own, **state})
     return module
 
-# %% ../../nbs/api/50_segment.models.ipynb #cd314c9f
-def unet(encoder, classes, **kw):
-    "U-Net: an encoder, a decoder with skips (Ronneberger et al., 2015)."
-    return smp.Unet(encoder, encoder_weights=None, classes=classes, **kw)
+# %% ../../nbs/api/50_segment.models.ipynb #cadc9912
+def _from_smp(cls, encoder, classes, kw):
+    "A network of smp with random weights; its options are checked, since smp hands unknown ones on in silence."
+    for k in kw: pick(k, inspect.signature(cls).parameters, f'option of {cls.__name__}')
+    return cls(encoder, encoder_weights=None, classes=classes, **kw)
 
-def segformer(encoder, classes, **kw):
+def unet(encoder: str,  # smp's name of the encoder
+         classes: int,  # output channels
+         **kw           # smp's further options
+        ) -> nn.Module: # random weights
+    "U-Net: an encoder, a decoder with skips (Ronneberger et al., 2015)."
+    return _from_smp(smp.Unet, encoder, classes, kw)
+
+def segformer(encoder: str,     # smp's name of the encoder
+              classes: int,     # output channels
+              **kw              # smp's further options
+             ) -> nn.Module:    # random weights
     "SegFormer's all-MLP decoder (Xie et al., 2021) on any encoder; the paper's own are mit_b0 to mit_b5."
-    return smp.Segformer(encoder, encoder_weights=None, classes=classes, **kw)
+    return _from_smp(smp.Segformer, encoder, classes, kw)
 
 NETWORKS = dict(unet=unet, segformer=segformer)
 
@@ -118,7 +129,7 @@ class Segmenter(nn.Module):
             raise MedsynError(f"a training batch of {len(x)} image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value per channel at 1/{self.stride} of the size, too few"
                               " for batch normalisation: use two or more images per batch, or larger ones") from e
 
-# %% ../../nbs/api/50_segment.models.ipynb #4882b23c
+# %% ../../nbs/api/50_segment.models.ipynb #0c602dcd
 def _load_encoder(net, encoder, weights):
     "Put pretrained weights into `net.encoder`: from a file, or by smp's or timm's own name."
     w = str(weights)
@@ -142,6 +153,7 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
     build, enc = NETWORKS[pick(name, NETWORKS, 'segmenter')], encoder_name(encoder)
     if classes not in (1, 2): raise MedsynError(f"classes is {classes}: lesion masks are two-valued, give 1 or 2")
     try: net = build(enc, classes, **kw)
+    except MedsynError: raise
     except Exception as e: raise MedsynError(f"{name} cannot use the encoder {encoder!r} with options {kw} ({str(e).splitlines()[0]}): choose another encoder") from e
     stride = net.encoder.output_stride
     if size is not None: check_size(size, size, stride, name)

@@ -1,0 +1,186 @@
+"Segmenters of several architectures and encoders, their files and refusals, losses, and predictions of real files."
+import os
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from medsyn.core import MedsynError
+from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls, read_pair
+from medsyn.segment.learner import LOSSES, cross_entropy, foreground, predict, segment_learner, structure_loss
+from medsyn.segment.models import NETWORKS, Segmenter, encoder_name, segmenter
+from medsyn.train import fit_steps
+
+TINY = dict(encoder='mobilenetv3_small_050')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', list(NETWORKS))
+@pytest.mark.parametrize('encoder', ['resnet18', 'efficientnet-b0', 'mit_b0', 'tu-convnext_atto', 'mobilenetv3_small_050'])
+@pytest.mark.parametrize('classes', [1, 2])
+def test_every_network(name, encoder, classes, tmp_path):
+    torch.manual_seed(0)
+    model = segmenter(name, encoder, classes=classes).eval()
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad(): y = model(x)
+    assert y.shape == (2, classes, 64, 96) and y.isfinite().all()
+    if encoder in ('resnet18', 'mobilenetv3_small_050'):
+        again = Segmenter.from_pretrained(model.save_pretrained(tmp_path/'m'))
+        with torch.no_grad(): assert torch.equal(again(x), y)
+        assert again.config == model.config
+
+
+def test_default_weights_are_random_and_seeded():
+    def make(seed):
+        torch.manual_seed(seed)
+        return next(segmenter(**TINY).parameters())
+    assert torch.equal(make(0), make(0)) and not torch.equal(make(0), make(1))
+
+
+@pytest.mark.parametrize('kw,text', [
+    (dict(name='unets'), "did you mean 'unet'"), (dict(encoder='resnet_18'), 'did you mean resnet18'), (dict(encoder='mit_b9'), 'did you mean mit_b'),
+    (dict(encoder='convnext_ato'), 'did you mean'), (dict(size=48), '32 or 64'), (dict(size=8), 'resize 8 to 32'), (dict(classes=0), 'give 1 or 2'),
+    (dict(encoder_weights='image-net'), "did you mean 'imagenet'"), (dict(encoder_weights='missing.safetensors'), 'do not exist'),
+    (dict(decoder_channel=(1, 2)), "did you mean 'decoder_channels'"), (dict(decoder_channels=(1, 2)), 'cannot use')])
+def test_wrong_arguments(kw, text):
+    with pytest.raises(MedsynError, match=text): segmenter(**kw)
+
+
+def test_wrong_sizes_and_batches():
+    model = segmenter(**TINY)
+    with pytest.raises(MedsynError, match='resize 65 to 64 or 96'): model(torch.rand(2, 3, 65, 64))
+    with pytest.raises(MedsynError, match='two or more images per batch'): segmenter().train()(torch.rand(1, 3, 32, 32))
+
+
+def test_pretrained_encoder_from_a_path(tmp_path):
+    import timm
+    torch.manual_seed(1)
+    whole = timm.create_model('resnet18', num_classes=7)
+    save_file(whole.state_dict(), tmp_path/'r.safetensors')
+    torch.save({'state_dict': {f'module.{k}': v for k, v in whole.state_dict().items()}}, tmp_path/'r.pth')
+    for f in ('r.safetensors', 'r.pth'):
+        got = segmenter('unet', 'resnet18', encoder_weights=tmp_path/f).net.encoder
+        assert torch.equal(got.layer3[1].conv2.weight, whole.layer3[1].conv2.weight) and torch.equal(got.bn1.running_mean, whole.bn1.running_mean)
+    with pytest.raises(MedsynError, match='does not fit encoder resnet34'): segmenter('unet', 'resnet34', encoder_weights=tmp_path/'r.pth')
+
+
+def test_unreachable_hub_is_one_sentence(monkeypatch):
+    def offline(*a, **k): raise OSError('offline')
+    import segmentation_models_pytorch.encoders as enc
+    monkeypatch.setattr(enc, 'hf_hub_download', offline)
+    with pytest.raises(MedsynError, match="cannot fetch the 'imagenet' weights of resnet18"): segmenter(encoder_weights='imagenet')
+
+
+def test_files_of_others_are_refused(tmp_path):
+    m = segmenter(**TINY)
+    m.save_pretrained(tmp_path/'a')
+    config = json.loads((tmp_path/'a'/'config.json').read_text())
+    assert config['kind'] == 'segmenter' and 'mobilenetv3_small_050' in config['encoder']
+    for change, text in [(dict(encoder='resnet18'), 'another architecture'), (dict(kind='generator'), 'holds a generator'), (dict(name='unt'), 'unknown segmenter')]:
+        (tmp_path/'a'/'config.json').write_text(json.dumps({**config, **change}))
+        with pytest.raises(MedsynError, match=text): Segmenter.from_pretrained(tmp_path/'a')
+    (tmp_path/'a'/'config.json').write_text(json.dumps(config))
+    f = tmp_path/'a'/'model.safetensors'
+    f.write_bytes(f.read_bytes()[:1000])
+    with pytest.raises(MedsynError, match='not a complete safetensors file'): Segmenter.from_pretrained(tmp_path/'a')
+    f.unlink()
+    with pytest.raises(MedsynError, match='do not exist'): Segmenter.from_pretrained(tmp_path/'a')
+
+
+def test_pickled_code_never_runs(tmp_path):
+    class Evil:
+        def __reduce__(self): return (os.system, (f'touch {tmp_path}/ran',))
+    torch.save({'conv1.weight': Evil()}, tmp_path/'w.pth')
+    with pytest.raises(MedsynError, match='not a plain PyTorch state dict'): segmenter(encoder_weights=tmp_path/'w.pth')
+    assert not (tmp_path/'ran').exists()
+
+
+@pytest.mark.parametrize('loss', list(LOSSES))
+def test_losses(loss):
+    f = LOSSES[loss]
+    torch.manual_seed(0)
+    y = (torch.rand(3, 16, 16) > .7).long()
+    good, bad = 16.*y[:, None] - 8, 8 - 16.*y[:, None]
+    assert f(good, y) < .01 < 1 < f(bad, y)
+    two = torch.randn(3, 2, 16, 16)
+    assert torch.allclose(f(two, y), f(foreground(two)[:, None], y)) and torch.allclose(f(two, y), f(two, y[:, None].float()))
+    out = (torch.randn(3, 1, 16, 16, dtype=torch.bfloat16)*100).requires_grad_()
+    f(out, y).backward()
+    assert out.grad.isfinite().all()                                                    # saturated logits, half precision
+    alone = torch.stack([f(two[i:i+1], y[i:i+1]) for i in range(3)]).mean()
+    assert torch.allclose(f(two, y), alone, atol=1e-6)                                  # the mean over images: no image sees another
+
+
+def test_structure_loss_against_loops():
+    torch.manual_seed(0)
+    l, m = torch.randn(2, 1, 9, 11), (torch.rand(2, 9, 11) > .6).float()
+    total = 0
+    for k in range(2):
+        wb = w_ = wi = wu = 0
+        for y in range(9):
+            for x in range(11):
+                mean = m[k, max(0, y-2):y+3, max(0, x-2):x+3].sum()/25
+                w, t, p = 1 + 5*abs(mean - m[k, y, x]), m[k, y, x], torch.sigmoid(l[k, 0, y, x])
+                wb += w*-(t*torch.log(p) + (1-t)*torch.log(1-p)); w_ += w; wi += w*p*t; wu += w*(p + t)
+        total += wb/w_ + 1 - (wi + 1)/(wu - wi + 1)
+    assert structure_loss(l, m, kernel=5).item() == pytest.approx(float(total/2), rel=1e-5)
+
+
+def test_cross_entropy_is_torchs():
+    out, y = torch.randn(2, 2, 5, 5), torch.randint(0, 2, (2, 5, 5))
+    assert torch.allclose(cross_entropy(out, y), torch.nn.functional.cross_entropy(out, y))
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory): return find_pairs(lesion_folder(tmp_path_factory.mktemp('les')/'d', 20, size=32, seed=3))
+
+
+@pytest.mark.parametrize('loss,classes', [('bce_dice', 1), ('structure_loss', 1), ('cross_entropy', 2)])
+def test_learning_and_repeating(pairs, loss, classes):
+    "The loss falls; the same seed gives the same weights."
+    def run():
+        dls = pair_dls(pairs[:16], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
+        torch.manual_seed(5)
+        learn = segment_learner(dls, segmenter(classes=classes, size=32, **TINY), loss=loss, lr=3e-3)
+        fit_steps(learn, 12)
+        return learn
+    a, b = run(), run()
+    log = a.history.frame().loss
+    assert log[-3:].mean() < log[:3].mean() - .05
+    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
+
+
+def test_learner_refuses_sizes_that_do_not_fit(pairs):
+    dls = pair_dls(pairs, size=40, bs=4, device='cpu')
+    with pytest.raises(MedsynError, match='resize 40 to 32 or 64'): segment_learner(dls, segmenter(**TINY))
+
+
+def test_predict_pairs_and_arrays_agree(pairs):
+    model = segmenter(**TINY).eval()
+    a = predict(model, pairs[:5], size=64, bs=2)
+    b = predict(model, [read_pair(p)[0] for p in pairs[:5]], size=64, bs=5)
+    np.testing.assert_allclose(np.stack(a), np.stack(b), atol=1e-5)
+    same = model(torch.tensor(read_pair(pairs[0], 64)[0]).permute(2, 0, 1)[None]/255)
+    want = torch.nn.functional.interpolate(same, (32, 32), mode='bilinear', align_corners=False).sigmoid()[0, 0]
+    np.testing.assert_allclose(a[0], want.detach(), atol=1e-5)
+
+
+def test_predict_says_what_it_needs():
+    model = segmenter(**TINY)
+    with pytest.raises(MedsynError, match='give pairs, or uint8 arrays'): predict(model, np.zeros((2, 32, 32), np.uint8))
+    assert predict(model, []) == [] and model.training
+
+
+@pytest.mark.data
+@pytest.mark.skipif('MEDSYN_DATA' not in os.environ, reason='MEDSYN_DATA is not set')
+@pytest.mark.parametrize('name', ['polypgen', 'dsb2018', 'magtile'])
+def test_real_files_go_through(name):
+    from medsyn.evaluate.overlap import evaluate_segmenter
+    pairs = find_pairs(Path(os.environ['MEDSYN_DATA'])/name)[:6]
+    df = evaluate_segmenter(segmenter(**TINY), {name: pairs}, size=96)
+    assert len(df) == 6 and df.drop(columns=['testset', 'name']).apply(np.isfinite).all().all()
