@@ -160,7 +160,7 @@ def fetch(url: str,             # http or https
     state.unlink(missing_ok=True)
     return dest
 
-# %% ../../nbs/api/13_data.public.ipynb #27e46bb3
+# %% ../../nbs/api/13_data.public.ipynb #3165038f
 def _safe_name(name, archive):
     "A member's path, or a `MedsynError` if it leads anywhere but inwards."
     path = PurePosixPath(name)
@@ -182,6 +182,7 @@ def _tar_members(t, archive):
         if not (i.isreg() or i.isdir()): raise MedsynError(f"{archive} holds a link or device called {i.name!r}: do not use this archive")
         if i.isdir() and PurePosixPath(i.name) == PurePosixPath('.'): continue
         yield _safe_name(i.name, archive), None if i.isdir() else i.size, lambda i=i: t.extractfile(i)
+    if t.fileobj.read(1 << 20) and t.fileobj.read(1): raise tarfile.ReadError('data after its end')    # to the end: only there is gzip's checksum looked at
 
 @contextlib.contextmanager
 def _members(archive):

@@ -1,0 +1,190 @@
+"The drawn lesions, the loaders, and the masks: what their notebooks do not cover; and the real sets where MEDSYN_DATA points at them."
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medsyn.core import MedsynError
+from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
+from medsyn.data.pairs import PairDataset, check_pairs, find_pairs, pair_dls, read_pair, split_pairs
+
+REAL = os.environ.get('MEDSYN_DATA')
+real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: the real image sets are not on this machine')
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory): return find_pairs(lesion_folder(tmp_path_factory.mktemp('data')/'toy', 20, 48, seed=3))
+
+# Lesions --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('size', [16, 32, 65, 200])
+def test_lesions_at_any_size(size):
+    x, m = draw_lesions(6, size, seed=4)
+    assert x.shape == (6, size, size, 3) and x.dtype == np.uint8 and m.shape == (6, size, size) and set(np.unique(m)) == {0, 1}
+    assert m.any((1, 2)).all() and .015 < m.mean((1, 2)).min() and m.mean((1, 2)).max() < .36
+    assert x.std((1, 2)).min() > 8                                              # no flat picture
+
+def test_lesions_keep_their_area_at_all_sizes():
+    small, big = (draw_lesions(12, s, seed=9)[1].mean((1, 2)) for s in (32, 160))
+    np.testing.assert_allclose(small, big, atol=.02)
+
+def test_lesions_are_the_same_in_another_process():
+    code = "from medsyn.data.lesions import draw_lesions; import hashlib; x, m = draw_lesions(3, 40, 5); print(hashlib.sha256(x.tobytes() + m.tobytes()).hexdigest())"
+    runs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': str(i)}).stdout for i in range(2)}
+    assert len(runs) == 1
+
+def test_lesion_folder_goes_on_and_refuses(tmp_path):
+    f = lesion_folder(tmp_path/'a', 5, 32, seed=1)
+    before = {p.name: p.read_bytes() for p in f.rglob('*.png')}
+    (f/'images'/'0002.png').unlink()
+    lesion_folder(f, 5, 32, seed=1)
+    assert {p.name: p.read_bytes() for p in f.rglob('*.png')} == before
+    with pytest.raises(MedsynError, match='n was 5, now 6'): lesion_folder(f, 6, 32, seed=1)
+    (tmp_path/'b').mkdir(); (tmp_path/'b'/'mine.txt').touch()
+    with pytest.raises(MedsynError, match='is not empty'): lesion_folder(tmp_path/'b', 5, 32)
+    for bad in [dict(n=0), dict(n=3, size=8)]:
+        with pytest.raises(MedsynError, match='cannot draw'): lesion_folder(tmp_path/'c', **bad)
+    assert not (tmp_path/'c').exists()
+
+def test_lesion_appearance_depends_on_the_mask():
+    "A threshold on colour does not find lesions, but a pixel classifier on colour relative to the picture's mean does better: there is something to learn."
+    x, m = draw_lesions(120, 48, seed=8)
+    chroma = x/np.maximum(x.sum(-1, keepdims=True), 12)
+    own = abs(chroma - np.median(chroma.reshape(120, -1, 3), 1)[:, None, None]).sum(-1)
+    lesion, rest = own[m == 1], own[m == 0]
+    assert np.median(lesion) > 1.3*np.median(rest)
+
+# Loaders --------------------------------------------------------------------------------------------------------------
+
+def first(dls): return [t.clone() for t in dls.one_batch()]
+
+def test_training_and_validation_share_nothing(pairs):
+    dls = pair_dls(pairs, 32, bs=4, valid=.25, device='cpu')
+    assert not {*dls.pairs_train} & {*dls.pairs_valid} and sorted(dls.pairs_train + dls.pairs_valid) == sorted(pairs) and len(dls.pairs_valid) == 5
+    assert sum(len(b[0]) for b in dls.valid) == 5                                # nobody is dropped from validation
+
+def test_validation_is_not_augmented_and_in_order(pairs):
+    dls = pair_dls(pairs[4:], 32, bs=4, valid=pairs[:4], device='cpu')
+    x, y = next(iter(dls.valid))
+    for i, p in enumerate(pairs[:4]):
+        image, mask = read_pair(p, 32)
+        np.testing.assert_allclose(x[i].permute(1, 2, 0).numpy(), image/255, atol=1e-6)
+        np.testing.assert_array_equal(y[i].numpy(), mask)
+
+@pytest.mark.parametrize('augment', [True, 'flip', False])
+def test_seeded_whatever_else_draws(pairs, augment):
+    runs = []
+    for noise in range(2):
+        torch.manual_seed(noise); random.seed(noise); np.random.seed(noise)
+        dls = pair_dls(pairs, 32, bs=4, seed=5, augment=augment, device='cpu')
+        if noise: dls.one_batch(); dls.show_batch(show=False)
+        epochs = []
+        for _ in range(2):
+            for x, y in dls.train:
+                epochs.append(np.concatenate([x.numpy().ravel(), y.numpy().ravel()]))
+                if noise: torch.rand(3); random.random()
+        runs.append(np.stack(epochs))
+    np.testing.assert_array_equal(*runs)
+
+def test_the_loader_leaves_the_global_generators_alone(pairs):
+    dls = pair_dls(pairs, 32, bs=4, device='cpu', num_workers=0)
+    it = iter(dls.train); next(it)
+    random.seed(1); torch.manual_seed(1)
+    want = random.random(), torch.rand(1).item()
+    random.seed(1); torch.manual_seed(1)
+    next(it)
+    assert (random.random(), torch.rand(1).item()) == want
+
+def test_every_training_pair_is_seen(pairs):
+    dls = pair_dls(pairs, 32, bs=3, augment=False, device='cpu')
+    seen = {x.numpy().tobytes() for b in dls.train for x in b[0]}
+    assert len(seen) == len(dls.pairs_train)//3*3                                # drop_last drops less than a batch, each epoch another
+
+@pytest.mark.parametrize('n,bs,want', [(8, 16, 7), (9, 4, 4), (20, 64, 18)])
+def test_small_sets_shrink_the_batch(pairs, n, bs, want):
+    dls = pair_dls(pairs[:n], 32, bs=bs, device='cpu')
+    assert dls.train.bs == want and len(dls.train) >= 1
+
+def test_cache_and_no_cache_agree(pairs):
+    for a, b in zip(first(pair_dls(pairs, 32, bs=4, device='cpu')), first(pair_dls(pairs, 32, bs=4, cache=False, device='cpu'))): assert (a == b).all()
+
+def test_a_damaged_pair_shows_before_training(tmp_path):
+    f = lesion_folder(tmp_path/'a', 9, 32)
+    p = f/'images'/'0004.png'; p.write_bytes(p.read_bytes()[:300])
+    with pytest.raises(MedsynError, match='0004.png'): pair_dls(find_pairs(f), 32, device='cpu')
+
+def test_augmentation_stays_in_range_and_moves(pairs):
+    plain, moved = (first(pair_dls(pairs, 48, bs=16, augment=a, device='cpu')) for a in (False, True))
+    assert moved[0].min() >= 0 and moved[0].max() <= 1 and set(moved[1].unique().tolist()) == {0, 1} and moved[1].dtype == torch.int64
+    assert (moved[1].numpy() != plain[1].numpy()).any((1, 2)).mean() > .6        # most masks move
+    before, after = plain[1].float().mean().item(), moved[1].float().mean().item()
+    assert .7 < after/before < 1.7                                               # and stay in the picture
+
+@pytest.mark.parametrize('valid', [.05, .1, .5, .9])
+def test_split_sizes(pairs, valid):
+    a, b = split_pairs(pairs, valid)
+    assert len(a) + len(b) == 20 and len(a) >= 1 and abs(len(b) - max(1, 20*valid)) <= 1
+
+@pytest.mark.parametrize('valid', [0, 1, -1, 2])
+def test_split_refuses(pairs, valid):
+    with pytest.raises(MedsynError, match='no share'): split_pairs(pairs, valid)
+
+def test_a_learner_trains_on_it(pairs):
+    from fastai.learner import Learner
+    dls = pair_dls(pairs, 32, bs=6, device='cpu')
+    net = torch.nn.Conv2d(3, 1, 3, padding=1)
+    loss = lambda p, y: torch.nn.functional.binary_cross_entropy_with_logits(p.as_subclass(torch.Tensor)[:, 0], y.as_subclass(torch.Tensor).float())
+    learn = Learner(dls, net, loss, train_bn=False)
+    learn.logger = lambda *_: None
+    learn.fit(8, 1e-2)
+    assert learn.recorder.values[-1][0] < learn.recorder.values[0][0]
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+def test_random_masks_are_valid_and_seeded():
+    m = draw_lesions(30, 48, seed=2)[1]
+    for i, k in enumerate(m):
+        (a, p), (b, q) = (random_mask(k, np.random.default_rng(i)) for _ in range(2))
+        assert p == q and (a == b).all() and a.dtype == np.uint8 and set(np.unique(a)) == {0, 1} and a.flags.c_contiguous
+        assert (a == transform_mask(k, **{o: v for o, v in p.items() if o not in ('kind', 'tries')})[0]).all()
+
+def test_masks_of_any_shape():
+    m = np.zeros((30, 70), np.uint8); m[10:14, 60:] = 1
+    new, _ = random_mask(m, np.random.default_rng(0))
+    assert new.shape == (30, 70) and new.any()
+
+def test_mask_kinds_share_a_signature():
+    m = draw_lesions(1, 32)[1][0]
+    for kind, f in MASK_KINDS.items():
+        new, params = f(m, np.random.default_rng(0))
+        assert params['kind'] == kind and new.shape == m.shape
+
+# Real sets ------------------------------------------------------------------------------------------------------------
+
+@real
+@pytest.mark.data
+def test_polypgen():
+    path = Path(REAL)/'polypgen'
+    pairs = find_pairs(path)
+    pool = find_pairs(path, where=dict(centre=['C1', 'C2', 'C3']))
+    assert (len(pairs), len(pool), len(find_pairs(path, where=dict(centre='C5')))) == (916, 570, 203)
+    report = check_pairs(pool)
+    assert (report.severity == 'error').sum() == 0, report.to_string()
+    dls = pair_dls(pool[:40], 64, bs=8, device='cpu')
+    x, y = dls.one_batch()
+    assert x.shape == (8, 3, 64, 64) and y.max() == 1
+
+@real
+@pytest.mark.data
+@pytest.mark.parametrize('name,n', [('dsb2018', 300), ('magtile', 159)])
+def test_other_sets(name, n):
+    pairs = find_pairs(Path(REAL)/name)
+    assert len(pairs) == n
+    image, mask = read_pair(pairs[0], 64)
+    assert image.shape == (64, 64, 3) and mask.any()
