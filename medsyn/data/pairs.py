@@ -7,13 +7,13 @@ __all__ = ['IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'AUGMENT', 'Pa
            'read_pair', 'check_pairs', 'clean_masks', 'split_pairs', 'PairDataset', 'random_stream', 'SeededDL',
            'pair_dls']
 
-# %% ../../nbs/api/11_data.pairs.ipynb #19c445bd
+# %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
 import random
 import re
-import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from fastai.vision.augment import aug_transforms
 from fasttransform import Pipeline
 from PIL import Image
 
-from ..core import MedsynError, default_device, os_errors, pick, seed_of, track, write_atomic
+from ..core import MedsynError, default_device, open_run, pick, seed_of, track, write_atomic
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3a75a316
 @dataclass(frozen=True, order=True)
@@ -345,25 +345,22 @@ def check_pairs(pairs,              # folder in a known layout, or list of `Pair
         df['problem'] = [str(p).replace(f'{root}/', '') for p in df.problem]
     return df
 
-# %% ../../nbs/api/11_data.pairs.ipynb #7ddda887
+# %% ../../nbs/api/11_data.pairs.ipynb #f14bba96
 def clean_masks(path,                   # folder in a known layout
                 out,                    # new folder: out/images (copied as they are) and out/masks (PNG, 0 and 255)
                 threshold: int = 128    # foreground is what is at least this (0 to 255)
                ) -> pd.DataFrame:       # one row per pair: name, unsure (share of pixels between 10% and 90% of the range)
-    "Write a copy of a set of pairs with two-valued masks; `MedsynError` if `out` is not empty."
-    out, rows = Path(out), []
-    if out.exists() and any(out.iterdir()): raise MedsynError(f"{out} is not empty: choose a new folder")
-    for p in track(find_pairs(path), 'cleaning'):
+    "Write a copy of a set of pairs with two-valued masks; `MedsynError` if `out` holds anything else."
+    pairs, rows = find_pairs(path), []
+    out = open_run(out, dict(data=Path(path).resolve(), threshold=threshold), 'clean')
+    for p in track(pairs, 'cleaning'):
         im = _open(p.mask, 'mask')
         exact, _ = _judge(im)
         grey = np.asarray(im.convert('L')) if exact is None else exact*255
-        target = out/'images'/f'{p.name}{p.image.suffix}'
-        with os_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(p.image, target)
-        mask = out/'masks'/f'{p.name}.png'
-        with os_errors(mask):
-            mask.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(((grey >= threshold)*255).astype(np.uint8)).save(mask)
+        write_atomic(out/'images'/f'{p.name}{p.image.suffix}', p.image.read_bytes())
+        with BytesIO() as png:
+            Image.fromarray(((grey >= threshold)*255).astype(np.uint8)).save(png, 'png')
+            write_atomic(out/'masks'/f'{p.name}.png', png.getvalue())
         rows.append(dict(name=p.name, unsure=float(((grey > 25) & (grey < 230)).mean())))
     return pd.DataFrame(rows)
 
