@@ -68,17 +68,19 @@ class LogCB(Callback):
         "One row an evaluation."
         return pd.DataFrame(self.rows)
 
-# %% ../nbs/api/02_train.ipynb #9239d5b0
+# %% ../nbs/api/02_train.ipynb #e24c15c5
 class EMACB(Callback):
     "Exponential moving average of the trainable weights; they replace the raw ones for evaluation and at the end."
     order, run_valid, name = 55, False, 'ema'
     def __init__(self,
-        decay: float = 0.999    # the largest decay per step
+        decay='auto'    # the largest decay per step; 'auto': an average over a tenth of the run, at most 10,000 steps
     ): self.decay, self.avg = decay, None
 
     def params(self): return [p for p in self.learn.model.parameters() if p.requires_grad]
     def before_fit(self):
-        if self.avg is None: self.avg = EMAModel(self.params(), decay=self.decay)
+        if self.avg is not None: return
+        n = self.learn.steps.total if hasattr(self.learn, 'steps') else self.n_epoch*len(self.dls.train)
+        self.avg = EMAModel(self.params(), decay=1 - 1/min(max(n/10, 10), 10_000) if self.decay == 'auto' else self.decay)
     def after_step(self): self.avg.step(self.params())
     def after_fit(self): self.avg.copy_to(self.params())
 
@@ -89,9 +91,10 @@ class EMACB(Callback):
         try: yield
         finally: self.avg.restore(self.params())
 
-# %% ../nbs/api/02_train.ipynb #6db53354
+# %% ../nbs/api/02_train.ipynb #abfabd7b
 @contextlib.contextmanager
-def evaluating(learn):
+def evaluating(learn    # a fastai Learner; with an `EMACB`, its averaged weights are put in
+              ):        # context manager that yields the model
     "Evaluation mode, averaged weights, no gradients; all restored on leaving."
     was, ema = learn.model.training, getattr(learn, 'ema', None)
     learn.model.eval()
@@ -175,10 +178,10 @@ def fit_steps(learn: Learner,               # any learner
     with learn.no_logging(): learn.fit(math.ceil(steps / len(learn.dls.train)), lr=lr, cbs=own)
     return learn
 
-# %% ../nbs/api/02_train.ipynb #9f8e73be
+# %% ../nbs/api/02_train.ipynb #7e47f3ea
 def common_cbs(device,                  # where the model trains
                clip: float = 1.,        # largest gradient norm; `None`: no clipping
-               ema: float = 0.999,      # decay of the averaged weights; `None`: no averaging
+               ema='auto',              # decay of the averaged weights, see `EMACB`; `None`: no averaging
                bf16: bool = None        # mixed precision; `None`: on a GPU that supports it
               ) -> list:                # callbacks: log, clipping, averaging, precision
     "The callbacks that every learner shares."
