@@ -6,7 +6,7 @@
 __all__ = ['NETWORKS', 'encoder_name', 'read_weights', 'fit_weights', 'unet', 'segformer', 'good_sizes', 'check_size',
            'Segmenter', 'segmenter']
 
-# %% ../../nbs/api/50_segment.models.ipynb #983094cd
+# %% ../../nbs/api/50_segment.models.ipynb #0504208f
 import inspect
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -160,8 +161,11 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
     if encoder_weights is not None: _load_encoder(net, enc, encoder_weights)
     return Segmenter(net, stride, dict(name=name, encoder=encoder, size=size, classes=classes, **kw))
 
-# %% ../../nbs/api/50_segment.models.ipynb #e0e86a6d
-def _save_pretrained(self, path):
+# %% ../../nbs/api/50_segment.models.ipynb #d046ffee
+@patch
+def save_pretrained(self: Segmenter,
+                    path        # a folder, made if it does not exist
+                   ) -> Path:   # the folder
     "Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all."
     path = Path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -169,7 +173,10 @@ def _save_pretrained(self, path):
     save_json(path/'config.json', dict(kind='segmenter', **self.config))
     return path
 
-def _from_pretrained(cls, path):
+@patch(cls_method=True)
+def from_pretrained(cls: Segmenter,
+                    path            # a folder that `save_pretrained` wrote
+                   ) -> Segmenter:  # in evaluation mode
     "Open a folder that `save_pretrained` wrote, in evaluation mode; `MedsynError` if it holds anything else."
     path = Path(path)
     if not path.is_dir(): raise MedsynError(f"{path} is not a folder: give the folder that save_pretrained wrote")
@@ -181,5 +188,3 @@ def _from_pretrained(cls, path):
     odd = sorted({*state} - {*model.state_dict()})
     if odd: raise MedsynError(f"{path} holds weights of another architecture than its config.json says ({config['name']}, {config['encoder']}), {odd[0]!r} for one: copy both files again")
     return fit_weights(model, state, str(path), f"{config['name']} with {config['encoder']}").eval()
-
-Segmenter.save_pretrained, Segmenter.from_pretrained = _save_pretrained, classmethod(_from_pretrained)
