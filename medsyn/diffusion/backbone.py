@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core import MedsynError, load_json, os_errors, save_json
 from .schedule import Schedule
 
-# %% ../../nbs/api/21_diffusion.backbone.ipynb #aa121383
+# %% ../../nbs/api/21_diffusion.backbone.ipynb #f7b7e188
 class PatchPCA(nn.Module):
     "Linear codec: the leading principal components of image patches."
     def __init__(self,
@@ -54,17 +54,25 @@ class PatchPCA(nn.Module):
         self.mean.copy_(mean); self.basis.copy_(basis); self.scale.copy_(loud*((sd/loud)**2).mean().sqrt())
         return self
 
-    def encode(self, x0, generator=None):
-        "Images (B,C,H,W) in [-1,1] to latents (B,K,H/4,W/4); exact, so `generator` is not used."
+    def moments(self, x0):
+        "What a cache stores of images (B,C,H,W) in [-1,1]: the latents (B,K,H/4,W/4) themselves."
         p = F.pixel_unshuffle(x0, self.stride).movedim(1, -1)
         return (((p - self.mean) @ self.basis)/self.scale).movedim(-1, 1)
+
+    def draw(self, moments, generator=None):
+        "Latents from `moments`; exact, so `generator` is not used."
+        return moments
+
+    def encode(self, x0, generator=None):
+        "Images (B,C,H,W) in [-1,1] to latents (B,K,H/4,W/4)."
+        return self.draw(self.moments(x0), generator)
 
     def decode(self, z):
         "Latents back to images, about [-1,1]."
         p = (z.movedim(1, -1)*self.scale) @ self.basis.T + self.mean
         return F.pixel_shuffle(p.movedim(-1, 1), self.stride)
 
-# %% ../../nbs/api/21_diffusion.backbone.ipynb #be525781
+# %% ../../nbs/api/21_diffusion.backbone.ipynb #f1031413
 class KLCodec(nn.Module):
     "Stable Diffusion's variational autoencoder with the interface of `PatchPCA`."
     def __init__(self,
@@ -75,22 +83,26 @@ class KLCodec(nn.Module):
         self.stride, self.channels = 2**(len(vae.config.block_out_channels) - 1), vae.config.latent_channels
 
     def moments(self, x0):
-        "Mean and log-variance of the latent, unscaled, each (B,K,H/8,W/8): what a cache stores."
-        d = self.vae.encode(x0).latent_dist
-        return d.mean, d.logvar
+        "What a cache stores of images (B,3,H,W) in [-1,1]: mean and log-variance of the latent, unscaled, (B,2K,H/8,W/8)."
+        return self.vae.encode(x0).latent_dist.parameters
+
+    def draw(self, moments, generator=None):
+        "Scaled latents (B,K,h,w) from `moments`: a draw if a `generator` is given, else the mean."
+        mean, logvar = moments.chunk(2, 1)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+            mean = mean + (logvar.clamp(-30, 20)/2).exp()*noise        # the bounds are diffusers'
+        return mean*self.vae.config.scaling_factor
 
     def encode(self, x0, generator=None):
-        "Images (B,3,H,W) in [-1,1] to scaled latents: a draw if a `generator` is given, else the mean."
-        mean, logvar = self.moments(x0)
-        if generator is not None:
-            mean = mean + (logvar/2).exp()*torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-        return mean*self.vae.config.scaling_factor
+        "Images to scaled latents (B,K,H/8,W/8): a draw if a `generator` is given, else the mean."
+        return self.draw(self.moments(x0), generator)
 
     def decode(self, z):
         "Scaled latents back to images, about [-1,1]."
         return self.vae.decode(z/self.vae.config.scaling_factor).sample
 
-# %% ../../nbs/api/21_diffusion.backbone.ipynb #d1b26919
+# %% ../../nbs/api/21_diffusion.backbone.ipynb #03eff157
 PROMPT = 'A photo of a polyp.'  # Siamese-Diffusion's prompt
 
 class PromptTable(nn.Module):
@@ -119,7 +131,7 @@ class ClipText(nn.Module):
         super().__init__()
         self.tokenizer, self.encoder, self.known = tokenizer, encoder.eval().requires_grad_(False), {}
     def _apply(self, fn, *args, **kw):
-        self.known = {}         # moved or cast: the kept embeddings are stale
+        self.known = {k: fn(v) for k, v in self.known.items()}     # moved and cast like the weights
         return super()._apply(fn, *args, **kw)
     @torch.no_grad()
     def embed(self, prompt):

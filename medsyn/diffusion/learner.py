@@ -184,14 +184,14 @@ class ObedienceCB(EvalCB):
         m = df.groupby('mask').loss.mean().to_dict()
         return {**m, **({'margin': margin(df)} if 'shuffled' in m else {})}
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #11f26df7
+# %% ../../nbs/api/22_diffusion.learner.ipynb #601eb5f7
 def denoising_learner(dls,                      # fastai DataLoaders of (image in [0,1], mask in {0,1}); see `pair_dls`
                       model: Denoiser,          # the generator
                       lr: float = None,         # `None`: 1e-5 on Stable Diffusion (both papers), 5e-4 on a tiny backbone
                       wd: float = 1e-2,         # decoupled weight decay: fastai's Adam is AdamW (Siamese-Diffusion, Sec. 4.2)
                       drop_prompt: float = 0.05,# share of samples trained without the prompt
                       seed: int = 0,            # of noise and timesteps
-                      ema: float = 0.995,       # decay of the averaged weights; `None` for none
+                      ema='auto',               # decay of the averaged weights, see `EMACB`; `None` for none
                       probe: int = None,        # steps between obedience probes; `None`: ten in a run
                       cbs=()                    # what the method adds
                      ) -> Learner:              # train it with `fit_steps`
