@@ -69,6 +69,18 @@ def test_pretrained_encoder_from_a_path(tmp_path):
     with pytest.raises(MedsynError, match='does not fit encoder resnet34'): segmenter('unet', 'resnet34', encoder_weights=tmp_path/'r.pth')
 
 
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'convnext_atto', 'regnetx_002'])
+def test_timm_files_fit_the_wrapped_encoder(name, tmp_path):
+    "A file of timm's own classifier: every encoder tensor is taken over, and the features are its features."
+    import timm
+    torch.manual_seed(1)
+    whole = timm.create_model(name).eval()
+    save_file(whole.state_dict(), tmp_path/'t.safetensors')
+    got = segmenter('unet', name, encoder_weights=tmp_path/'t.safetensors').eval().net.encoder
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.allclose(got(x)[-1], whole.forward_intermediates(x, intermediates_only=True)[-1], atol=1e-4)
+
+
 def test_unreachable_hub_is_one_sentence(monkeypatch):
     def offline(*a, **k): raise OSError('offline')
     import segmentation_models_pytorch.encoders as enc

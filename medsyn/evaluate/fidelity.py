@@ -55,7 +55,7 @@ def frechet_distance(a: Tensor,     # (N,D) features of real images
     cross = torch.linalg.svdvals(A @ B.T).sum()
     return max(0., ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2*cross).item())
 
-# %% ../../nbs/api/61_evaluate.fidelity.ipynb #b588d371
+# %% ../../nbs/api/61_evaluate.fidelity.ipynb #550d41c0
 def _memberships(na, nb, k, subsets, seed):
     "0/1 matrices (subsets,N) and (subsets,M) of random subsets of size k, drawn in torchmetrics' order."
     g, sa, sb = torch.Generator().manual_seed(seed), torch.zeros(subsets, na).double(), torch.zeros(subsets, nb).double()
@@ -76,9 +76,12 @@ def kernel_distance(a: Tensor,              # (N,D) features of real images
     if k < 2: raise MedsynError(f"KID subsets of {k} images: use at least 2")
     whole = k == len(a) == len(b)
     sa, sb = _memberships(len(a), len(b), k, 1 if whole else subsets, seed)
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1)**3
-    own = lambda s, x: ((s @ (kx := kernel(x, x)))*s).sum(1) - s @ kx.diagonal()
-    mmd = (own(sa, a) + own(sb, b)) / (k*(k - 1)) - 2*((sa @ kernel(a, b))*sb).sum(1) / k**2
+    kernel = lambda xy: (xy / a.shape[1] + 1)**3
+    def total(sx, x, sy, y):                # sums of the kernel over every pair of subsets, 1,024 rows at a time
+        rows = sum(s @ kernel(p @ y.T) for s, p in zip(sx.split(1024, 1), x.split(1024)))
+        return (rows*sy).sum(1)
+    own = lambda s, x: total(s, x, s, x) - s @ kernel(x.square().sum(1))
+    mmd = (own(sa, a) + own(sb, b)) / (k*(k - 1)) - 2*total(sa, a, sb, b) / k**2
     return mmd.mean().item(), math.nan if whole else mmd.std(correction=0).item()
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #d6ae685a

@@ -130,12 +130,18 @@ class Segmenter(nn.Module):
             raise MedsynError(f"a training batch of {len(x)} image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value per channel at 1/{self.stride} of the size, too few"
                               " for batch normalisation: use two or more images per batch, or larger ones") from e
 
-# %% ../../nbs/api/50_segment.models.ipynb #0c602dcd
+# %% ../../nbs/api/50_segment.models.ipynb #80fbe7b0
+def _timm_names(encoder, state):
+    "Add the tensors of timm's own files under the names that smp's wrapper gives them (`stages.0` there, `model.stages_0` here)."
+    flat = lambda k: k.removeprefix('model.').replace('.', '_')
+    theirs = {flat(k): v for k, v in state.items()}
+    return state | {k: theirs[flat(k)] for k in encoder.state_dict() if k not in state and flat(k) in theirs}
+
 def _load_encoder(net, encoder, weights):
     "Put pretrained weights into `net.encoder`: from a file, or by smp's or timm's own name."
     w = str(weights)
     if w.endswith(('.safetensors', '.pth', '.pt', '.bin', '.ckpt')) or Path(w).exists():
-        return fit_weights(net.encoder, read_weights(w), w, f'encoder {encoder}')
+        return fit_weights(net.encoder, _timm_names(net.encoder, read_weights(w)), w, f'encoder {encoder}')
     if not encoder.startswith('tu-'): pick(w, smp.encoders.encoders[encoder]['pretrained_settings'], f'encoder_weights of {encoder}')
     try: pre = smp.encoders.get_encoder(encoder, weights=w)
     except MedsynError: raise
