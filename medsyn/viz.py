@@ -80,13 +80,13 @@ def contour(on,                 # a matplotlib axis; or images in any form that 
     for o, m in zip(images, masks): o[_edge(m)] = np.round(255*np.array(to_rgb(color)))
     return images
 
-# %% ../nbs/api/01_viz.ipynb #730a1b1c
-def save_png(picture,           # a matplotlib figure, or one image in a form that `as_images` takes
+# %% ../nbs/api/01_viz.ipynb #79b52590
+def save_png(picture,           # a matplotlib figure or axis, or one image in a form that `as_images` takes
              path,              # the file to write
              dpi: int = None    # pixels per inch for a figure; by default its own
             ):                  # the path
     "Write a figure or an image as PNG, whole or not at all, and close the figure."
-    buf = io.BytesIO()
+    buf, picture = io.BytesIO(), getattr(picture, 'figure', picture)
     if hasattr(picture, 'savefig'):
         import matplotlib.pyplot as plt
         picture.savefig(buf, format='png', dpi=dpi or 'figure', bbox_inches='tight', pad_inches=0.05, metadata={'Software': None})
