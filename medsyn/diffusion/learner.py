@@ -6,7 +6,7 @@
 __all__ = ['MASKS', 'Cond', 'Denoiser', 'DiffusionCB', 'denoising_losses', 'margin', 'ObedienceCB', 'denoising_learner',
            'pretrain_backbone']
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #2992847c
+# %% ../../nbs/api/22_diffusion.learner.ipynb #e670bf32
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.optimizer import Adam
+from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
@@ -97,7 +97,7 @@ class Denoiser(nn.Module):
         if name != cls.__name__: raise MedsynError(f"{path} holds a {name}, not a {cls.__name__}: open it with medsyn.generate.catalog.load_generator")
         return conf
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #1f53819a
+# %% ../../nbs/api/22_diffusion.learner.ipynb #ace0bb5a
 class DiffusionCB(Callback):
     "Turns (image, mask) into `(zt, t, cond)` and the target; `learn.noised` holds x0, mask, z0, eps, t, zt, cond and target."
     order, name = 12, 'diffusion'       # after CastToTensor (9) and MixedPrecision (10)
@@ -116,12 +116,13 @@ class DiffusionCB(Callback):
         x0 = self.xb[0].as_subclass(Tensor)*2 - 1
         mask = self.yb[0].as_subclass(Tensor)[:, None].float() if self.yb else None
         prompts = self.prompts(len(x0), bb.prompt if self.prompt is None else self.prompt)
-        with torch.no_grad(): z0 = bb.codec.encode(x0, self.rng)
-        t = torch.randint(bb.schedule.T, (len(z0),), generator=self.rng).to(dev)
+        with torch.no_grad(): z0 = bb.codec.draw(self.xb[1].as_subclass(Tensor) if len(self.xb) > 1 else bb.codec.moments(x0), self.rng)
+        t_cpu = torch.randint(bb.schedule.T, (len(z0),), generator=self.rng)
+        t = t_cpu.to(dev)
         eps = torch.randn(z0.shape, generator=self.rng).to(z0)
         cond = Cond(mask, bb.text(prompts), x0 if self.model.needs_image else None)
         zt, target = bb.schedule.noise(z0, eps, t), bb.schedule.target(z0, eps, t)
-        self.learn.noised = SimpleNamespace(x0=x0, mask=mask, z0=z0, eps=eps, t=t, zt=zt, cond=cond, target=target)
+        self.learn.noised = SimpleNamespace(x0=x0, mask=mask, z0=z0, eps=eps, t=t, t_cpu=t_cpu, zt=zt, cond=cond, target=target)
         self.learn.xb, self.learn.yb = (zt, t, cond), (target,)
 
     def prompts(self, n, prompt):
@@ -166,13 +167,13 @@ def margin(losses: pd.DataFrame,        # from `denoising_losses`
     m = losses.groupby('mask').loss.mean()
     return float((m[wrong] - m[right]) / m[right])
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #49a98d42
+# %% ../../nbs/api/22_diffusion.learner.ipynb #88b654b2
 class ObedienceCB(EvalCB):
     "The probe during training: columns `right`, `shuffled` and `margin` in `learn.history.evals()`."
     name = 'obedience'
     def __init__(self,
         every: int = None,  # steps between probes; `None`: ten in a run
-        n: int = 32         # validation images probed
+        n: int = 16         # validation images probed
     ): self.every, self.n = every, n
 
     def before_fit(self):
@@ -184,11 +185,11 @@ class ObedienceCB(EvalCB):
         m = df.groupby('mask').loss.mean().to_dict()
         return {**m, **({'margin': margin(df)} if 'shuffled' in m else {})}
 
-# %% ../../nbs/api/22_diffusion.learner.ipynb #601eb5f7
+# %% ../../nbs/api/22_diffusion.learner.ipynb #0486fbfe
 def denoising_learner(dls,                      # fastai DataLoaders of (image in [0,1], mask in {0,1}); see `pair_dls`
                       model: Denoiser,          # the generator
                       lr: float = None,         # `None`: 1e-5 on Stable Diffusion (both papers), 5e-4 on a tiny backbone
-                      wd: float = 1e-2,         # decoupled weight decay: fastai's Adam is AdamW (Siamese-Diffusion, Sec. 4.2)
+                      wd: float = 1e-2,         # AdamW's weight decay (Siamese-Diffusion, Sec. 4.2)
                       drop_prompt: float = 0.05,# share of samples trained without the prompt
                       seed: int = 0,            # of noise and timesteps
                       ema='auto',               # decay of the averaged weights, see `EMACB`; `None` for none
@@ -199,7 +200,7 @@ def denoising_learner(dls,                      # fastai DataLoaders of (image i
     model.backbone.check_size(dls.size)
     lr = lr or (5e-4 if model.backbone.is_tiny else 1e-5)
     model.freeze_rest().to(dls.device)
-    return Learner(dls, model, loss_func=F.mse_loss, opt_func=partial(Adam, sqr_mom=0.999, eps=1e-8), lr=lr, wd=wd, splitter=_trainable,
+    return Learner(dls, model, loss_func=F.mse_loss, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), lr=lr, wd=wd, splitter=_trainable,
                    cbs=[DiffusionCB(seed, drop_prompt), *common_cbs(dls.device, ema=ema), ObedienceCB(probe), *cbs])
 
 def _trainable(model): return [[p for p in model.parameters() if p.requires_grad]]
