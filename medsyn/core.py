@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MedsynError', 'pick', 'os_errors', 'write_atomic', 'save_json', 'load_json', 'file_hash', 'seed_of', 'versions',
-           'default_device', 'hardware', 'open_run', 'track']
+           'seeded', 'default_device', 'hardware', 'open_run', 'track']
 
 # %% ../nbs/api/00_core.ipynb #b57a18d3
 import contextlib
@@ -107,7 +107,16 @@ def versions(packages=('medsyn', 'torch', 'diffusers', 'transformers', 'fastai',
         with contextlib.suppress(metadata.PackageNotFoundError): out[p] = metadata.version(p)
     return out
 
-# %% ../nbs/api/00_core.ipynb #8ddd47fd
+# %% ../nbs/api/00_core.ipynb #ecfca0e5
+@contextlib.contextmanager
+def seeded(seed: int    # in [0, 2**63)
+          ):
+    "Inside, torch's global stream starts at `seed` (initial weights are drawn from it); outside, it is as it was."
+    import torch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
 def default_device():
     "The accelerator if there is one, else the CPU (a `torch.device`)."
     import torch

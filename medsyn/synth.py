@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plan', 'generator_hash', 'png_bytes', 'finished', 'synthesize']
 
-# %% ../nbs/api/40_synth.ipynb #7ed78a1c
+# %% ../nbs/api/40_synth.ipynb #698f91c7
 import hashlib
 import io
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 from .core import MedsynError, file_hash, open_run, os_errors, pick, seed_of, track, versions, write_atomic
 from .data.masks import MASK_KINDS
 from .data.pairs import Pair, read_mask, read_pair
-from .diffusion.sample import sample
+from .diffusion.sample import defaults_of, sample
 
 # %% ../nbs/api/40_synth.ipynb #8ffd390a
 def plan(pairs,         # list of `Pair` that lend their masks
@@ -85,7 +85,7 @@ def _init_run(out, config):
     write_atomic(out/'manifest.jsonl', ''.join(l + '\n' for l in good))
     return len(good)
 
-# %% ../nbs/api/40_synth.ipynb #c2a594e1
+# %% ../nbs/api/40_synth.ipynb #b3cff3b8
 def synthesize(generator,               # any generator that takes a mask
                pairs,                   # list of `Pair` that lend their masks (and, to M+I, their images)
                out,                     # folder to write: images/, masks/, manifest.jsonl, synth.json
@@ -93,7 +93,8 @@ def synthesize(generator,               # any generator that takes a mask
                masks: str = 'random',   # random (flipped, scaled, shifted) or real
                seed: int = 0,           # of everything
                steps: int = 50,         # sampler steps
-               guidance: float = None,  # `None`: 9 on Stable Diffusion, 1 on a tiny backbone
+               guidance: float = None,  # `None`: 9 on Stable Diffusion, 2 on a tiny backbone; 1 is none
+               guide: str = None,       # prompt (default on Stable Diffusion) or mask (default on a tiny backbone), see `sample`
                sampler: str = 'ddim',   # ddim, dpm++ or unipc
                prompt: str = None,      # default: the backbone's
                bs: int = 8,             # images drawn together; does not change them
@@ -105,9 +106,9 @@ def synthesize(generator,               # any generator that takes a mask
     if not generator.needs_mask: raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use a generator with a mask")
     if generator.needs_image and masks != 'real': raise MedsynError("a generator of mask and image (M+I) draws under a real image's own mask: use masks='real'")
     size, prompt = size or bb.size, bb.prompt if prompt is None else prompt
-    guidance = (1. if bb.is_tiny else 9.) if guidance is None else float(guidance)
+    guidance, guide = defaults_of(generator, guidance, guide)
     bb.check_size(size); bb.schedule.sampler(sampler)
-    how = dict(sampler=sampler, steps=steps, guidance=guidance, prompt=prompt, generator=generator_hash(generator))
+    how = dict(sampler=sampler, steps=steps, guidance=guidance, guide=guide, prompt=prompt, generator=generator_hash(generator))
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size, kind)
     digest = hashlib.sha256(''.join(p.name + file_hash(p.mask) for p in pairs).encode()).hexdigest()[:16]
     done = _init_run(out, dict(how, n=n, masks=masks, seed=seed, size=size, sources=digest))
@@ -123,6 +124,6 @@ def _draw_batch(generator, pairs, out, idx, done, kind, seed, size, how):
     sources, rngs, seeds = zip(*[plan(pairs, i, seed) for i in idx], strict=True)
     ms, transforms = zip(*[kind(read_mask(p.mask, size), r) for p, r in zip(sources, rngs, strict=True)], strict=True)
     images = torch.stack([torch.from_numpy(read_pair(p, size)[0]).permute(2, 0, 1)/127.5 - 1 for p in sources]) if generator.needs_image else None
-    xs = sample(generator, np.stack(ms), how['steps'], how['guidance'], how['sampler'], seeds, how['prompt'], len(ms), images)
+    xs = sample(generator, np.stack(ms), how['steps'], how['guidance'], how['guide'], how['sampler'], seeds, how['prompt'], len(ms), images)
     for i, x, m, p, tf, s in zip(idx, xs, ms, sources, transforms, seeds, strict=True):
         if i >= done: _write(out, i, x, m, dict(source=p.name, transform=tf, seed=s, versions=versions(), **how))

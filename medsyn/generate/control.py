@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['control_branch', 'Known', 'ControlGenerator', 'control_learner', 'save_pretrained']
 
-# %% ../../nbs/api/30_generate.control.ipynb #2eac4bca
+# %% ../../nbs/api/30_generate.control.ipynb #d22b5ba5
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from diffusers import ControlNetModel
 from fastai.learner import Learner
 from torch import nn
 
-from ..core import MedsynError
+from ..core import MedsynError, seed_of, seeded
 from ..diffusion.backbone import Backbone, Trunk, head, load_part, trunk
 from ..diffusion.learner import Cond, Denoiser, denoising_learner
 
@@ -79,15 +79,17 @@ class ControlGenerator(Denoiser):
         conf = cls.read_config(path)
         return cls(Backbone.from_pretrained(path), control=load_part(cls.branch, path, 'controlnet', use_safetensors=True), **conf).eval()
 
-# %% ../../nbs/api/30_generate.control.ipynb #02e3cdb7
+# %% ../../nbs/api/30_generate.control.ipynb #45c18620
 def control_learner(dls,                        # DataLoaders of (image, mask), see `pair_dls`
                     backbone: Backbone,         # pretrained; not changed
                     image: bool = False,        # mask and image (M+I)
                     lock_decoder: bool = False, # train the branch alone
-                    **kw                        # for `denoising_learner`: lr, wd, drop_prompt, seed, ema, probe, cbs
+                    seed: int = 0,              # of the branch's initial weights, the noise and the timesteps
+                    **kw                        # for `denoising_learner`: lr, wd, drop_prompt, ema, probe, cbs
                    ) -> Learner:                # train it with `fit_steps`; its `.model` is the generator
     "ControlNet as the papers use it for comparison: mask (M), or mask and image (M+I)."
-    return denoising_learner(dls, ControlGenerator(backbone, image, lock_decoder), **kw)
+    with seeded(seed_of(seed, 'control')): model = ControlGenerator(backbone, image, lock_decoder)
+    return denoising_learner(dls, model, seed=seed, **kw)
 
 # %% ../../nbs/api/30_generate.control.ipynb #8814d5c3
 def save_pretrained(self: ControlGenerator,
