@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'unconditional_learner', 'generator_learner', 'load_generator']
 
-# %% ../../nbs/api/39_generate.catalog.ipynb #562bf91d
+# %% ../../nbs/api/39_generate.catalog.ipynb #4eac59af
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -13,13 +13,15 @@ from ..core import MedsynError, load_json, pick
 from ..diffusion.backbone import Backbone
 from ..diffusion.learner import Denoiser, denoising_learner
 from .control import ControlGenerator, control_learner
+from .siamese import SiameseGenerator, siamese_cbs, siamese_learner
 
-# %% ../../nbs/api/39_generate.catalog.ipynb #9df18a54
+# %% ../../nbs/api/39_generate.catalog.ipynb #0d257962
 class Method(NamedTuple):
     "How a method is trained and opened."
     learner: Callable   # (dls, backbone, **keywords) -> Learner whose `.model` is the generator
     opens: type         # the class that `from_pretrained` is called on
     about: str          # one line for people
+    cbs: Callable = list    # makes the callbacks that the method adds to the plain loss: () -> list
 
 def unconditional_learner(dls,                  # DataLoaders of (image, mask)
                           backbone: Backbone,   # pretrained; its U-Net is trained further in place
@@ -31,6 +33,7 @@ def unconditional_learner(dls,                  # DataLoaders of (image, mask)
 METHODS = {'control': Method(control_learner, ControlGenerator, 'ControlNet (M): a control branch reads the mask, the decoder is trained'),
            'control-image': Method(lambda dls, backbone, **kw: control_learner(dls, backbone, image=True, **kw), ControlGenerator,
                                    'ControlNet (M+I): mask and image, at training and at sampling'),
+           'siamese': Method(siamese_learner, SiameseGenerator, 'Siamese-Diffusion: a dense hint; while training the image helps the mask', siamese_cbs),
            'unconditional': Method(unconditional_learner, Denoiser, 'no mask: a latent diffusion model as a baseline')}
 
 # %% ../../nbs/api/39_generate.catalog.ipynb #db090aa8

@@ -1,0 +1,132 @@
+"""Siamese-Diffusion against a naive reference written from the paper's equations: every loss term and every gradient.
+
+The reference copies the network at every step, computes everything that it needs each time that it needs it, takes the features of mask and
+image one after the other, and weighs each sample of the augmentation by w_a instead of choosing.
+"""
+import copy
+import tempfile
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from medsyn.core import MedsynError
+from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls
+from medsyn.diffusion.backbone import Backbone
+from medsyn.diffusion.learner import Cond
+from medsyn.generate.siamese import SETTINGS, SiameseGenerator, siamese_cbs, siamese_learner
+from medsyn.train import fit_steps
+
+def unet_eps(gen, zt, t, text, control):
+    "The noise that diffusers' own U-Net predicts when it is handed control features."
+    bb = gen.backbone
+    out = bb.unet(zt, t, text, down_block_additional_residuals=control[0], mid_block_additional_residual=control[1]).sample
+    a = bb.schedule.abar[t].reshape(-1, 1, 1, 1).to(zt)
+    return out if bb.schedule.prediction == 'epsilon' else a.sqrt()*out + (1 - a).sqrt()*zt, out
+
+def naive(gen, n, k, N, w_c=1., K_tau=None, T_tau=200, terms=('L_i', 'L_c', "L_m'")):
+    "The loss terms of Eq. 5-13 for a batch `n` at step `k` of `N`; `loss` is L_m in what the backbone predicts."
+    features = lambda zt, hint: gen.control(zt, n.t, n.cond.text, hint, return_dict=False)
+    m, i = n.mask.expand(-1, 3, -1, -1), (n.x0 + 1)/2
+    eps_m, out = unet_eps(gen, n.zt, n.t, n.cond.text, features(n.zt, m))                                       # Eq. 7
+    twin = copy.deepcopy(gen)                                                                                   # theta'
+    w_i, c_i, c_m = k/N, features(n.zt, i), features(n.zt, m)
+    c_mix = [w_i*a + b.detach() for a, b in zip(c_i[0], c_m[0])], w_i*c_i[1] + c_m[1].detach()                  # Eq. 5
+    eps_mix, _ = unet_eps(twin, n.zt, n.t, n.cond.text, c_mix)                                                  # Eq. 8
+    a = gen.backbone.schedule.abar[n.t].reshape(-1, 1, 1, 1).to(n.zt)
+    z0 = (n.zt - (1 - a).sqrt()*eps_mix.detach())/a.sqrt()                                                      # Eq. 11
+    zt = a.sqrt()*z0 + (1 - a).sqrt()*n.eps                                                                     # Eq. 1
+    eps_a, _ = unet_eps(gen, zt, n.t, n.cond.text, features(zt, m))                                             # Eq. 12
+    w_a = ((k > (N/3 if K_tau is None else K_tau)) & (n.t < T_tau)).to(n.zt)                                    # Eq. 13
+    mse = lambda x, y: ((x - y)**2).mean()
+    all_ = {'loss': mse(out, n.target), 'L_i': mse(eps_mix, n.eps), 'L_c': w_c*mse(eps_m, eps_mix.detach()),
+            "L_m'": (w_a*((eps_a - n.eps)**2).mean((1, 2, 3))).mean()}
+    return {key: all_[key] for key in ('loss', *terms)}                                                         # Eq. 6: their sum
+
+class Double(Callback):
+    "Float64 for what the batch brings."
+    order = 12.5
+    def before_batch(self):
+        n = self.learn.noised
+        n.x0, n.mask = n.x0.double(), n.mask.double()
+        n.cond.mask = n.mask
+
+class Compare(Callback):
+    "Keeps the largest relative difference to the naive reference, over terms and over gradients, and how many samples were augmented."
+    order = 5       # before the gradients are clipped
+    def __init__(self, **kw): self.kw, self.terms, self.grads, self.share = kw, [], [], []
+    def after_backward(self):
+        n, k, N = self.learn.noised, self.learn.steps.done, self.learn.steps.total
+        params = dict(self.model.named_parameters())
+        want = naive(self.model, n, k, N, **self.kw)
+        grads = torch.autograd.grad(sum(want.values()), [p for p in params.values() if p.requires_grad], allow_unused=True)
+        weights = {c.name: c.weight for c in self.learn.cbs if c.name in want}
+        terms = getattr(self.learn, 'terms', {})
+        got = {'loss': self.learn.loss, **{c: weights[c]*terms[c] for c in weights}}
+        assert set(got) == set(want)
+        self.terms.append(max(off(got[c], want[c]) for c in want))
+        self.grads.append(max(off(p.grad, g) for p, g in zip([p for p in params.values() if p.requires_grad], grads, strict=True)))
+        assert all(p.grad is None for p in params.values() if not p.requires_grad)
+        self.share.append(float(terms.get('augmented', 0)))
+        self.learn.loss = self.learn.loss.float()       # fastai averages it in float32
+
+def off(a, b):
+    "Relative difference of two tensors, of which `None` is zero."
+    a, b = (torch.zeros(()) if v is None else v.double() for v in (a, b))
+    return ((a - b).norm()/b.norm().clamp_min(1e-30)).item() if b.norm() > 1e-14 else float(a.norm() > 1e-14)
+
+@pytest.fixture(scope='module')
+def dls():
+    with tempfile.TemporaryDirectory() as d:
+        return pair_dls(find_pairs(lesion_folder(d, 16, size=16, seed=0)), size=16, bs=6, valid=0.25, seed=0, augment=False, device='cpu')
+
+def backbone(prediction='epsilon'):
+    x0 = torch.from_numpy(draw_lesions(8, 16, seed=1)[0]).permute(0, 3, 1, 2)/127.5 - 1
+    return Backbone.tiny(x0, 16, channels=(16, 32), prediction=prediction)
+
+def compared(dls, prediction='epsilon', steps=6, setting=8, compare=Compare, **kw):
+    "A few steps of a tiny network in float64 with random weights everywhere, compared at each."
+    torch.manual_seed(0)
+    cmp = compare(**kw, terms=[c.name for c in siamese_cbs(setting)])
+    learn = siamese_learner(dls, backbone(prediction), setting, lr=1e-3, ema=None, cbs=[Double(), cmp], **kw)
+    learn.model.double()
+    with torch.no_grad():
+        for p in learn.model.control.parameters(): p.add_(0.05*torch.randn_like(p))
+    learn.remove_cbs([c for c in learn.cbs if c.name == 'obedience'])       # it evaluates in float32
+    fit_steps(learn, steps)
+    return cmp
+
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('T_tau,which', [(0, 'none'), (500, 'some'), (1000, 'all')])
+def test_terms_and_gradients_are_the_papers(dls, prediction, T_tau, which):
+    "Steps 0 to 2 are before K_tau = N/3 = 2, steps 3 to 5 after it."
+    c = compared(dls, prediction, T_tau=T_tau)
+    assert max(c.terms) < 1e-9 and max(c.grads) < 1e-9, (c.terms, c.grads)
+    assert c.share[:3] == [0, 0, 0]
+    late = c.share[3:]
+    assert {'none': max(late) == 0, 'some': all(0 < s < 1 for s in late), 'all': min(late) == 1}[which], late
+
+@pytest.mark.parametrize('setting', SETTINGS)
+def test_every_setting_of_table_5(dls, setting):
+    c = compared(dls, steps=3, setting=setting, w_c=0.5, K_tau=0, T_tau=600)
+    assert max(c.terms) < 1e-9 and max(c.grads) < 1e-9, (c.terms, c.grads)
+
+def test_reference_notices(dls):
+    "The comparison is not blind: another w_c, another threshold, and gradients differ."
+    class Wrong(Compare):
+        def after_backward(self): self.kw['w_c'] = 1.1; super().after_backward()
+    c = compared(dls, steps=2, compare=Wrong)
+    assert c.terms[1] > 1e-3 and c.grads[1] > 1e-6, (c.terms, c.grads)
+
+def test_image_branch_is_not_in_the_way_of_evaluation(dls):
+    "The probe and sampling call the generator with a mask alone, during training too."
+    learn = fit_steps(siamese_learner(dls, backbone(), probe=1), 3)
+    assert len(learn.history.evals()) == 3 and list(learn.history.frame()) == ['step', 'loss', 'w_i', 'augmented', 'L_i', 'L_c', "L_m'", 'lr']
+    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(siamese_learner(dls, backbone(), cbs=siamese_cbs(4)), 1)
+
+def test_wrong_sizes_are_named():
+    bb = backbone()
+    gen = SiameseGenerator(bb)
+    with pytest.raises(MedsynError, match='whose stride is 4'):
+        gen(torch.randn(1, 8, 4, 4), torch.tensor([5]), Cond(torch.zeros(1, 1, 18, 16), bb.text([bb.prompt])))
