@@ -280,7 +280,7 @@ def commands(train: list,   # training pairs
         f"medsyn pretrain {d}/train.csv --out {r}/backbone --size {o['size']} --steps {o['pretrain_steps']} --bs {o['bs']} --channels {' '.join(map(str, o['channels']))} --seed {o['seed']}",
         f"medsyn train {d}/train.csv --backbone {r}/backbone --out {r}/generator --method {o['method']} --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
         f"medsyn synth {r}/generator --data {d}/train.csv --out {r}/synthetic --n {o['n_synth']} --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']}",
-        f"medsyn compare {d}/train.csv --tests {d}/test.csv --arms real copy-paste {r}/synthetic --out {r}/results --size {o['size']} --steps {o['segment_steps']} --seeds {seeds}", ''])
+        f"medsyn compare {d}/train.csv --tests {d}/test.csv --arms real copy-paste {r}/synthetic --out {r}/results --size {o['size']} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 
 # %% ../nbs/api/70_experiment.ipynb #e1e65279
 def quickstart(out='medsyn-quickstart',         # folder to write; the same call again goes on where it stopped
@@ -289,9 +289,9 @@ def quickstart(out='medsyn-quickstart',         # folder to write; the same call
                n_train: int = None,             # training pairs; default 50 drawn ones, at most 200 of a folder
                n_test: int = 100,               # test pairs; of a folder at most a quarter
                size: int = 64,                  # side in pixels
-               pretrain_steps: int = None,      # default 300, with a folder 900
-               train_steps: int = None,         # default 250, with a folder 700
-               segment_steps: int = None,       # default 80, with a folder 150
+               pretrain_steps: int = None,      # default 260, with a folder 700
+               train_steps: int = None,         # default 220, with a folder 550
+               segment_steps: int = None,       # default 60, with a folder 120
                n_synth: int = None,             # synthetic pairs; default: as many as training pairs
                sample_steps: int = 20,          # sampler steps
                sampler: str = 'dpm++',          # ddim, dpm++ or unipc
@@ -303,7 +303,7 @@ def quickstart(out='medsyn-quickstart',         # folder to write; the same call
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, and the table."
     out, given = Path(out), data is not None
     o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test, size=size, n_synth=n_synth, bs=bs, channels=list(channels),
-             pretrain_steps=pretrain_steps or (900 if given else 300), train_steps=train_steps or (700 if given else 250), segment_steps=segment_steps or (150 if given else 80),
+             pretrain_steps=pretrain_steps or (700 if given else 260), train_steps=train_steps or (550 if given else 220), segment_steps=segment_steps or (120 if given else 60),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
     if given: find_pairs(data)                                              # a wrong folder shows before anything is written
     out = open_run(out, dict(o, data=str(data)), 'quickstart')
@@ -315,5 +315,5 @@ def quickstart(out='medsyn-quickstart',         # folder to write; the same call
     gen.to(default_device())
     made = synthesize(gen, train, out/'synthetic', o['n_synth'], steps=sample_steps, sampler=sampler, bs=16, seed=seed)
     picture(out, gen, train, made, sample_steps, sampler, seed)
-    compare(train, {'test': test}, {'real': 'real', 'copy-paste': 'copy-paste', 'synthetic': made}, out/'results', seeds=seeds, size=size, steps=o['segment_steps'])
+    compare(train, {'test': test}, {'real': 'real', 'copy-paste': 'copy-paste', 'synthetic': made}, out/'results', seeds=seeds, size=size, steps=o['segment_steps'], bs=8)
     return out
