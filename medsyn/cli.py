@@ -144,8 +144,10 @@ def segment(data: str,                          # folder or list of real pairs
     from medsyn.experiment import Arm, digest, train_segmenter
     pairs, more = find_pairs(data), [p for d in synthetic for p in find_pairs(d)]
     kw = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, seed=seed, size=size, steps=steps, bs=bs, lr=lr, loss=loss)
+    from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import segmenter
-    segmenter(network, encoder, None, size)
+    segmenter(network, encoder, None, size); pick(loss, LOSSES, 'loss')
+    if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     f = open_run(out, dict(kw, pairs=digest(pairs), synthetic=digest(more)), 'segment')
     if not (f/'model.safetensors').exists(): train_segmenter(pairs, Arm(more), **kw).model.save_pretrained(f)
     say(f'Made: {out} (a segmenter)', f'Next: medsyn score {out} --tests TEST_FOLDER')

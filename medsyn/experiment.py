@@ -204,6 +204,7 @@ def make_backbone(pairs: list,          # training `Pair`s; their masks are not 
                   seed: int = 0         # of weights, order and noise
                  ) -> Backbone:         # the pretrained tiny backbone
     "Pretrain a tiny backbone on the images of some pairs, or open it if the folder holds it already."
+    if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     kw = dict(prompt=prompt) if prompt else {}
     config = dict(kw, pairs=digest(pairs), size=size, steps=steps, bs=bs, lr=lr, channels=list(channels), seed=seed)
     x0 = images_of(pairs, size)
@@ -235,6 +236,7 @@ def make_generator(pairs: list,             # training `Pair`s
     "Train a generator, or open it if the folder holds it already."
     size, lr = size or backbone.size, lr or (1e-3 if backbone.is_tiny else 1e-5)
     pick(method, METHODS, 'method'); backbone.check_size(size)
+    if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     config = dict(pairs=digest(pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr, size=size, seed=seed)
     dls = pair_dls(pairs, size, bs, seed=seed, augment='flip' if backbone.is_tiny else False)
     out = open_run(out, config, 'train')

@@ -107,7 +107,7 @@ def synthesize(generator,               # any generator that takes a mask
     if generator.needs_image and masks != 'real': raise MedsynError("a generator of mask and image (M+I) draws under a real image's own mask: use masks='real'")
     size, prompt = size or bb.size, bb.prompt if prompt is None else prompt
     guidance, guide = defaults_of(generator, guidance, guide)
-    bb.check_size(size); bb.schedule.sampler(sampler)
+    bb.check_size(size); bb.schedule.sampler(sampler); bb.text([prompt])          # what is wrong shows before anything is written
     how = dict(sampler=sampler, steps=steps, guidance=guidance, guide=guide, prompt=prompt, generator=generator_hash(generator))
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size, kind)
     digest = hashlib.sha256(''.join(p.name + file_hash(p.mask) for p in pairs).encode()).hexdigest()[:16]

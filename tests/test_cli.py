@@ -93,7 +93,7 @@ def test_truncated_image(data, tmp_path, capsys):
     assert not (tmp_path/'out').exists()
 
 def test_image_and_mask_of_different_size(data, tmp_path, capsys):
-    Image.open(data/'masks'/'0002.png').resize((40, 40)).save(data/'masks'/'0002.png')
+    Image.open(data/'masks'/'0002.png').resize((40, 40), Image.NEAREST).save(data/'masks'/'0002.png')
     e = fails(capsys, *_train(data, tmp_path/'out')); assert '0002' in e and '32x32' in e and '40x40' in e
 
 @pytest.mark.parametrize('how, word', [('jpeg', 'jpeg'), ('grey', 'values'), ('alpha', 'alpha')])

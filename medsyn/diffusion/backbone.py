@@ -245,13 +245,15 @@ def tiny(cls,
          seed: int = 0                          # of the initial weights
         ) -> 'Backbone':                        # untrained; see `pretrain_backbone`
     "A small backbone of Stable Diffusion's kind that needs no downloaded weights; its codec is fitted here."
+    fit = 4*2**(len(channels) - 1)
+    if size % fit or size < fit:
+        raise MedsynError(f"images of {size} px do not fit this network, whose stride is {fit}: use {max(size//fit, 1)*fit} or {(size//fit + 1)*fit} px")
     dim, rng = 64, torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         unet = _tiny_unet(channels, latent, size//4, [False] + [True]*(len(channels) - 1), dim)
         b = cls(unet, PatchPCA(channels=latent, power=power).fit(x0), PromptTable([prompt], dim), Schedule(prediction=prediction), size, prompt)
     finally: torch.random.set_rng_state(rng)
-    b.check_size(size)
     return b
 
 Backbone.tiny = classmethod(tiny)
