@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'say', 'many', 'check', 'quickstart', 'pretrain', 'train', 'synth', 'segment', 'score', 'named', 'compare',
-           'usage', 'quiet', 'parser_of', 'run', 'quiet_libraries', 'main', 'fail']
+           'bench', 'usage', 'quiet', 'parser_of', 'run', 'quiet_libraries', 'main', 'fail']
 
 # %% ../nbs/api/80_cli.ipynb #f677e2fb
 import argparse
@@ -12,9 +12,9 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from fastcore.docments import docments, empty
-from fastcore.script import Param
 
 from . import __version__
 from .core import MedsynError, load_json, open_run, os_errors, pick, versions, write_atomic
@@ -25,11 +25,10 @@ def say(*lines  # to print
     "Print the closing lines of a command."
     print(*lines, sep='\n', flush=True)
 
-def many(t,             # type of each value
-         nargs='+'      # how many, as argparse says it
-        ) -> Param:     # an annotation; its help is the comment beside the parameter
-    "A command's option that takes several values."
-    return Param(type=t, nargs=nargs)
+class many(NamedTuple):
+    "A command's option that takes several values: the annotation of its parameter."
+    type: type          # of each value
+    nargs: str = '+'    # how many, as argparse says it
 
 # %% ../nbs/api/80_cli.ipynb #184f8c11
 def check(data: str,                        # folder of images and masks, or a list (CSV) of pairs
@@ -199,8 +198,15 @@ def compare(data: str,                          # folder or list of real trainin
     f = run(data, named(tests), arms, out, segmenters, tuple(seeds), baseline, metric, size, steps, bs, lr, loss)
     say('', (f/'table.md').read_text(), f'Made: {f}/table.md, differences.csv, figure.png, scores.csv (one row an image), run.json')
 
+def bench(what: str = 'siamese',    # the stage to measure
+          out: str = None):         # also write the table here, as CSV
+    "Measure what a stage costs beside the plain and the naive way, in one run."
+    from medsyn.bench import bench as run
+    df = run(what)
+    if out: write_atomic(out, df.to_csv(index=False)); say(f'Made: {out}')
+
 # %% ../nbs/api/80_cli.ipynb #bb4082a5
-COMMANDS = dict(quickstart=quickstart, check=check, pretrain=pretrain, train=train, synth=synth, segment=segment, score=score, compare=compare)
+COMMANDS = dict(quickstart=quickstart, check=check, pretrain=pretrain, train=train, synth=synth, segment=segment, score=score, compare=compare, bench=bench)
 
 def usage() -> str:
     "The overview that `medsyn --help` prints."
@@ -224,7 +230,7 @@ def parser_of(name: str     # a command
     f = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f'medsyn {name}', description=f.__doc__, allow_abbrev=False)
     for i, (k, d) in enumerate(docments(f, full=True, returns=False).items()):
-        kind = dict(type=d.anno.type, nargs=d.anno.nargs) if isinstance(d.anno, Param) else dict(type=d.anno)
+        kind = dict(type=d.anno.type, nargs=d.anno.nargs) if isinstance(d.anno, many) else dict(type=d.anno)
         default = d.default if isinstance(d.default, (str, int, float, tuple)) else None
         words = ' '.join(map(str, default)) if isinstance(default, tuple) else default
         text = d.docment.replace('%', '%%') + (f' (default: {words})' if words not in (None, '') else '')

@@ -69,7 +69,7 @@ def test_version():
 def test_help_is_quick():
     seconds, out = best([sys.executable, '-c', 'import sys; sys.argv[0] = "medsyn"; from medsyn.cli import main; sys.exit(main())', '--help'])
     assert seconds < 2, f"{seconds:.2f} s"
-    for command in 'quickstart check pretrain train synth segment score compare'.split(): assert command in out
+    for command in 'quickstart check pretrain train synth segment score compare bench'.split(): assert command in out
 
 # Notebooks ------------------------------------------------------------------------------------------------------------
 

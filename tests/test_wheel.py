@@ -11,12 +11,13 @@ import pytest
 from helpers import API, ROOT, exports, load
 
 STEP = """
-import sys, warnings; warnings.filterwarnings('ignore')
+import importlib, pkgutil, sys, warnings; warnings.filterwarnings('ignore')
 from importlib.metadata import version
 from tempfile import TemporaryDirectory
 import fastai, fastcore, medsyn
 assert all(m.__file__.startswith(sys.prefix) for m in (fastai, fastcore, medsyn)), (fastai.__file__, fastcore.__file__, medsyn.__file__)
 assert version('fastai') == sys.argv[1], version('fastai')
+for m in pkgutil.walk_packages(medsyn.__path__, 'medsyn.'): importlib.import_module(m.name)
 import torch; torch.manual_seed(0)
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls
@@ -87,4 +88,7 @@ def test_one_step_beside_the_newest_fastai(wheel, newest, tmp_path):
     call(python, '-m', 'pip', 'install', '--quiet', '--upgrade', '-c', tmp_path/'same.txt', wheel, f'fastai=={newest}')
     out = call(python, '-c', STEP, newest, cwd=tmp_path)
     assert f'one step on fastai {newest}' in out
+    quick = [python.with_name('medsyn'), 'quickstart', '--out', tmp_path/'q', '--n-train', 12, '--n-test', 4, '--size', 32, '--channels', 16, 32, '--bs', 4, '--pretrain-steps', 2,
+             '--train-steps', 2, '--segment-steps', 2, '--n-synth', 2, '--sample-steps', 2, '--seeds', 0]
+    assert 'dice@0.5 against the baseline' in call(*quick, cwd=tmp_path)       # the command line too, as a user has it
     print(out)
