@@ -291,9 +291,9 @@ def quickstart(out='medsyn-quickstart',         # folder to write; the same call
                n_train: int = None,             # training pairs; default 50 drawn ones, at most 200 of a folder
                n_test: int = 100,               # test pairs; of a folder at most a quarter
                size: int = 64,                  # side in pixels
-               pretrain_steps: int = None,      # default 260, with a folder 700
-               train_steps: int = None,         # default 220, with a folder 550
-               segment_steps: int = None,       # default 60, with a folder 120
+               pretrain_steps: int = None,      # default 260, with a folder 600
+               train_steps: int = None,         # default 220, with a folder 480
+               segment_steps: int = None,       # default 60, with a folder 110
                n_synth: int = None,             # synthetic pairs; default: as many as training pairs
                sample_steps: int = 20,          # sampler steps
                sampler: str = 'dpm++',          # ddim, dpm++ or unipc
@@ -305,7 +305,7 @@ def quickstart(out='medsyn-quickstart',         # folder to write; the same call
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, and the table."
     out, given = Path(out), data is not None
     o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test, size=size, n_synth=n_synth, bs=bs, channels=list(channels),
-             pretrain_steps=pretrain_steps or (700 if given else 260), train_steps=train_steps or (550 if given else 220), segment_steps=segment_steps or (120 if given else 60),
+             pretrain_steps=pretrain_steps or (600 if given else 260), train_steps=train_steps or (480 if given else 220), segment_steps=segment_steps or (110 if given else 60),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
     if given: find_pairs(data)                                              # a wrong folder shows before anything is written
     out = open_run(out, dict(o, data=str(data)), 'quickstart')

@@ -45,6 +45,16 @@ def test_every_command_leaves_what_it_says(made, capsys):
     assert {'file', 'mask', 'source', 'transform', 'seed', 'sampler', 'steps', 'guidance', 'prompt', 'generator', 'versions'} <= set(rows[0])
     assert {'step', 'right', 'shuffled', 'margin'} <= set(pd.read_csv(made/'gen'/'probe.csv'))
 
+def test_siamese_from_the_command_line(made, tmp_path):
+    "Trained, drawn from and compared like any other generator; nothing of the image branch is in its folder."
+    run = lambda *argv: main([str(a) for a in argv])
+    assert run('train', made/'train', '--backbone', made/'bb', '--out', tmp_path/'gen', '--method', 'siamese', '--steps', 3, '--bs', 4) == 0
+    assert json.loads((tmp_path/'gen'/'generator.json').read_text())['class'] == 'SiameseGenerator'
+    assert {'L_i', 'L_c', "L_m'", 'w_i', 'augmented'} <= set(pd.read_csv(tmp_path/'gen'/'log.csv'))
+    assert run('synth', tmp_path/'gen', '--data', made/'train', '--out', tmp_path/'syn', '-n', 3, '--steps', 2, '--sampler', 'dpm++') == 0
+    assert run('compare', made/'train', '--tests', made/'test', '--arms', 'real', tmp_path/'syn', '--out', tmp_path/'r', '--size', 32, '--steps', 2, '--seeds', 0) == 0
+    assert set(pd.read_csv(tmp_path/'r'/'scores.csv').arm) == {'real', 'syn'}
+
 def test_score_prints_both_conventions_and_both_averages(made, capsys):
     capsys.readouterr()
     assert main(['score', str(made/'seg'), '--tests', f'a={made}/test', f'b={made}/train', '--out', str(made/'s.csv')]) == 0
@@ -172,6 +182,7 @@ def test_full_disk_leaves_what_is_complete(made, tmp_path, monkeypatch, capsys):
     (('compare', '{d}/train', '--tests', '{d}/train', '--out', '{t}', '--size', 32), ('are training images too',)),
     (('compare', '{d}/train', '--tests', '{d}/test', '--arms', 'real', '{d}/nope', '--out', '{t}', '--size', 32), ('nope',)),
     (('quickstart', '--data', '{d}/nowhere', '--out', '{t}'), ('nowhere',)),
+    (('bench', '--what', 'siamees'), ("did you mean 'siamese'",)),
     (('check', '{d}/nowhere'), ('nowhere',))])
 def test_wrong_names_and_folders(made, tmp_path, capsys, argv, words):
     out = tmp_path/'out'
