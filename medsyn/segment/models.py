@@ -191,6 +191,7 @@ def from_pretrained(cls: Segmenter,
     if kind != 'segmenter': raise MedsynError(f"{path} holds {f'a {kind}' if kind else 'no segmenter'} and a segmenter is needed: give the folder that save_pretrained wrote")
     model = segmenter(**config)
     state = read_weights(path/'model.safetensors')
+    for k in [k for k in state if k.startswith('kept_')]: model.register_buffer(k, state[k])     # what a callback left with the model
     odd = sorted({*state} - {*model.state_dict()})
     if odd: raise MedsynError(f"{path} holds weights of another architecture than its config.json says ({config['name']}, {config['encoder']}), {odd[0]!r} for one: copy both files again")
     return fit_weights(model, state, str(path), f"{config['name']} with {config['encoder']}").eval()
