@@ -55,7 +55,7 @@ def finished(out: Path      # folder of a synthesis run
     for line in f.read_text().splitlines() if f.exists() else []:
         try:
             r = json.loads(line)
-            if all(file_hash(Path(out)/r[k]) == r[f'{k}_hash'] for k in ('file', 'mask')): good.append(line)
+            if 'dropped' in r or all(file_hash(Path(out)/r[k]) == r[f'{k}_hash'] for k in ('file', 'mask')): good.append(line)
             else: break
         except (ValueError, KeyError, OSError): break
     return good
@@ -69,27 +69,46 @@ def _sources(pairs, size, kind):
     gone = {p.name for p in empty}
     return [p for p in pairs if p.name not in gone]
 
+def _append(out, row):
+    "Add a line to the manifest and sync it."
+    with os_errors(out/'manifest.jsonl'), open(out/'manifest.jsonl', 'a') as f:
+        f.write(json.dumps(row, sort_keys=True, default=lambda o: o.item() if hasattr(o, 'item') else str(o)) + '\n'); f.flush(); os.fsync(f.fileno())
+    return row
+
 def _write(out, i, image, mask, row):
     "One pair and its line; the line comes last, so that it vouches for the files."
     row = {'index': i, 'file': f'images/{i:06d}.png', 'mask': f'masks/{i:06d}.png', **row}
     for k, a in (('file', image), ('mask', mask*255)):
         b = png_bytes(a)
         write_atomic(out/row[k], b); row[f'{k}_hash'] = hashlib.sha256(b).hexdigest()[:16]
-    with os_errors(out/'manifest.jsonl'), open(out/'manifest.jsonl', 'a') as f:
-        f.write(json.dumps(row, sort_keys=True) + '\n'); f.flush(); os.fsync(f.fileno())
+    return _append(out, row)
 
 def _init_run(out, config):
-    "Open the folder and cut the manifest back to what is finished; returns how many images are."
+    "Open the folder and cut the manifest back to what is finished; returns its rows."
     open_run(out, config, 'synth')
     good = finished(out)
     write_atomic(out/'manifest.jsonl', ''.join(l + '\n' for l in good))
-    return len(good)
+    return [json.loads(l) for l in good]
 
 # %% ../nbs/api/40_synth.ipynb #b3cff3b8
+def _kept(rows): return sum('file' in r for r in rows)
+
+def _over(rows, n, tries):
+    "Whether `n` images are kept, or too many were dropped."
+    in_a_row = next((k for k, r in enumerate(reversed(rows)) if 'file' in r), len(rows))
+    return _kept(rows) >= n or tries and (len(rows) >= tries*n or in_a_row >= 10*tries)
+
+def _judged(keep, image, mask):
+    "The verdict of `keep`, checked, as the manifest's entry."
+    v = keep(image, mask)
+    if not (isinstance(v, tuple) and len(v) == 2): raise MedsynError(f"keep returned {str(v)[:60]}: it must return (True or False, why)")
+    return {'score' if v[0] else 'dropped': v[1]}
+
+# %% ../nbs/api/40_synth.ipynb #44f030b3
 def synthesize(generator,               # any generator that takes a mask
                pairs,                   # list of `Pair` that lend their masks (and, to M+I, their images)
                out,                     # folder to write: images/, masks/, manifest.jsonl, synth.json
-               n: int,                  # pairs to draw
+               n: int,                  # pairs to draw; with `keep`, to keep
                masks: str = 'random',   # random (flipped, scaled, shifted) or real
                seed: int = 0,           # of everything
                steps: int = 50,         # sampler steps
@@ -98,11 +117,13 @@ def synthesize(generator,               # any generator that takes a mask
                sampler: str = 'ddim',   # ddim, dpm++ or unipc
                prompt: str = None,      # default: the backbone's
                bs: int = 8,             # images drawn together; does not change them
-               size: int = None         # side in pixels; default: the backbone's
-              ) -> list:                # of `Pair`, the synthetic ones
-    "Draw `n` image-mask pairs; goes on where an earlier run with the same settings stopped. `MedsynError` for what cannot be drawn or written."
+               size: int = None,        # side in pixels; default: the backbone's
+               keep=None,               # function (image uint8 (H,W,3), mask uint8 (H,W) in {0,1}) -> (bool, why), as `evaluate.obedience` makes them; `None`: all are kept
+               tries: int = 5           # with `keep`: images drawn per wanted pair before giving up
+              ) -> list:                # of `Pair`, the synthetic ones that were kept
+    "Draw `n` image-mask pairs; goes on where an earlier run with the same settings stopped. `MedsynError` for what cannot be drawn or written, or if `keep` drops too much."
     bb, out, kind = generator.backbone, Path(out), MASK_KINDS[pick(masks, MASK_KINDS, 'kind of masks')]
-    if n < 1: raise MedsynError(f"{n} synthetic pairs: ask for at least 1")
+    if n < 1 or tries < 1: raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
     if not generator.needs_mask: raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use a generator with a mask")
     if generator.needs_image and masks != 'real': raise MedsynError("a generator of mask and image (M+I) draws under a real image's own mask: use masks='real'")
     size, prompt = size or bb.size, bb.prompt if prompt is None else prompt
@@ -111,19 +132,26 @@ def synthesize(generator,               # any generator that takes a mask
     how = dict(sampler=sampler, steps=steps, guidance=guidance, guide=guide, prompt=prompt, generator=generator_hash(generator))
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size, kind)
     digest = hashlib.sha256(''.join(p.name + file_hash(p.mask) for p in pairs).encode()).hexdigest()[:16]
-    done = _init_run(out, dict(how, n=n, masks=masks, seed=seed, size=size, sources=digest))
+    asked = {} if keep is None else dict(keep=getattr(keep, 'about', getattr(keep, '__qualname__', type(keep).__name__)), tries=tries)
+    rows, tries = _init_run(out, dict(how, n=n, masks=masks, seed=seed, size=size, sources=digest, **asked)), keep and tries
     with track(desc='synth', total=n) as bar:
-        bar.update(done)
-        for start in range(done//bs*bs if done < n else n, n, bs):     # whole batches, so that an interrupted run repeats the unbroken one's
-            _draw_batch(generator, pairs, out, range(start, min(start + bs, n)), done, kind, seed, size, how)
-            bar.update(min(start + bs, n) - max(start, done))
-    return [Pair(f'{i:06d}', out/f'images/{i:06d}.png', out/f'masks/{i:06d}.png') for i in range(n)]
+        bar.update(_kept(rows))
+        while not _over(rows, n, tries):
+            was, start = _kept(rows), len(rows)//bs*bs              # whole batches, so that an interrupted run repeats the unbroken one's
+            _draw_batch(generator, pairs, out, range(start, start + bs if keep else min(start + bs, n)), rows, n, kind, seed, size, how, keep, tries)
+            bar.update(_kept(rows) - was)
+    if (k := _kept(rows)) < n:
+        raise MedsynError(f"keep dropped {len(rows) - k} of {len(rows)} images ({out/'manifest.jsonl'} says why), {k} of {n} are kept: "
+                          "lower its bar or train the generator longer, and choose a new folder; or raise tries")
+    return [Pair(Path(r['file']).stem, out/r['file'], out/r['mask']) for r in rows if 'file' in r]
 
-def _draw_batch(generator, pairs, out, idx, done, kind, seed, size, how):
-    "Draw the images `idx` together and write those that are not written yet."
+def _draw_batch(generator, pairs, out, idx, rows, n, kind, seed, size, how, keep, tries):
+    "Draw the images `idx` together and write those that are not written yet; their lines are added to `rows`."
     sources, rngs, seeds = zip(*[plan(pairs, i, seed) for i in idx], strict=True)
     ms, transforms = zip(*[kind(read_mask(p.mask, size), r) for p, r in zip(sources, rngs, strict=True)], strict=True)
     images = torch.stack([torch.from_numpy(read_pair(p, size)[0]).permute(2, 0, 1)/127.5 - 1 for p in sources]) if generator.needs_image else None
     xs = sample(generator, np.stack(ms), how['steps'], how['guidance'], how['guide'], how['sampler'], seeds, how['prompt'], len(ms), images)
     for i, x, m, p, tf, s in zip(idx, xs, ms, sources, transforms, seeds, strict=True):
-        if i >= done: _write(out, i, x, m, dict(source=p.name, transform=tf, seed=s, versions=versions(), **how))
+        if i < len(rows) or _over(rows, n, tries): continue
+        row = dict(source=p.name, transform=tf, seed=s, versions=versions(), **how, **(_judged(keep, x, m) if keep else {}))
+        rows.append(_append(out, dict(index=i, **row)) if 'dropped' in row else _write(out, i, x, m, row))

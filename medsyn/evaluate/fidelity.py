@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchvision.models.inception import Inception3, InceptionE
 
-from ..core import MedsynError, default_device, file_hash, pick, track, versions, write_atomic
+from ..core import MedsynError, default_device, file_hash, load_json, pick, track, versions, write_atomic
 from ..data.pairs import Pair, read_image
-from ..segment.models import fit_weights, read_weights
+from ..segment.models import Segmenter, fit_weights, read_weights
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #7f6f273d
 def _centred(x):
@@ -258,7 +258,7 @@ class EncoderFeatures(nn.Module):
     ): super().__init__(); self.segmenter = segmenter
     def forward(self, x): return self.segmenter.net.encoder((x - self.segmenter.mean)/self.segmenter.std)[-1].mean((2, 3))
 
-def as_extractor(x,                 # an `Extractor`, a `Segmenter`, any `nn.Module`, Inception weights (a file), a CLIP (folder or hub id)
+def as_extractor(x,                 # an `Extractor`, a `Segmenter` or its folder, any `nn.Module`, Inception weights (a file), a CLIP (folder or hub id)
                  name: str = None,  # what a network of one's own is called in the table
                  size: int = None   # its input side in pixels; `None`: as the network says, else the images' own
                 ) -> Extractor:     # ready to use
@@ -271,6 +271,7 @@ def as_extractor(x,                 # an `Extractor`, a `Segmenter`, any `nn.Mod
         return Extractor(EncoderFeatures(x) if ours else x, name or config.get('name') or type(x).__name__, 'own', size or config.get('size'))
     path = Path(str(x))
     if path.is_file(): return inception_extractor(path)
+    if (path/'config.json').exists() and load_json(path/'config.json').get('kind') == 'segmenter': return as_extractor(Segmenter.from_pretrained(path), name, size)
     if path.is_dir() or str(x).count('/') == 1 and not path.suffix: return clip_extractor(x)
     raise MedsynError(f"{x!r} is no feature extractor: give the file of FID's Inception weights, the folder or hub id of a CLIP, or a network")
 
