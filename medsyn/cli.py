@@ -117,14 +117,22 @@ def synth(generator: str,               # folder from medsyn train
           prompt: str = None,           # default: the backbone's
           bs: int = 8,                  # images drawn together; does not change them
           size: int = None,             # side in pixels (default: the generator's)
+          keep: str = None,             # folder of a segmenter (medsyn segment, real pairs alone): only images that obey their mask are kept
+          least: float = 0.5,           # with keep: smallest Dice between its prediction and the mask
+          tries: int = 5,               # with keep: images drawn per wanted pair before giving up
           seed: int = 0):               # of everything
     "Draw synthetic pairs; the same command goes on where it stopped."
     from medsyn.core import default_device
     from medsyn.data.pairs import find_pairs
     from medsyn.generate.catalog import load_generator
-    from medsyn.synth import synthesize
-    made = synthesize(load_generator(generator).to(default_device()), find_pairs(data), out, n, masks, seed, steps, guidance, guide, sampler, prompt, bs, size)
-    say(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl', f'Next: medsyn compare {data} --tests TEST_FOLDER --arms real copy-paste {out} --out results')
+    from medsyn.synth import finished, synthesize
+    if keep:
+        from medsyn.evaluate.obedience import keep_obedient
+        from medsyn.segment.models import Segmenter
+        keep = keep_obedient(Segmenter.from_pretrained(keep).to(default_device()), least)
+    made = synthesize(load_generator(generator).to(default_device()), find_pairs(data), out, n, masks, seed, steps, guidance, guide, sampler, prompt, bs, size, keep or None, tries)
+    gone = len(finished(Path(out))) - len(made)
+    say(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl' + (f'; {gone} were dropped' if keep else ''), f'Next: medsyn score {out} --real {data}, then medsyn compare {data} --tests TEST_FOLDER --arms real copy-paste {out} --out results')
 
 def segment(data: str,                          # folder or list of real pairs
             out: str,                           # folder to write: a segmenter
@@ -151,20 +159,45 @@ def segment(data: str,                          # folder or list of real pairs
     if not (f/'model.safetensors').exists(): train_segmenter(pairs, Arm(more), **kw).model.save_pretrained(f)
     say(f'Made: {out} (a segmenter)', f'Next: medsyn score {out} --tests TEST_FOLDER')
 
-def score(model: str,                           # folder from medsyn segment
-          tests: many(str),  # test folders or lists of pairs
-          out: str = None,                      # also write the per-image scores here, as CSV
-          metrics: many(str) = ('dice@0.5', 'iou@0.5', 'dice@256', 'iou@256', 'mae'),  # per-image metrics
-          size: int = None,                     # side in pixels (default: the one it was trained at)
+def score(what: str,                            # with --tests: a segmenter; with --real: synthetic images (a folder or a list)
+          tests: many(str) = None,              # test folders or lists of pairs; NAME=FOLDER names one
+          real: str = None,                     # real images to compare with, a folder or a list (the papers: the training set)
+          out: str = None,                      # with --tests: per-image scores, as CSV; with --real: folder of the report (default SYNTHETIC_report)
+          metrics: many(str) = ('dice@0.5', 'iou@0.5', 'dice@256', 'iou@256', 'mae'),  # with --tests: per-image metrics
+          size: int = None,                     # with --tests: side in pixels (default: the one it was trained at)
+          extractor: many(str) = (),            # with --real: FID's Inception weights (file), a CLIP (folder or hub id), a segmenter (default: --segmenter)
+          segmenter: str = None,                # with --real: folder of a segmenter trained on real pairs alone: do the images obey their masks?
+          held: str = None,                     # with --segmenter: real pairs it has not seen (default: those of --real)
+          generator: str = None,                # with --real: the generator, for its denoising loss under right and wrong masks
+          lpips: str = None,                    # with --real: torchvision's alexnet weights (file)
+          scores: str = None,                   # with --real: scores.csv of medsyn compare, to add the differences between arms
+          answers: many(str) = (),              # with --real: forms of a reader study, filled in
+          key: str = None,                      # with --answers: the key of the study
+          cache: str = None,                    # with --real: folder to keep features in
+          seed: int = 0,                        # with --real: of choices and subsets
           bs: int = 16):                        # images per batch
-    "Score a segmenter on test sets: both Dice conventions, both averages."
+    "Score a segmenter on test sets (--tests), or synthetic images against real ones (--real)."
     from medsyn.core import default_device
-    from medsyn.evaluate.overlap import evaluate_segmenter, summarise
     from medsyn.segment.models import Segmenter
-    m = Segmenter.from_pretrained(model).to(default_device()).eval()
+    if (tests is None) == (real is None): raise MedsynError("say what to score: a segmenter on test sets with --tests, or synthetic images against real ones with --real")
+    if real is not None: return _score_images(what, real, out, extractor, segmenter, held, generator, lpips, scores, answers, key, cache, seed, bs)
+    from medsyn.evaluate.overlap import evaluate_segmenter, summarise
+    m = Segmenter.from_pretrained(what).to(default_device()).eval()
     df = evaluate_segmenter(m, named(tests), size, bs, metrics=tuple(metrics))
     if out: write_atomic(out, df.to_csv(index=False))
     say(summarise(df).round(4).to_string())
+
+def _score_images(synthetic, real, out, extractor, segmenter, held, generator, lpips, scores, answers, key, cache, seed, bs):
+    "The report, and its findings."
+    from medsyn.core import default_device
+    from medsyn.evaluate.report import report
+    from medsyn.generate.catalog import load_generator
+    from medsyn.segment.models import Segmenter
+    out, dev = Path(out or f'{Path(synthetic).with_suffix("") if synthetic.endswith(".csv") else synthetic.rstrip("/")}_report'), default_device()
+    page = report(synthetic, real, out, list(extractor), Segmenter.from_pretrained(segmenter).to(dev) if segmenter else None, held, load_generator(generator).to(dev) if generator else None,
+                  lpips, scores, answers, key, seed=seed, bs=bs, cache=cache)
+    found = load_json(out/'report.json')
+    say(*found['short'], *[f'Not measured, or with a reservation: {s}' for s in found['missing']], f'Made: {page} (open it in a browser), {out}/report.json (every number), {out}/images.csv (one row an image)')
 
 # %% ../nbs/api/80_cli.ipynb #ba84dc3b
 def named(paths     # folders or lists, or `name=folder`

@@ -72,7 +72,7 @@ def obedience(segmenter,            # a `Segmenter` trained on real pairs alone
     size = size or max(read_image(sets['synthetic'][0].image).shape[:2])
     frame = pd.concat([agreement(segmenter, v, size, bs, device, f'obedience, {k}').assign(set=k) for k, v in sets.items()], ignore_index=True)
     frame = frame[['set', *[c for c in frame if c != 'set']]]
-    return Obedience(frame, pd.DataFrame(_summary(frame, f"{segmenter.config['name']} {module_hash(segmenter)[:8]}", size, least)), size)
+    return Obedience(frame, pd.DataFrame(_summary(frame, f"segmenter {segmenter.config['name']} {module_hash(segmenter)[:8]}", size, least)), size)
 
 # %% ../../nbs/api/64_evaluate.obedience.ipynb #47de47e9
 def plot_obedience(found: Obedience,        # what `obedience` returned
