@@ -8,10 +8,10 @@ __all__ = ['MASKS', 'Cond', 'Denoiser', 'DiffusionCB', 'denoising_losses', 'marg
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #e670bf32
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,10 @@ class Denoiser(nn.Module):
     def trainable(self):
         "The modules that training changes."
         return [self.backbone.unet]
+
+    def slow(self) -> dict:
+        "Trainable modules that take a fraction of the learning rate: module -> fraction."
+        return {}
 
     def freeze_rest(self):
         "Gradients for the trainable modules and for nothing else."
@@ -200,10 +204,17 @@ def denoising_learner(dls,                      # fastai DataLoaders of (image i
     model.backbone.check_size(dls.size)
     lr = lr or (5e-4 if model.backbone.is_tiny else 1e-5)
     model.freeze_rest().to(dls.device)
-    return Learner(dls, model, loss_func=F.mse_loss, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), lr=lr, wd=wd, splitter=_trainable,
+    if model.slow(): lr = np.array([*model.slow().values(), 1.])*lr
+    return Learner(dls, model, loss_func=F.mse_loss, opt_func=_adamw, lr=lr, wd=wd, splitter=_groups,
                    cbs=[DiffusionCB(seed, drop_prompt), *common_cbs(dls.device, ema=ema), ObedienceCB(probe), *cbs])
 
-def _trainable(model): return [[p for p in model.parameters() if p.requires_grad]]
+def _adamw(params, lr, **kw): return OptimWrapper(params, torch.optim.AdamW, lr=float(np.max(lr)), fused=True, **kw)     # fit() sets the groups' own rates
+
+def _groups(model):
+    "Trainable parameters: those of each slow module, then the others."
+    own = [list(m.parameters()) for m in model.slow()]
+    seen = {id(p) for g in own for p in g}
+    return [*own, [p for p in model.parameters() if p.requires_grad and id(p) not in seen]]
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #f7c6b470
 class _Pretraining(Denoiser):

@@ -93,6 +93,8 @@ class SiameseGenerator(ControlGenerator):
         control: nn.Module = None           # a ready branch, when loading
     ): super().__init__(backbone, image, lock_decoder, control or dense_branch(backbone, 6 if image else 3))
 
+    def slow(self): return {self.control.controlnet_cond_embedding: 0.1} if self.backbone.is_tiny else {}
+
 # %% ../../nbs/api/31_generate.siamese.ipynb #bdb148a1
 def mix(c_i,            # control features `(down, mid)` of the image
         c_m,            # those of the mask
