@@ -201,6 +201,7 @@ class Backbone(nn.Module):
         if unet.config.in_channels != codec.channels:
             raise MedsynError(f"the U-Net takes {unet.config.in_channels} channels and the codec gives {codec.channels}: they are not from one model")
         self.unet, self.codec, self.text, self.schedule, self.size, self.prompt = unet, codec, text, schedule, size, prompt
+        self.source = None              # the folder or hub id that holds these very weights, if there is one
 
     @property
     def is_tiny(self): return isinstance(self.codec, PatchPCA)
@@ -303,6 +304,7 @@ def save_pretrained(self: Backbone,
         self.codec.vae.save_pretrained(path/'vae')
         self.text.encoder.save_pretrained(path/'text_encoder'); self.text.tokenizer.save_pretrained(path/'tokenizer')
     save_json(path/'backbone.json', dict(size=self.size, prompt=self.prompt))
+    self.source = str(path.resolve())
     return path
 
 Backbone.save_pretrained = save_pretrained
@@ -326,7 +328,9 @@ def from_pretrained(cls,
     else:
         codec = KLCodec(load_part(AutoencoderKL, path, 'vae', use_safetensors=True))
         text = ClipText(load_part(CLIPTokenizer, path, 'tokenizer'), load_part(CLIPTextModel, path, 'text_encoder', use_safetensors=True))
-    return cls(unet, codec, text, schedule, size or conf.get('size', 512), conf.get('prompt', PROMPT) if prompt is None else prompt).eval()
+    bb = cls(unet, codec, text, schedule, size or conf.get('size', 512), conf.get('prompt', PROMPT) if prompt is None else prompt).eval()
+    bb.source = str(p.resolve() if p.is_dir() else path)
+    return bb
 
 Backbone.from_pretrained = classmethod(from_pretrained)
 

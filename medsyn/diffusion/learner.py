@@ -55,6 +55,19 @@ class Denoiser(nn.Module):
         "The predicted noise, (B,K,h,w)."
         return self.backbone.schedule.to_eps(self(zt, t, cond), zt, t)
 
+    def condition(self,
+        mask: Tensor,           # (B,1,H,W) in [0,1]; it may carry a gradient
+        prompt: str = None,     # default: the backbone's
+        image: Tensor = None    # (B,3,H,W) in [-1,1], for generators that also see the image
+    ) -> Cond:                  # what `forward` takes
+        "What this generator is told: the mask, the embedded prompt, the image if it wants one."
+        with torch.no_grad(): text = self.backbone.text([self.backbone.prompt if prompt is None else prompt]*len(mask))
+        return Cond(mask, text, image if self.needs_image else None)
+
+    def prepare(self, zt, t, cond: Cond) -> Cond:
+        "`cond` with the part of the answer that does not depend on the mask, to be used under many masks (`replace(cond, mask=...)`); here nothing."
+        return cond
+
     def trainable(self):
         "The modules that training changes."
         return [self.backbone.unet]
@@ -204,6 +217,7 @@ def denoising_learner(dls,                      # fastai DataLoaders of (image i
     model.backbone.check_size(dls.size)
     lr = lr or (5e-4 if model.backbone.is_tiny else 1e-5)
     model.freeze_rest().to(dls.device)
+    if any(m is model.backbone.unet for m in model.trainable()): model.backbone.source = None     # soon no longer what is on disk
     if model.slow(): lr = np.array([*model.slow().values(), 1.])*lr
     return Learner(dls, model, loss_func=F.mse_loss, opt_func=_adamw, lr=lr, wd=wd, splitter=_groups,
                    cbs=[DiffusionCB(seed, drop_prompt), *common_cbs(dls.device, ema=ema), ObedienceCB(probe), *cbs])

@@ -12,6 +12,7 @@ from typing import Callable, NamedTuple
 from ..core import MedsynError, load_json, pick
 from ..diffusion.backbone import Backbone
 from ..diffusion.learner import Denoiser, denoising_learner
+from .alignment import TINY_LR, AlignmentCB, AlignmentGenerator, alignment_learner
 from .control import ControlGenerator, control_learner
 from .siamese import SiameseGenerator, siamese_cbs, siamese_learner
 
@@ -22,6 +23,7 @@ class Method(NamedTuple):
     opens: type         # the class that `from_pretrained` is called on
     about: str          # one line for people
     cbs: Callable = list    # makes the callbacks that the method adds to the plain loss: () -> list
+    tiny_lr: float = 1e-3   # learning rate on a tiny backbone
 
 def unconditional_learner(dls,                  # DataLoaders of (image, mask)
                           backbone: Backbone,   # pretrained; its U-Net is trained further in place
@@ -34,6 +36,8 @@ METHODS = {'control': Method(control_learner, ControlGenerator, 'ControlNet (M):
            'control-image': Method(lambda dls, backbone, **kw: control_learner(dls, backbone, image=True, **kw), ControlGenerator,
                                    'ControlNet (M+I): mask and image, at training and at sampling'),
            'siamese': Method(siamese_learner, SiameseGenerator, 'Siamese-Diffusion: a dense hint; while training the image helps the mask', siamese_cbs),
+           'alignment': Method(alignment_learner, AlignmentGenerator, 'Free Lunch: adapters (LoRA) and the mask\'s latent; while training the mask is denoised too',
+                               lambda: [AlignmentCB()], TINY_LR),
            'unconditional': Method(unconditional_learner, Denoiser, 'no mask: a latent diffusion model as a baseline')}
 
 # %% ../../nbs/api/39_generate.catalog.ipynb #db090aa8

@@ -61,9 +61,9 @@ class DepthEstimator(nn.Module):
 # %% ../../nbs/api/30_generate.control.ipynb #86781832
 @dataclass
 class Known(Cond):
-    "A condition whose trunk and control features are already computed."
+    "A condition whose trunk, and perhaps control features, are already computed."
     trunk: Trunk = None     # from `ControlGenerator.trunk`
-    control: tuple = None   # from `ControlGenerator.features`
+    control: tuple = None   # from `ControlGenerator.features`; nothing: still to be computed from the mask
 
 class ControlGenerator(Denoiser):
     "Mask to image: a frozen encoder, a control branch that reads the mask, and a trained decoder."
@@ -101,9 +101,13 @@ class ControlGenerator(Denoiser):
 
     def forward(self, zt, t, cond: Cond):
         "The network's answer (noise or velocity), (B,K,h,w)."
-        if isinstance(cond, Known): tr, control = cond.trunk, cond.control
-        else: tr, control = self.trunk(zt, t, cond.text), self.features(zt, t, cond.text, self.hint(cond))
-        return head(self.backbone.unet, tr, control)
+        cond = self.prepare(zt, t, cond)
+        control = self.features(zt, t, cond.text, self.hint(cond)) if cond.control is None else cond.control
+        return head(self.backbone.unet, cond.trunk, control)
+
+    def prepare(self, zt, t, cond: Cond) -> Known:
+        "The condition with its trunk, which does not see the mask."
+        return cond if isinstance(cond, Known) else Known(cond.mask, cond.text, cond.image, self.trunk(zt, t, cond.text))
 
     @classmethod
     def from_pretrained(cls,
