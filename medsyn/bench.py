@@ -4,25 +4,37 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'one_step', 'stable_diffusion_shapes', 'made_up_batch', 'as_released', 'flops', 'siamese_flops', 'timed',
-           'siamese_seconds', 'siamese_full_size', 'siamese', 'bench']
+           'siamese_seconds', 'siamese_full_size', 'peak_memory', 'random_inception', 'naive_fidelity', 'fidelity_cost',
+           'siamese', 'bench']
 
 # %% ../nbs/api/71_bench.ipynb #1f9824a5
 import contextlib
 import copy
+import tempfile
+import threading
 import time
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from .core import default_device, hardware, pick, seed_of, seeded, track
+from .data.pairs import read_image
 from .diffusion.backbone import Backbone, KLCodec, head, trunk
 from .diffusion.learner import Cond
 from .diffusion.schedule import Schedule
+from .evaluate.fidelity import Extractor, InceptionFID, fidelity, image_list
 from .generate.catalog import METHODS
 
 # %% ../nbs/api/71_bench.ipynb #1713d40e
@@ -211,6 +223,89 @@ def siamese_full_size(batches=(6, 24, 48),      # images per step
             rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../nbs/api/71_bench.ipynb #d081d01c
+@contextlib.contextmanager
+def peak_memory(every: float = .01  # seconds between looks
+               ):                   # yields an object whose `.MiB` is the largest growth of the process's resident memory so far
+    "Watch how much memory a block takes."
+    import psutil
+    me, out, stop = psutil.Process(), SimpleNamespace(MiB=0.), threading.Event()
+    start = me.memory_info().rss
+    def look(): out.MiB = max(out.MiB, (me.memory_info().rss - start)/2**20)
+    def watch():
+        while not stop.wait(every): look()
+    thread = threading.Thread(target=watch, daemon=True); thread.start()
+    try: yield out
+    finally: stop.set(); thread.join(); look()
+
+def random_inception(seed: int = 0  # of the weights
+                    ) -> Extractor: # FID's Inception with weights that carry a signal through
+    "The network that FID is defined by, for measuring its cost without its weights."
+    with seeded(seed_of(seed, 'inception')):
+        net = InceptionFID()
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d): m.running_var.uniform_(.5, 1.5)
+    return Extractor(net, 'random inception', 'inception', 299, 'bilinear')
+
+class _OneOutput(nn.Module):
+    "uint8 (B,3,H,W) to one output of an extractor's network, as torchmetrics wants it."
+    def __init__(self, ex, which): super().__init__(); self.net, self.size, self.which = ex.net, ex.size, which
+    def forward(self, x):
+        x = x.to(next(self.net.parameters()).device)
+        with torch.no_grad(): return self.net((F.interpolate(x.float(), (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)/255).clamp(0, 1))[self.which]
+
+# %% ../nbs/api/71_bench.ipynb #18a66911
+def naive_fidelity(real,            # folder or list of real images, all of one size
+                   fake,            # the same, synthetic
+                   ex: Extractor,   # with `features` and `logits`
+                   bs: int = 32,    # images per batch
+                   device='cpu'     # where to compute
+                  ) -> dict:        # FID, KID, IS
+    "torchmetrics' own classes, one metric after the other, each with its own pass over the files."
+    real, fake, n, out = image_list(real), image_list(fake), None, {}
+    n = min(len(real), len(fake))
+    metrics = dict(FID=FrechetInceptionDistance(_OneOutput(ex, 'features')), KID=KernelInceptionDistance(_OneOutput(ex, 'features'), subset_size=min(1000, n)), IS=InceptionScore(_OneOutput(ex, 'logits')))
+    for name, m in metrics.items():
+        m = m.to(device)
+        for items, kw in ((real, dict(real=True)), (fake, dict(real=False))) if name != 'IS' else ((fake, {}),):
+            for i in track(range(0, len(items), bs), f'{name}, alone'):
+                m.update(torch.from_numpy(np.stack([read_image(p) for p in items[i:i + bs]])).permute(0, 3, 1, 2).to(device), **kw)
+        v = m.compute(); out[name] = float(v[0] if isinstance(v, tuple) else v)
+        m.reset()
+    return out
+
+def _pictures(folder, n, size, seed):
+    "Smooth random pictures as PNG files, no two alike."
+    rng, folder = np.random.default_rng(seed), Path(folder); folder.mkdir()
+    for i in track(range(n), 'pictures'): Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC).save(folder/f'{i:05d}.png', compress_level=1)
+    return folder
+
+def fidelity_cost(n: int = 1000,    # real and as many synthetic images
+                  size: int = 256,  # their side in pixels
+                  bs: int = 32,     # images per batch
+                  device=None,      # `None`: the accelerator if there is one
+                  seed: int = 0,    # of weights and pictures
+                  ex: Extractor = None # another network of kind 'inception' with `features` and `logits`; `None`: FID's, with random weights
+                 ) -> pd.DataFrame: # way, network (images it saw), seconds, MiB, FID, KID, IS, ratio; also printed
+    "FID, KID and IS together: features once beside torchmetrics' classes one after the other, in one run."
+    device, ex, rows, seen = device or default_device(), ex or random_inception(seed), [], []
+    hook = ex.net.to(device).register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
+    with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        real, fake = (_pictures(Path(d)/k, n, size, seed_of(seed, k)) for k in ('real', 'fake'))
+        ex([read_image(real/'00000.png')]*2, device)                        # both find the network warm
+        ways = {'features once': lambda: fidelity(real, fake, ex, bs=bs, device=device).set_index('metric').value.to_dict(),
+                'one metric after the other': lambda: naive_fidelity(real, fake, ex, bs, device)}
+        for way, f in ways.items():
+            seen.clear(); t = time.perf_counter()
+            with peak_memory() as m: v = f()
+            rows.append(dict(way=way, network=sum(seen), seconds=time.perf_counter() - t, MiB=m.MiB, **{k: v[k] for k in ('FID', 'KID', 'IS')}))
+    hook.remove()
+    df = pd.DataFrame(rows); df['ratio'] = df.seconds/df.seconds[0]
+    print(f'{n} against {n} images at {size} px, batches of {bs}, {hardware()}. MiB: peak of the process above what it held with the network loaded.')
+    print(df.round(dict(seconds=1, MiB=0, FID=4, KID=6, IS=4, ratio=2)).to_string(index=False))
+    return df
+
 # %% ../nbs/api/71_bench.ipynb #23546318
 def siamese(size: int = 384,            # side in pixels at which operations are counted
             tiny: dict = None,          # keywords of `siamese_seconds`
@@ -223,7 +318,7 @@ def siamese(size: int = 384,            # side in pixels at which operations are
     if default_device().type == 'cuda' if full_size is None else full_size: print(siamese_full_size(size=size).round(2).to_string(index=False))
     return df
 
-BENCHES = {'siamese': siamese}
+BENCHES = {'siamese': siamese, 'fidelity': fidelity_cost}
 
 def bench(what: str = 'siamese',    # a key of `BENCHES`
           **kw                      # for that function
