@@ -32,7 +32,8 @@ def _open(x, what):
     "The images of one side, and its pairs or `None`."
     if isinstance(x, (str, Path)) and Path(x).suffix == '.csv': x = find_pairs(x)
     images = image_list(x, what)
-    if len(images) < 2: raise MedsynError(f"{len(images)} {what[:-1]} in {x if isinstance(x, (str, Path)) else 'the list'}: a comparison of sets needs at least two, and says little below fifty")
+    if len(images) < 2: raise MedsynError(
+        f"{len(images)} {what[:-1]} in {x if isinstance(x, (str, Path)) else 'the list'}: a comparison of sets needs at least two, and says little below fifty")
     if not isinstance(x, (str, Path)): return images, x if isinstance(x, (list, tuple)) and all(isinstance(p, Pair) for p in x) else None
     try: return images, find_pairs(x)
     except MedsynError: return images, None
@@ -75,7 +76,8 @@ def _obedience_rows(found):
     s = found.summary.set_index(['set', 'metric'])
     for m in s.loc['synthetic'].index:
         a, b = s.loc[('synthetic', m)], s.loc[('real', m)]
-        yield dict(section='obedience', metric=m, value=a.value, lo=a.lo, hi=a.hi, reference=b.value, better='high' if m.startswith('dice') else 'low', n_real=b.n, n_fake=a.n, extractor=a.extractor, note=a.note)
+        yield dict(section='obedience', metric=m, value=a.value, lo=a.lo, hi=a.hi, reference=b.value,
+                   better='high' if m.startswith('dice') else 'low', n_real=b.n, n_fake=a.n, extractor=a.extractor, note=a.note)
 
 def _probe_rows(probe, n_real, generator):
     "Margins of the generator's denoising loss with intervals."
@@ -100,23 +102,32 @@ def _reader_rows(answers, key):
 def _missing(exs, segmenter, fake_pairs, ref_pairs, held, generator, lpips_weights):
     "One sentence for everything that was not measured, or measured with a reservation."
     kinds = {e.kind for e in exs}
-    if not exs: yield "Fidelity, variety and novelty in feature space: there is no feature extractor. Give a segmenter trained on real pairs (--segmenter), the file of FID's Inception weights or a CLIP (--extractor)."
-    if 'inception' not in kinds: yield "FID, KID and IS: they are defined by weights-inception-2015-12-05-6726825d.pth. Give its path (--extractor)." + (' FD and KD with a name behind them are another extractor\'s and cannot be compared with published FID and KID.' if 'own' in kinds else '')
+    if not exs: yield ("Fidelity, variety and novelty in feature space: there is no feature extractor. "
+        "Give a segmenter trained on real pairs (--segmenter), the file of FID's Inception weights or a CLIP (--extractor).")
+    if 'inception' not in kinds: yield ("FID, KID and IS: they are defined by weights-inception-2015-12-05-6726825d.pth. Give its path (--extractor)."
+        + ' FD and KD with a name behind them are another extractor\'s and cannot be compared with published FID and KID.'*('own' in kinds))
     if 'clip' not in kinds: yield "CMMD and CLIP-I: give the folder or hub id of a CLIP (--extractor)."
     if lpips_weights is None: yield "LPIPS: give torchvision's alexnet weights (--lpips)."
     if segmenter is None: yield "Obedience: give a segmenter trained on real pairs alone (--segmenter)."
     elif not fake_pairs: yield "Obedience: the synthetic images have no masks beside them. Give the folder that medsyn synth made."
     elif not ref_pairs: yield "Obedience: the real images have no masks beside them. Give real pairs (--held)."
-    elif held is None: yield "Obedience is held against the real pairs of this comparison: if the segmenter was trained on them, its figures on real images are too good. Give held-out pairs (--held)."
+    elif held is None: yield ("Obedience is held against the real pairs of this comparison: if the segmenter was trained on them, "
+        "its figures on real images are too good. Give held-out pairs (--held).")
     if generator is None: yield "The denoising loss under right and wrong masks: give the generator (--generator)."
 
 # %% ../../nbs/api/66_evaluate.report.ipynb #d5551f55
-_CSS = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}h1{font-size:1.6em;margin-bottom:.2em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;font-size:13px;margin:.6em 0}th,td{padding:.25em .7em;text-align:left;border-bottom:1px solid #eee;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-caption{caption-side:bottom;text-align:left;color:#777;font-size:12px;padding-top:.3em}img{max-width:100%;display:block;margin:.6em 0}.m{color:#777;font-size:13px}.missing li{color:#8a4b00}"""
-_TITLES = dict(fidelity='Does it look real? (fidelity)', variety='Is everything there? (precision, recall, density, coverage)', novelty='Is it new? (novelty)', obedience='Does it follow the mask? (obedience)',
+_CSS = """body{font:15px/1.5 system-ui,sans-serif;
+max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.6em;margin-bottom:.2em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;font-size:13px;margin:.6em 0}
+th,td{padding:.25em .7em;text-align:left;border-bottom:1px solid #eee;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+caption{caption-side:bottom;text-align:left;color:#777;font-size:12px;padding-top:.3em}
+img{max-width:100%;display:block;margin:.6em 0}.m{color:#777;font-size:13px}.missing li{color:#8a4b00}"""
+_TITLES = dict(fidelity='Does it look real? (fidelity)', variety='Is everything there? (precision, recall, density, coverage)',
+               novelty='Is it new? (novelty)', obedience='Does it follow the mask? (obedience)',
                readers='What do readers say?', differences='Does it help? (differences between arms)')
-_ABOUT = dict(fidelity='reference: the same between two halves of the real images', novelty="reference: for shares what new draws would have, for distances the real set's own", obedience='reference: the same on real pairs, or 0 for margins',
+_ABOUT = dict(fidelity='reference: the same between two halves of the real images',
+              novelty="reference: for shares what new draws would have, for distances the real set's own", obedience='reference: the same on real pairs, or 0 for margins',
               readers='reference: the same for the real pictures among them')
 
 def _num(v): return '' if v is None or isinstance(v, float) and math.isnan(v) else f'{v:.4g}'
@@ -150,7 +161,8 @@ def page(title: str,        # what is judged
     "The report as one self-contained page."
     h, li = html.escape, lambda x: ''.join(f'<li>{html.escape(s)}</li>' for s in x)
     parts = [f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{h(title)}</title><style>{_CSS}</style><h1>{h(title)}</h1>',
-             *[f'<p class=m>{h(s)}</p>' for s in about], f'<h2>In short</h2><ul>{li(short)}</ul>', f'<h2>Not measured, or with a reservation</h2><ul class=missing>{li(missing)}</ul>' if missing else '']
+             *[f'<p class=m>{h(s)}</p>' for s in about], f'<h2>In short</h2><ul>{li(short)}</ul>',
+             f'<h2>Not measured, or with a reservation</h2><ul class=missing>{li(missing)}</ul>' if missing else '']
     for s in ['pictures', *_TITLES]:
         mine = [r for r in rows if r['section'] == s]
         if not mine and not pictures.get(s): continue
@@ -162,12 +174,19 @@ def _short(rows):
     "A sentence per question."
     by = {(r['section'], r['metric']): r for r in rows}
     lead = next((r for p in ('KID', 'CMMD', 'KD-') for r in rows if r['section'] == 'fidelity' and r['metric'].startswith(p)), None)
-    if lead: yield f"Fidelity: {lead['metric']} {_num(lead['value'])} from {lead['n_real']} real and {lead['n_fake']} synthetic images; two halves of the real set have {_num(lead['reference']) or 'none (too few images)'}."
+    if lead: yield (
+        f"Fidelity: {lead['metric']} {_num(lead['value'])} from {lead['n_real']} real and {lead['n_fake']} synthetic images; "
+        f"two halves of the real set have {_num(lead['reference']) or 'none (too few images)'}.")
     for s in ('pixel', 'feature'):
         if r := by.get(('novelty', f'share closer, {s}')):
-            yield f"Novelty ({s}): {r['value']:.1%} of the synthetic images are nearer to a real image than the line below which {r['reference']:.0%} of the real ones lie" + (': look at the pairs below.' if r['value'] > 2*r['reference'] else '.')
-    if r := by.get(('obedience', 'dice@0.5')): yield f"Obedience: a segmenter finds the lesion where the mask says with Dice {r['value']:.3f} ({r['lo']:.3f} to {r['hi']:.3f}) on synthetic and {r['reference']:.3f} on real images."
-    if r := by.get(('obedience', 'margin, shifted mask')): yield f"Obedience: real images cost the generator {r['value']:+.1%} ({r['lo']:+.1%} to {r['hi']:+.1%}) more under a shifted mask than under their own" + ('.' if r['lo'] > 0 else ': no effect of the mask is shown.')
+            yield (f"Novelty ({s}): {r['value']:.1%} of the synthetic images are nearer to a real image than the line "
+            f"below which {r['reference']:.0%} of the real ones lie" + (': look at the pairs below.' if r['value'] > 2*r['reference'] else '.'))
+    if r := by.get(('obedience', 'dice@0.5')): yield (
+        f"Obedience: a segmenter finds the lesion where the mask says with Dice {r['value']:.3f} ({r['lo']:.3f} to {r['hi']:.3f}) "
+        f"on synthetic and {r['reference']:.3f} on real images.")
+    if r := by.get(('obedience', 'margin, shifted mask')): yield (
+        f"Obedience: real images cost the generator {r['value']:+.1%} ({r['lo']:+.1%} to {r['hi']:+.1%}) "
+        "more under a shifted mask than under their own" + ('.' if r['lo'] > 0 else ': no effect of the mask is shown.'))
     if r := by.get(('variety', 'coverage')): yield f"Variety: {r['value']:.0%} of the real images have a synthetic one in their neighbourhood (coverage)."
     if r := by.get(('readers', 'MOS')): yield f"Readers took {r['value']:.0%} ({r['lo']:.0%} to {r['hi']:.0%}) of the synthetic and {r['reference']:.0%} of the real pictures for real."
     for r in rows:
@@ -178,7 +197,8 @@ def _difference_rows(scores, baseline, metric):
     t = compare_arms(scores, baseline, metric)
     for r in t.itertuples():
         last = r.testset if t[t.arm == r.arm].testset.nunique() > 1 else 'only'
-        yield dict(section='differences', metric=f'{r.arm}, {r.segmenter}, {last}', value=100*r.diff, lo=100*r.lo, hi=100*r.hi, better='high', n_real=r.n, n_fake=0, extractor=f'{r.segmenter}, {r.seeds} seed{"s"[:r.seeds != 1]}', note=r.text)
+        yield dict(section='differences', metric=f'{r.arm}, {r.segmenter}, {last}', value=100*r.diff, lo=100*r.lo, hi=100*r.hi,
+                   better='high', n_real=r.n, n_fake=0, extractor=f'{r.segmenter}, {r.seeds} seed{"s"[:r.seeds != 1]}', note=r.text)
 
 # %% ../../nbs/api/66_evaluate.report.ipynb #c4b47013
 def _name(o, i): return f'{i:06d}' if isinstance(o, np.ndarray) else Path(o).name
@@ -194,7 +214,8 @@ def _of_images(real, fake, exs, lpips_weights, kw, seed):
     if len(real) > 2:
         n = novelty(real, fake, exs[0] if exs else None, **kw)
         rows += _novelty_rows(n); frame = frame.join(n.frame.drop(columns='name'))
-        pics['novelty'] = [('The ten synthetic images nearest to real ones, over those; above them the distance, p for pixels or f for features, the flip, and ! below the line.', show_closest(n))]
+        pics['novelty'] = [('The ten synthetic images nearest to real ones, over those; '
+                            'above them the distance, p for pixels or f for features, the flip, and ! below the line.', show_closest(n))]
     return rows, pics, frame
 
 def _of_masks(segmenter, fake, real, generator, least, bs, device, seed):
@@ -203,7 +224,8 @@ def _of_masks(segmenter, fake, real, generator, least, bs, device, seed):
     if segmenter is not None and fake and real:
         o = obedience(segmenter, fake, real, least=least, bs=bs, device=device); mine = o.frame[o.frame['set'] == 'synthetic'].drop(columns='set')
         rows += _obedience_rows(o)
-        pics = [('Dice of every image, sorted.', plot_obedience(o)), ('Best and worst synthetic images by Dice; the mask in green, what the segmenter finds in magenta.', show_cases(fake, segmenter, mine, n=8))]
+        pics = [('Dice of every image, sorted.', plot_obedience(o)),
+                ('Best and worst synthetic images by Dice; the mask in green, what the segmenter finds in magenta.', show_cases(fake, segmenter, mine, n=8))]
     if generator is not None and real:
         use = [real[i] for i in np.random.default_rng(seed_of(seed, 'probe')).permutation(len(real))[:64]]
         rows += _probe_rows(denoising_probe(generator, use, seed=seed), len(use), generator)
