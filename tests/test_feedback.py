@@ -1,0 +1,171 @@
+"""Generative feedback: its gradient against plain differentiation, who gets it and who does not, its switches, and that it pulls a wrong mask to the right one."""
+import tempfile
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from PIL import Image
+
+from medsyn.core import MedsynError, seeded
+from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls, read_pair
+from medsyn.diffusion.backbone import Backbone
+from medsyn.diffusion.learner import MASKS, Cond, Denoiser, pretrain_backbone
+from medsyn.generate.catalog import METHODS, generator_learner
+from medsyn.generate.control import ControlGenerator
+from medsyn.segment.feedback import GenerativeFeedbackCB, feedback, judged, noised_images, pulled, soft_mask
+from medsyn.segment.learner import segment_learner
+from medsyn.segment.models import segmenter
+from medsyn.train import fit_steps
+
+KINDS = ('control', 'siamese', 'alignment')
+
+def judge(kind='control', size=32, seed=0, image=False):
+    "A small generator with random weights wherever training would have put some."
+    with seeded(seed):
+        x0 = torch.from_numpy(draw_lesions(8, size, seed=1)[0]).permute(0, 3, 1, 2)/127.5 - 1
+        bb = Backbone.tiny(x0, size, channels=(16, 32))
+        gen = ControlGenerator(bb, image=True) if image else METHODS[kind].opens(bb)
+        with torch.no_grad():
+            for m in gen.trainable():
+                for p in m.parameters(): p.add_(0.1*torch.randn_like(p))
+    return gen.eval()
+
+def net(classes=1):
+    with seeded(0): return segmenter('unet', size=32, classes=classes, encoder_depth=3, decoder_channels=(32, 16, 8))
+
+@pytest.fixture(scope='module')
+def dls():
+    with tempfile.TemporaryDirectory() as d:
+        return pair_dls(find_pairs(lesion_folder(d, 12, size=32, seed=0)), size=32, bs=4, valid=0.25, seed=0, augment=False, device='cpu')
+
+def draws(gen, x, n_t=1, seed=3, **kw): return list(noised_images(gen, x, torch.Generator().manual_seed(seed), n_t=n_t, **kw))
+
+# The gradient --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('classes', [1, 2])
+def test_gradient_is_plain_differentiation(kind, classes):
+    "In float64, the segmenter's gradients are those of one graph through segmenter and generator, written from Eq. 8-10."
+    gen, model = judge(kind).double(), net(classes).double().eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bb, flags = gen.backbone, [p.requires_grad for p in gen.parameters()]
+    n, = draws(gen, x)
+    out = model(x)
+    m = soft_mask(out, 0.5).double()
+    v, g = feedback(gen, [n], m)
+    got = torch.autograd.grad(pulled(v, m, g), list(model.parameters()), allow_unused=True)
+    l = model(x)/0.5
+    soft = (l.softmax(1)[:, 1:] if classes == 2 else torch.cat([0*l, l], 1).softmax(1)[:, 1:])
+    z0 = bb.codec.encode(x*2 - 1)
+    a = bb.schedule.abar[n.t].reshape(-1, 1, 1, 1)
+    zt = a.sqrt()*z0 + (1 - a).sqrt()*n.eps
+    with torch.no_grad(): text = bb.text([bb.prompt]*2)
+    want = ((gen.eps(zt, n.t, Cond(soft, text)) - n.eps)**2).mean()
+    torch.testing.assert_close(v, want.detach().to(v), rtol=1e-5, atol=0)
+    for a_, b_ in zip(got, torch.autograd.grad(want, list(model.parameters()), allow_unused=True), strict=True):
+        if b_ is not None: assert (a_ - b_).norm() <= 1e-4*b_.norm() + 1e-12
+    assert [p.requires_grad for p in gen.parameters()] == flags and all(p.grad is None for p in gen.parameters())
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_only_the_segmenter_learns(kind, dls):
+    "During training: every generator gradient is None, every weight of it stays; the segmenter's move because of the term."
+    class Spy(Callback):
+        order = 5
+        def after_backward(self):
+            assert all(p.grad is None for p in gen.parameters())
+            self.learn.moved = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+    gen = judge(kind).train().requires_grad_(True)                                           # even if somebody left it like this
+    before = {k: v.clone() for k, v in gen.state_dict().items()}
+    def run(cbs): return fit_steps(segment_learner(dls, net(), cbs=[Spy(), *cbs], clip=None), 1)
+    plain, fed = run([]), run([GenerativeFeedbackCB(gen, weight=10.)])
+    assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items()) and all(p.requires_grad for p in gen.parameters())
+    assert any((a - b).abs().max() > 1e-6 for a, b in zip(plain.moved, fed.moved, strict=True))
+    log = fed.history.frame()
+    assert log.loss[0] == plain.history.frame().loss[0] and log.L_fb[0] > 0                  # the plain loss stays readable
+
+def test_weight_zero_is_plain_training(dls):
+    run = lambda cbs: fit_steps(segment_learner(dls, net(), cbs=cbs), 3)
+    a, b = run([]), run([GenerativeFeedbackCB(judge(), weight=0.)])
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+def test_mask_and_image_generator():
+    "A generator that also sees the image (M+I) is given it."
+    gen, x = judge(image=True), torch.rand(2, 3, 32, 32)
+    n, = draws(gen, x)
+    assert torch.equal(n.cond.image, x*2 - 1)
+    v, g = feedback(gen, [n], torch.rand(2, 1, 32, 32))
+    assert torch.isfinite(v) and g.abs().sum() > 0
+
+# Precision -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('how', ['autocast', 'weights'])
+def test_bf16(kind, how):
+    "Under autocast (what a bf16 learner does) and with a generator of bf16 weights: nearly the same value and direction."
+    x, mask = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 1, 32, 32)
+    mask[..., 8:20, 8:20] = 0.9
+    v, g = feedback(gen := judge(kind), draws(gen, x), mask)
+    with torch.autocast('cpu', torch.bfloat16) if how == 'autocast' else nullcontext():
+        low = judge(kind) if how == 'autocast' else judge(kind).bfloat16()
+        v2, g2 = feedback(low, draws(low, x), mask)
+        out = torch.zeros(2, 1, 32, 32, requires_grad=True, dtype=torch.bfloat16)
+        m = soft_mask(out); pulled(v2, m, g2).backward()
+    assert v2.dtype == torch.float32 and abs(v2 - v) < 0.05*v
+    assert torch.cosine_similarity(g.flatten(), g2.float().flatten(), 0) > 0.95 and out.grad.abs().sum() > 0
+
+# What it costs -------------------------------------------------------------------------------------------------------
+
+def test_every(dls):
+    log = fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(judge(), every=3)]), 7).history.frame()
+    assert log.L_fb.notna().tolist() == [k % 3 == 0 for k in range(7)]
+
+def test_n_t_is_the_mean_of_draws():
+    gen, x, mask = judge(), torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)
+    ns = draws(gen, x, n_t=3)
+    one = [feedback(gen, [n], mask) for n in ns]
+    v, g = feedback(gen, ns, mask)
+    torch.testing.assert_close(v, torch.stack([o[0] for o in one]).mean()); torch.testing.assert_close(g, torch.stack([o[1] for o in one]).mean(0))
+    assert len({o[0].item() for o in one}) == 3
+
+def test_trunk_is_computed_once_for_many_masks(monkeypatch):
+    calls, real = [], ControlGenerator.trunk
+    monkeypatch.setattr(ControlGenerator, 'trunk', lambda self, *a: (calls.append(1), real(self, *a))[1])
+    gen, x = judge(), torch.rand(2, 3, 32, 32)
+    n, = draws(gen, x)
+    masks = [torch.rand(2, 1, 32, 32) for _ in range(3)]
+    got = [judged(gen, n, m) for m in masks]
+    assert len(calls) == 1
+    for m, v in zip(masks, got): torch.testing.assert_close(v, (gen.eps(n.zt, n.t, gen.condition(m)) - n.eps).square().mean((1, 2, 3)))
+
+def test_lower_resolution_judge(dls):
+    gen, x = judge(size=16), torch.rand(2, 3, 32, 32)
+    v, g = feedback(gen, draws(gen, x), torch.rand(2, 1, 32, 32))
+    assert g.shape == (2, 1, 32, 32) and (g != 0).float().mean() > 0.9                      # every pixel of the large mask has a say
+    log = fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, resize=True)]), 2).history.frame()
+    assert (log.L_fb > 0).all()
+    with pytest.raises(MedsynError, match='draws 16x16 px and the segmenter sees 32x32'): fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen)]), 1)
+
+def test_timesteps_and_seeds(dls):
+    gen, x = judge(), torch.rand(64, 3, 32, 32)
+    n, = draws(gen, x, t_range=(300, 310))
+    assert n.t.min() >= 300 and n.t.max() < 310 and len(set(n.t.tolist())) > 5
+    run = lambda seed: fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, seed=seed)]), 2).history.frame().L_fb.tolist()
+    assert run(0) == run(0) != run(1)
+
+# Faults --------------------------------------------------------------------------------------------------------------
+
+def test_bad_input(dls):
+    gen = judge()
+    for kw, said in ((dict(temperature=0), r'temperature 0: choose one in \(0, 1\]'), (dict(temperature=1.01), r'temperature 1.01'), (dict(t_range=(0, 1001)), 't_range 0, 1001'),
+                     (dict(t_range=(500, 500)), 't_range'), (dict(every=0), 'every 0'), (dict(n_t=0), 'n_t 0')):
+        with pytest.raises(MedsynError, match=said): GenerativeFeedbackCB(gen, **kw)
+    with pytest.raises(MedsynError, match='Denoiser takes no mask, so it cannot judge one'): GenerativeFeedbackCB(Denoiser(gen.backbone))
+    class Three(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = torch.nn.Conv2d(3, 3, 1)
+        def forward(self, x): return self.net(x.as_subclass(torch.Tensor))
+    with pytest.raises(MedsynError, match=r'shape \(4, 3, 32, 32\): \(B,1,H,W\) or \(B,2,H,W\) is needed'):
+        fit_steps(segment_learner(dls, Three(), loss=lambda out, y: out.mean(), cbs=[GenerativeFeedbackCB(gen)]), 1)
+    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen), GenerativeFeedbackCB(gen)]), 1)
