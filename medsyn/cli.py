@@ -214,7 +214,7 @@ def named(paths     # folders or lists, or `name=folder`
 def compare(data: str,                          # folder or list of real training pairs
             tests: many(str),  # test folders or lists; NAME=FOLDER names one
             out: str,                           # results folder; the same command goes on where it stopped
-            arms: many(str) = ('real', 'copy-paste'),  # real, copy-paste, and folders of synthetic pairs; NAME=FOLDER names one
+            arms: many(str) = ('real', 'copy-paste'),  # real, copy-paste, mixup, cutmix, folders of synthetic pairs, and mcpmix-fixed:FOLDER, -scheduled:, -learned: for partners; NAME=ARM names one
             segmenters: many(str) = ('unet',),  # networks: unet, segformer
             seeds: many(int) = (0, 1, 2),  # one run each
             baseline: str = 'real',             # the arm the others are compared with
