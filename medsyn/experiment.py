@@ -257,15 +257,16 @@ def make_generator(pairs: list,             # training `Pair`s
                    method: str = 'control', # a key of `generate.catalog.METHODS`
                    steps: int = 3000,       # optimiser steps (Siamese-Diffusion, Sec. 4.2)
                    bs: int = 16,            # batch size
-                   lr: float = None,        # `None`: 1e-5 on Stable Diffusion, 1e-3 on a tiny backbone
+                   lr: float = None,        # `None`: 1e-5 on Stable Diffusion, the method's `tiny_lr` on a tiny backbone
                    size: int = None,        # side in pixels; default: the backbone's
                    seed: int = 0,           # of order and noise
                    probe: int = None,       # steps between obedience probes; `None`: ten in the run
                    source: str = ''         # where the backbone came from, for the record
                   ):                        # the trained generator
     "Train a generator, or open it if the folder holds it already."
-    size, lr = size or backbone.size, lr or (1e-3 if backbone.is_tiny else 1e-5)
-    pick(method, METHODS, 'method'); backbone.check_size(size)
+    how, size = METHODS[pick(method, METHODS, 'method')], size or backbone.size
+    lr = lr or (how.tiny_lr if backbone.is_tiny else 1e-5)
+    backbone.check_size(size)
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     config = dict(pairs=digest(pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr, size=size, seed=seed)
     dls = pair_dls(pairs, size, bs, seed=seed, augment='flip' if backbone.is_tiny else False)

@@ -37,9 +37,13 @@ def net(classes=1):
     with seeded(0): return segmenter('unet', size=32, classes=classes, encoder_depth=3, decoder_channels=(32, 16, 8))
 
 @pytest.fixture(scope='module')
-def dls():
-    with tempfile.TemporaryDirectory() as d:
-        return pair_dls(find_pairs(lesion_folder(d, 12, size=32, seed=0)), size=32, bs=4, valid=0.25, seed=0, augment=False, device='cpu')
+def pairs():
+    with tempfile.TemporaryDirectory() as d: yield find_pairs(lesion_folder(d, 12, size=32, seed=0))
+
+def batches(pairs): return pair_dls(pairs, size=32, bs=4, valid=0.25, seed=0, augment=False, device='cpu')
+
+@pytest.fixture
+def dls(pairs): return batches(pairs)
 
 def draws(gen, x, n_t=1, seed=3, **kw): return list(noised_images(gen, x, torch.Generator().manual_seed(seed), n_t=n_t, **kw))
 
@@ -65,12 +69,14 @@ def test_gradient_is_plain_differentiation(kind, classes):
     with torch.no_grad(): text = bb.text([bb.prompt]*2)
     want = ((gen.eps(zt, n.t, Cond(soft, text)) - n.eps)**2).mean()
     torch.testing.assert_close(v, want.detach().to(v), rtol=1e-5, atol=0)
-    for a_, b_ in zip(got, torch.autograd.grad(want, list(model.parameters()), allow_unused=True), strict=True):
-        if b_ is not None: assert (a_ - b_).norm() <= 1e-4*b_.norm() + 1e-12
+    grads = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
+    top = max(b_.norm() for b_ in grads if b_ is not None)                                  # the mask is float32, all else float64
+    for a_, b_ in zip(got, grads, strict=True):
+        if b_ is not None: assert (a_ - b_).norm() <= 1e-4*b_.norm() + 1e-4*top
     assert [p.requires_grad for p in gen.parameters()] == flags and all(p.grad is None for p in gen.parameters())
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_only_the_segmenter_learns(kind, dls):
+def test_only_the_segmenter_learns(kind, pairs):
     "During training: every generator gradient is None, every weight of it stays; the segmenter's move because of the term."
     class Spy(Callback):
         order = 5
@@ -79,15 +85,15 @@ def test_only_the_segmenter_learns(kind, dls):
             self.learn.moved = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
     gen = judge(kind).train().requires_grad_(True)                                           # even if somebody left it like this
     before = {k: v.clone() for k, v in gen.state_dict().items()}
-    def run(cbs): return fit_steps(segment_learner(dls, net(), cbs=[Spy(), *cbs], clip=None), 1)
+    def run(cbs): return fit_steps(segment_learner(batches(pairs), net(), cbs=[Spy(), *cbs], clip=None), 1)
     plain, fed = run([]), run([GenerativeFeedbackCB(gen, weight=10.)])
     assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items()) and all(p.requires_grad for p in gen.parameters())
     assert any((a - b).abs().max() > 1e-6 for a, b in zip(plain.moved, fed.moved, strict=True))
     log = fed.history.frame()
     assert log.loss[0] == plain.history.frame().loss[0] and log.L_fb[0] > 0                  # the plain loss stays readable
 
-def test_weight_zero_is_plain_training(dls):
-    run = lambda cbs: fit_steps(segment_learner(dls, net(), cbs=cbs), 3)
+def test_weight_zero_is_plain_training(pairs):
+    run = lambda cbs: fit_steps(segment_learner(batches(pairs), net(), cbs=cbs), 3)
     a, b = run([]), run([GenerativeFeedbackCB(judge(), weight=0.)])
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
 
@@ -148,11 +154,11 @@ def test_lower_resolution_judge(dls):
     assert (log.L_fb > 0).all()
     with pytest.raises(MedsynError, match='draws 16x16 px and the segmenter sees 32x32'): fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen)]), 1)
 
-def test_timesteps_and_seeds(dls):
+def test_timesteps_and_seeds(pairs):
     gen, x = judge(), torch.rand(64, 3, 32, 32)
     n, = draws(gen, x, t_range=(300, 310))
     assert n.t.min() >= 300 and n.t.max() < 310 and len(set(n.t.tolist())) > 5
-    run = lambda seed: fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, seed=seed)]), 2).history.frame().L_fb.tolist()
+    run = lambda seed: fit_steps(segment_learner(batches(pairs), net(), cbs=[GenerativeFeedbackCB(gen, seed=seed)]), 2).history.frame().L_fb.tolist()
     assert run(0) == run(0) != run(1)
 
 # Faults --------------------------------------------------------------------------------------------------------------
