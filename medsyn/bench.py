@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'one_step', 'stable_diffusion_shapes', 'made_up_batch', 'as_released', 'flops', 'siamese_flops', 'timed',
            'siamese_seconds', 'siamese_full_size', 'peak_memory', 'random_inception', 'naive_fidelity', 'fidelity_cost',
-           'siamese', 'bench']
+           'segment_step', 'feedback_flops', 'feedback_seconds', 'feedback', 'siamese', 'bench']
 
 # %% ../nbs/api/71_bench.ipynb #1f9824a5
 import contextlib
@@ -36,6 +36,9 @@ from .diffusion.learner import Cond
 from .diffusion.schedule import Schedule
 from .evaluate.fidelity import Extractor, InceptionFID, fidelity, image_list
 from .generate.catalog import METHODS
+from .segment.feedback import GenerativeFeedbackCB
+from .segment.learner import bce_dice
+from .segment.models import segmenter
 
 # %% ../nbs/api/71_bench.ipynb #1713d40e
 def one_step(gen,           # a generator
@@ -307,6 +310,70 @@ def fidelity_cost(n: int = 1000,    # real and as many synthetic images
     print(df.round(dict(seconds=1, cpu=1, MiB=0, FID=4, KID=6, IS=4, ratio=2)).to_string(index=False))
     return df
 
+# %% ../nbs/api/71_bench.ipynb #4b846192
+def segment_step(model,         # a segmenter
+                 x, y,          # images (B,3,H,W) in [0,1] and masks (B,H,W)
+                 cb,            # a `GenerativeFeedbackCB`, or nothing
+                 k: int         # the step
+                ):              # the scalar loss
+    "One segmentation step's loss: the learner's events on a given batch."
+    learn = SimpleNamespace(x=x, train_iter=k, terms={}, training=True)
+    if cb: cb.learn = learn
+    learn.pred = model(x)
+    learn.loss = learn.loss_grad = bce_dice(learn.pred, y)
+    if cb: cb('after_loss')
+    return learn.loss_grad
+
+def _judge(gen, every=1, resize=False):
+    cb = GenerativeFeedbackCB(gen.eval(), every=every, resize=resize)
+    cb.rng = torch.Generator().manual_seed(0)
+    return cb
+
+def feedback_flops(size: int = 512,                     # side in pixels
+                   encoder: str = 'mit_b2',             # the segmenter's encoder
+                   methods=('control', 'siamese', 'alignment'), # generators that judge
+                   width: int = 320                     # U-Net channels of the first level
+                  ) -> pd.DataFrame:                    # one row a judge and `every`: TFLOP per image, and as a multiple of the plain step's
+    "Operations of one segmentation step per image (meta device)."
+    with torch.device('meta'): x, y = torch.zeros(1, 3, size, size), torch.zeros(1, size, size)
+    model, bb = segmenter('segformer', encoder).to('meta'), stable_diffusion_shapes(width=width, vae=True)      # its constructor reads numbers, which meta has not
+    bb.size, plain = size, flops(lambda: segment_step(model, x, y, None, 0))
+    rows = [dict(judge='none', every=0, TFLOP=plain)]
+    for m in methods:
+        with torch.device('meta'): gen = METHODS[m].opens(bb).freeze_rest()
+        full = flops(lambda: segment_step(model, x, y, _judge(gen), 0))
+        rows += [dict(judge=m, every=e, TFLOP=plain + (full - plain)/e) for e in (1, 4)]
+    df = pd.DataFrame(rows)
+    return df.assign(ratio=df.TFLOP/plain)
+
+def feedback_seconds(size: int = 64,            # side in pixels
+                     channels=(48, 96, 144),    # U-Net channels per level
+                     bs: int = 8,               # images per step
+                     methods=('control', 'siamese', 'alignment'),   # generators that judge
+                     steps: int = 4,            # steps timed, a multiple of 4
+                     repeat: int = 3            # times each; the quickest counts
+                    ) -> pd.DataFrame:          # one row a judge and `every`: seconds, and as a multiple of the plain step's
+    "Seconds of a segmentation step (U-Net, ResNet-18) on tiny generators; `half` is a control generator of half the side length."
+    with seeded(seed_of(0, 'bench')):
+        x, y, model = torch.rand(bs, 3, size, size), (torch.rand(bs, size, size) > 0.8).float(), segmenter('unet', size=size)
+        make = lambda m, s: METHODS[m].opens(Backbone.tiny(torch.rand(4, 3, s, s)*2 - 1, s, channels)).freeze_rest()
+        judges = {m: make(m, size) for m in methods} | {'control, half the size': make('control', size//2)}
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    def step(cb, k): v = segment_step(model, x, y, cb, k); opt.zero_grad(); v.backward(); opt.step()
+    cbs = {('none', 0): None, **{(m, e): _judge(g, e, True) for m, g in judges.items() for e in (1, 4)}}
+    seconds = timed({k: lambda i, cb=cb: step(cb, i) for k, cb in cbs.items()}, range(steps), repeat)
+    df = pd.DataFrame([dict(judge=j, every=e, seconds=v) for (j, e), v in seconds.items()])
+    return df.assign(seconds_ratio=df.seconds/df.seconds[0])
+
+def feedback(size: int = 512,       # side in pixels at which operations are counted
+             tiny: dict = None      # keywords of `feedback_seconds`
+            ) -> pd.DataFrame:      # operations and seconds of a step, one row a judge and `every`
+    "The cost of a segmentation step with and without generative feedback, at every step and at every fourth."
+    df = feedback_flops(size).merge(feedback_seconds(**(tiny or {})), on=['judge', 'every'], how='outer', sort=False)
+    print(f'TFLOP: one image, one step of SegFormer (MiT-B2), a generator on Stable Diffusion 1.5 at {size} px. seconds: one step of a U-Net with tiny generators, {hardware()}.')
+    print('Ratios to the step without feedback; averaged over steps where every is 4.'); print(df.round(3).to_string(index=False))
+    return df
+
 # %% ../nbs/api/71_bench.ipynb #23546318
 def siamese(size: int = 384,            # side in pixels at which operations are counted
             tiny: dict = None,          # keywords of `siamese_seconds`
@@ -319,7 +386,7 @@ def siamese(size: int = 384,            # side in pixels at which operations are
     if default_device().type == 'cuda' if full_size is None else full_size: print(siamese_full_size(size=size).round(2).to_string(index=False))
     return df
 
-BENCHES = {'siamese': siamese, 'fidelity': fidelity_cost}
+BENCHES = {'siamese': siamese, 'fidelity': fidelity_cost, 'feedback': feedback}
 
 def bench(what: str = 'siamese',    # a key of `BENCHES`
           **kw                      # for that function
