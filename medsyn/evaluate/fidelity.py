@@ -153,7 +153,8 @@ def _tensor(images, size, mode):
         one_size(images)
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()/255
     fit = lambda x: F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False) if x.shape[-2:] != (size, size) else x
-    return torch.cat([fit(torch.from_numpy(i).permute(2, 0, 1)[None].float()) for i in images]).clamp(0, 255)/255
+    x = torch.cat([fit(torch.from_numpy(i).permute(2, 0, 1)[None].float()) for i in images]).clamp(0, 255)/255
+    return x.contiguous(memory_format=torch.channels_last)      # Inception on a CPU takes two thirds of the time
 
 @patch
 def __call__(self: Extractor,
