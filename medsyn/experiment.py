@@ -20,6 +20,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from .core import MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors, pick, save_json, seed_of, seeded, track, versions, write_atomic
 from .data.lesions import lesion_folder
@@ -34,7 +35,7 @@ from .segment.annealing import RealAnchorCB
 from .segment.learner import segment_learner
 from .segment.mixing import CutMixCB, MixUpCB, PairedMixCB, check_partners, find_partners, partner_dls
 from .segment.models import segmenter
-from .synth import synthesize
+from .synth import generator_hash, synthesize
 from .train import fit_steps
 from .viz import curves, save_png, show_rows
 
@@ -121,9 +122,14 @@ def _one_run(f, train, tests, arm, net, seed, metrics, kw):
     write_atomic(f.with_suffix('.log.csv'), learn.history.frame().to_csv(index=False))
     write_atomic(f, evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics).to_csv(index=False))
 
+def _setting(v):
+    "A callback's setting as text, a network by its weights; nothing for what is no setting."
+    if isinstance(v, nn.Module): return generator_hash(v)
+    return repr(v) if isinstance(v, (bool, int, float, str)) or isinstance(v, tuple) and all(isinstance(o, (int, float, str)) for o in v) else None
+
 def _describe(arm):
     "What determines an arm, for the folder's mark."
-    plain = lambda c: ', '.join(f'{k}={v!r}' for k, v in sorted(vars(c).items()) if isinstance(v, (bool, int, float, str)))
+    plain = lambda c: ', '.join(f'{k}={t}' for k, v in sorted(vars(c).items()) if (t := _setting(v)) is not None)
     out = dict(copies=arm.copies, pairs=digest(arm.pairs), cbs=[f'{type(c).__name__}({plain(c)})' for c in arm.cbs()])
     return out if arm.partners is None else dict(out, partners=digest([p for k in sorted(arm.partners) for p in arm.partners[k]]))
 

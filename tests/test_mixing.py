@@ -14,8 +14,11 @@ from torch import nn
 from medsyn.core import MedsynError, seeded
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import Pair, find_pairs, pair_dls, read_pair
-from medsyn.experiment import MIX_ARMS, Arm, as_arm, compare, mixing_arms
+from medsyn.diffusion.backbone import Backbone
+from medsyn.experiment import MIX_ARMS, Arm, _describe, as_arm, compare, mixing_arms
+from medsyn.generate.control import ControlGenerator
 from medsyn.segment.annealing import RealAnchorCB, hypergradient
+from medsyn.segment.feedback import GenerativeFeedbackCB
 from medsyn.segment.learner import segment_learner
 from medsyn.segment.mixing import CutMixCB, MixedBatch, MixUpCB, PairedMixCB, find_partners, frozen_stats, partner_dls
 from medsyn.segment.models import Segmenter, segmenter
@@ -167,6 +170,27 @@ def test_settings_tell_arms_apart(tmp_path):
     kw = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], seeds=(0,), size=32, steps=1, bs=4)
     compare(pairs, {'t': test}, {'real': 'real', 'm': arm(.5)}, tmp_path/'res', **kw)
     with pytest.raises(MedsynError, match='holds another compare run'): compare(pairs, {'t': test}, {'real': 'real', 'm': arm(.6)}, tmp_path/'res', **kw)
+
+def test_a_judge_tells_arms_apart():
+    "Feedback from another generator, or at other timesteps, is another arm; partners, gates and feedback stand in one list of callbacks."
+    gens = [ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64), seed=s)) for s in (0, 1)]
+    arm = lambda g, **kw: Arm(cbs=lambda: [*MIX_ARMS['mcpmix-learned'](), GenerativeFeedbackCB(g, **kw)])
+    told = [str(_describe(a)) for a in (arm(gens[0]), arm(gens[1]), arm(gens[0], t_range=(100, 200)), arm(gens[0], every=4))]
+    assert len(set(told)) == 4 and told[0] == str(_describe(arm(copy.deepcopy(gens[0]))))
+    assert not any('0x' in t for t in told)                     # no address of an object, which the next run would not have
+
+def test_feedback_beside_learned_gates(tmp_path):
+    "All terms reach the segmenter, and the gates are asked at the gradient of the whole loss."
+    pairs, g = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0)), ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64)))
+    with torch.no_grad(): [p.add_(.05*torch.randn_like(p)) for p in g.control.parameters()]
+    def states(cbs, weight):
+        dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), {p.name: [p] for p in pairs})
+        with seeded(0): learn = segment_learner(dls, segmenter('unet', 'mobilenetv3_small_050', size=32), cbs=[*cbs(), GenerativeFeedbackCB(g, weight, every=2)])
+        fit_steps(learn, 4); return learn.history.frame(), state(learn)
+    mixed = lambda: [PairedMixCB(.8, .6), RealAnchorCB(every=1)]
+    log, with_fb = states(mixed, 1.); _, without = states(mixed, 0.)
+    assert log.L_fb.notna().sum() == 2 and log.L_mix.notna().all() and log.force_s.notna().all()
+    assert not torch.equal(with_fb, without) and all(p.grad is None for p in g.parameters())
 
 @pytest.mark.parametrize('cb', [MixUpCB, CutMixCB])
 def test_rivals_train_and_repeat(discs, cb):
