@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from PIL import Image
 
 from medsyn.core import MedsynError, seeded
@@ -160,6 +162,50 @@ def test_timesteps_and_seeds(pairs):
     assert n.t.min() >= 300 and n.t.max() < 310 and len(set(n.t.tolist())) > 5
     run = lambda seed: fit_steps(segment_learner(batches(pairs), net(), cbs=[GenerativeFeedbackCB(gen, seed=seed)]), 2).history.frame().L_fb.tolist()
     assert run(0) == run(0) != run(1)
+
+# The pull ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def trained():
+    "A generator trained for seconds on lesions with inverted colours; images it has not seen, and their masks."
+    with tempfile.TemporaryDirectory() as d:
+        pairs = find_pairs(lesion_folder(d, 40, size=32, seed=0))
+        for p in pairs:
+            im, m = read_pair(p)
+            Image.fromarray(np.where(m[..., None] > 0, 255 - im, im)).save(p.image)
+        dls = pair_dls(pairs, size=32, bs=8, valid=0.2, seed=0, augment='flip', device='cpu')
+        bb = Backbone.tiny(torch.cat([x for x, _ in dls.train])*2 - 1, 32, channels=(32, 64))
+        pretrain_backbone(dls, bb, steps=40, lr=2e-3)
+        gen = fit_steps(generator_learner('control', dls, bb, lr=2e-3, probe=60), 60).model.eval()
+        yield gen, *(torch.cat([v.as_subclass(torch.Tensor) for v in o]).float() for o in zip(*dls.valid, strict=True))
+
+class Free(torch.nn.Module):
+    "A segmenter that is nothing but its logits, begun at a mask."
+    def __init__(self, mask): super().__init__(); self.logits = torch.nn.Parameter((mask[:, None]*2 - 1)*0.75)
+    def forward(self, x): return self.logits
+
+def dice(a, b): return 2*(a*b).sum((1, 2))/(a.sum((1, 2)) + b.sum((1, 2)))
+
+def ended(gen, x, wrong, steps=40):
+    "The mask after descent on the feedback alone, the learner's plain loss being nothing; it never sees the right mask."
+    dl = DataLoader(list(zip(x, wrong, strict=True)), bs=len(x), device='cpu')
+    learn = segment_learner(DataLoaders(dl, dl), Free(wrong), loss=lambda out, y: 0*out.sum(), wd=0, clip=None, cbs=[GenerativeFeedbackCB(gen)])
+    return (fit_steps(learn, steps, 0.2).model.logits[:, 0] > 0).float()
+
+def test_pulls_a_wrong_mask_to_the_right_one(trained):
+    gen, x, mask = trained
+    wrong = MASKS['shifted'](mask[:, None])[:, 0]
+    before, after = dice(wrong, mask), dice(ended(gen, x, wrong), mask)
+    assert before.mean() < 0.2 and after.mean() > before.mean() + 0.4 and (after > before).float().mean() > 0.8, (before, after)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_an_untrained_judge_does_not(trained, kind):
+    "As it is built, its loss is the same under every mask and nothing moves; with random weights the mask moves, and not to the lesion."
+    gen, x, mask = trained
+    wrong = MASKS['shifted'](mask[:, None])[:, 0]
+    assert torch.equal(ended(METHODS[kind].opens(judge().backbone), x, wrong, 3), wrong)
+    moved = ended(judge(kind), x, wrong, 20)
+    assert (moved != wrong).any() and dice(moved, mask).mean() < dice(wrong, mask).mean() + 0.2
 
 # Faults --------------------------------------------------------------------------------------------------------------
 
