@@ -105,7 +105,7 @@ def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,
     f = loss if callable(loss) else LOSSES[pick(loss, LOSSES, 'loss')]
     if (size := getattr(dls, 'size', None)) and hasattr(model, 'stride'): check_size(size, size, model.stride, model.config['name'])
     device = dls.device or next(model.parameters()).device
-    return Learner(dls, model.to(device), loss_func=f, lr=lr, wd=wd, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+    return Learner(dls, model.to(device), loss_func=f, lr=lr, wd=wd, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True),
                    metrics=DiceMetric() if metrics is None else metrics, cbs=[*common_cbs(device, clip=clip, ema=ema), *cbs])
 
 # %% ../../nbs/api/52_segment.learner.ipynb #2796245e
