@@ -85,32 +85,35 @@ def pretrain(data: str,                 # folder or list of pairs; the masks are
     say(f'Made: {out} (a backbone), {out}/log.csv', f'Next: medsyn train {data} --backbone {out} --out generator')
 
 def train(data: str,                    # folder or list of pairs
-          backbone: str,                # folder from medsyn pretrain, a Stable-Diffusion-1.x folder, or a hub id
           out: str,                     # folder to write: a generator
+          backbone: str = None,         # folder from medsyn pretrain, a Stable-Diffusion-1.x folder, or a hub id; the method paired needs none
           method: str = 'control',      # the generator's method
-          steps: int = 3000,            # optimiser steps
+          steps: int = 3000,            # optimiser steps (paired: of each of its two networks)
           bs: int = 16,                 # batch size
-          lr: float = None,             # learning rate (default 1e-5 on Stable Diffusion, 1e-3 on a tiny backbone)
-          size: int = None,             # side of the images in pixels (default: the backbone's)
+          lr: float = None,             # learning rate (default 1e-5 on Stable Diffusion, 1e-3 on a tiny backbone; paired: 1e-3, from 128 px on 2e-4)
+          size: int = None,             # side of the images in pixels (default: the backbone's; paired: 64)
           prompt: str = None,           # default: the backbone's
           probe: int = None,            # steps between obedience probes (default: ten in the run)
           seed: int = 0):               # of order and noise
-    "Train a mask-to-image generator on pairs."
+    "Train a generator on pairs: of images under masks, or of both together."
     from medsyn.data.pairs import find_pairs
     from medsyn.diffusion.backbone import Backbone
     from medsyn.experiment import make_generator
     from medsyn.generate.catalog import METHODS
-    pairs, _ = find_pairs(data), pick(method, METHODS, 'method')
-    make_generator(pairs, Backbone.from_pretrained(backbone, size, prompt), out, method, steps, bs, lr, size, seed, probe, os.path.abspath(backbone) if os.path.isdir(backbone) else backbone)
-    say(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the mask obeyed?)', f'Next: medsyn synth {out} --data {data} --out synthetic --n 200')
+    pairs, how = find_pairs(data), METHODS[pick(method, METHODS, 'method')]
+    if how.backbone and backbone is None: raise MedsynError(f"method {method!r} stands on a pretrained backbone: give one with --backbone (medsyn pretrain makes one)")
+    bb = Backbone.from_pretrained(backbone, size, prompt) if backbone else None
+    make_generator(pairs, bb, out, method, steps, bs, lr, size, seed, probe, os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or '')
+    say(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {"mask" if how.backbone else "guidance"} obeyed?)',
+        f'Next: medsyn synth {out} {f"--data {data} " if how.backbone else ""}--out synthetic --n 200')
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
 def synth(generator: str,               # folder from medsyn train
-          data: str,                    # folder or list of pairs whose masks are drawn under
           out: str,                     # folder to write: images, masks, manifest.jsonl
+          data: str = None,             # folder or list of pairs whose masks are drawn under; a paired generator needs none
           n: int = 200,                 # pairs to draw
-          masks: str = 'random',        # random (flipped, scaled, shifted) or real
-          steps: int = 50,              # sampler steps
+          masks: str = None,            # random (flipped, scaled, shifted; the default) or real
+          steps: int = None,            # sampler steps (default 50, of a paired generator 256)
           guidance: float = None,       # default 9 on Stable Diffusion, 2 on a tiny backbone; 1 is none
           guide: str = None,            # what guidance amplifies: prompt (default on Stable Diffusion) or mask (default on a tiny backbone)
           sampler: str = 'ddim',        # ddim, dpm++ or unipc
@@ -119,7 +122,7 @@ def synth(generator: str,               # folder from medsyn train
           size: int = None,             # side in pixels (default: the generator's)
           keep: str = None,             # folder of a segmenter (medsyn segment, real pairs alone): only images that obey their mask are kept
           least: float = 0.5,           # with keep: smallest Dice between its prediction and the mask
-          tries: int = 5,               # with keep: images drawn per wanted pair before giving up
+          tries: int = 5,               # where images are dropped: images drawn per wanted pair before giving up
           seed: int = 0):               # of everything
     "Draw synthetic pairs; the same command goes on where it stopped."
     from medsyn.core import default_device
@@ -130,9 +133,13 @@ def synth(generator: str,               # folder from medsyn train
         from medsyn.evaluate.obedience import keep_obedient
         from medsyn.segment.models import Segmenter
         keep = keep_obedient(Segmenter.from_pretrained(keep).to(default_device()), least)
-    made = synthesize(load_generator(generator).to(default_device()), find_pairs(data), out, n, masks, seed, steps, guidance, guide, sampler, prompt, bs, size, keep or None, tries)
+    gen = load_generator(generator).to(default_device())
+    own = getattr(gen, 'own_masks', False)
+    if data is None and not own: raise MedsynError("this generator draws under given masks: say whose with --data")
+    made = synthesize(gen, None if own else find_pairs(data), out, n, masks, seed, steps, guidance, guide, sampler, prompt, bs, size, keep or None, tries)
     gone = len(finished(Path(out))) - len(made)
-    say(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl' + (f'; {gone} were dropped' if keep else ''), f'Next: medsyn score {out} --real {data}, then medsyn compare {data} --tests TEST_FOLDER --arms real copy-paste {out} --out results')
+    say(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl' + (f'; {gone} were dropped' if keep or gone else ''),
+        f'Next: medsyn score {out} --real {data or "REAL_FOLDER"}, then medsyn compare {data or "REAL_FOLDER"} --tests TEST_FOLDER --arms real copy-paste {out} --out results')
 
 def segment(data: str,                          # folder or list of real pairs
             out: str,                           # folder to write: a segmenter

@@ -30,7 +30,7 @@ from .diffusion.learner import pretrain_backbone
 from .diffusion.sample import sample
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
-from .generate.catalog import METHODS, generator_learner, load_generator
+from .generate.catalog import METHODS, generator_learners, load_generator
 from .segment.annealing import RealAnchorCB
 from .segment.learner import segment_learner
 from .segment.mixing import CutMixCB, MixUpCB, PairedMixCB, check_partners, find_partners, partner_dls
@@ -249,39 +249,46 @@ def make_backbone(pairs: list,          # training `Pair`s; their masks are not 
     out = open_run(out, config, 'pretrain')
     if (out/'backbone.json').exists(): return Backbone.from_pretrained(out)
     learn = pretrain_backbone(dls, bb, steps, lr, seed)
-    return _finish(learn, bb, out)
+    return _finish([learn], bb, out)
 
-def _finish(learn, model, out):
-    "Save a model and its learner's log; the model's JSON comes last and vouches for the rest."
-    write_atomic(out/'log.csv', learn.history.frame().to_csv(index=False)); write_atomic(out/'probe.csv', learn.history.evals().to_csv(index=False))
+def _finish(learners, model, out, networks=()):
+    "Save a model and its learners' logs, with a column `network` where there are several; the model's JSON comes last and vouches for the rest."
+    for name, get in (('log', lambda h: h.frame()), ('probe', lambda h: h.evals())):
+        tables = [get(l.history) for l in learners]
+        for t, k in zip(tables, networks): t.insert(0, 'network', k)
+        write_atomic(out/f'{name}.csv', pd.concat(tables).to_csv(index=False))
     model.save_pretrained(out)
     return model.eval()
 
 def make_generator(pairs: list,             # training `Pair`s
-                   backbone: Backbone,      # pretrained
+                   backbone: Backbone,      # pretrained; `None` for a method that needs none (paired)
                    out,                     # folder to write: a generator
                    method: str = 'control', # a key of `generate.catalog.METHODS`
-                   steps: int = 3000,       # optimiser steps (Siamese-Diffusion, Sec. 4.2)
+                   steps: int = 3000,       # optimiser steps (Siamese-Diffusion, Sec. 4.2); of a method with two networks, of each
                    bs: int = 16,            # batch size
-                   lr: float = None,        # `None`: 1e-5 on Stable Diffusion, the method's `tiny_lr` on a tiny backbone
-                   size: int = None,        # side in pixels; default: the backbone's
+                   lr: float = None,        # `None`: 1e-5 on Stable Diffusion, the method's `tiny_lr` on a tiny backbone, the learner's own without a backbone
+                   size: int = None,        # side in pixels; default: the backbone's, without one 64
                    seed: int = 0,           # of order and noise
                    probe: int = None,       # steps between obedience probes; `None`: ten in the run
                    source: str = ''         # where the backbone came from, for the record
                   ):                        # the trained generator
     "Train a generator, or open it if the folder holds it already."
-    how, size = METHODS[pick(method, METHODS, 'method')], size or backbone.size
-    lr = lr or (how.tiny_lr if backbone.is_tiny else 1e-5)
-    backbone.check_size(size)
+    how = METHODS[pick(method, METHODS, 'method')]
+    if how.backbone == (backbone is None): raise MedsynError(f"method {method!r} " + ("stands on a pretrained backbone: give one" if how.backbone else "has networks of its own: leave the backbone out"))
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
+    tiny = backbone is None or backbone.is_tiny
+    size, lr = size or (backbone.size if backbone else 64), lr or (how.tiny_lr if tiny else 1e-5)
+    if backbone: backbone.check_size(size)
     config = dict(pairs=digest(pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr, size=size, seed=seed)
-    dls = pair_dls(pairs, size, bs, seed=seed, augment='flip' if backbone.is_tiny else False)
+    dls = pair_dls(pairs, size, bs, seed=seed, augment='flip' if tiny else False)
+    make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe)
+    if backbone is None: make()         # what does not fit shows before anything is written
     out = open_run(out, config, 'train')
     if (out/'generator.json').exists(): return load_generator(out)
-    learn = generator_learner(method, dls, backbone, lr=lr, seed=seed, probe=probe)
-    fit_steps(learn, steps, desc=f'train {method}')
-    learn.model.backbone.size = size
-    return _finish(learn, learn.model, out)
+    learners = make()
+    for learn, name in zip(learners, how.networks or (method,)): fit_steps(learn, steps, schedule=how.schedule, desc=f'train {name}')
+    (learn.model.backbone if backbone else learn.model).size = size
+    return _finish(learners, learn.model, out, how.networks)
 
 # %% ../nbs/api/70_experiment.ipynb #e1583845
 def picture(out,            # folder of a quickstart, with generator/probe.csv
@@ -294,13 +301,16 @@ def picture(out,            # folder of a quickstart, with generator/probe.csv
             n: int = 8      # columns
            ) -> Path:       # pairs.png
     "real | mask | synthetic, and random mask | synthetic, as pairs.png; the probe's curves as probe.png."
-    size, k = generator.backbone.size, min(n, len(pairs), len(synthetic))
+    own = getattr(generator, 'own_masks', False)
+    size, k = generator.size if own else generator.backbone.size, min(n, len(pairs), len(synthetic))
     shown = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs)) if read_pair(pairs[i], size)[1].any()][:k]
     ims, ms = zip(*[read_pair(p, size) for p in shown], strict=True)
-    same = sample(generator, np.stack(ms), steps, sampler=sampler, seeds=[seed_of(seed, 'picture', i) for i in range(len(ms))])
     sims, sms = zip(*[read_pair(p) for p in synthetic[:k]], strict=True)
-    show_rows({'real': ims, 'its mask': np.stack(ms), 'synthetic,\nsame mask': same, 'random mask': np.stack(sms), 'synthetic': sims}, n=k, path=out/'pairs.png', dpi=100)
+    rows = {'real': ims, 'its mask': np.stack(ms)}
+    if not own: rows['synthetic,\nsame mask'] = sample(generator, np.stack(ms), steps, sampler=sampler, seeds=[seed_of(seed, 'picture', i) for i in range(len(ms))])
+    show_rows({**rows, 'drawn mask' if own else 'random mask': np.stack(sms), 'synthetic': sims}, n=k, path=out/'pairs.png', dpi=100)
     probe = pd.read_csv(out/'generator'/'probe.csv')
+    if 'network' in probe: probe = probe[probe.network == probe.network.iloc[-1]]
     if 'shuffled' in probe: save_png(curves(probe, 'step', ['right', 'shuffled'], n=1, ylabel='denoising loss').figure, out/'probe.png')
     return out/'pairs.png'
 
@@ -313,11 +323,13 @@ def commands(train: list,   # training pairs
     "The command lines that make each stage again, from the lists in data/."
     q, seeds = shlex.quote, ' '.join(map(str, o['seeds']))
     d, r = q(str(out/'data')), q(str(out/'again'))
+    stands = METHODS[o['method']].backbone
+    on = f'--backbone {r}/backbone' if stands else f"--size {o['size']}"
     return '\n'.join([
         '# Each line makes one stage of this run again, in the folder "again"; the results are the same on the same machine and versions.',
         f"medsyn check {d}/train.csv",
-        f"medsyn pretrain {d}/train.csv --out {r}/backbone --size {o['size']} --steps {o['pretrain_steps']} --bs {o['bs']} --channels {' '.join(map(str, o['channels']))} --seed {o['seed']}",
-        f"medsyn train {d}/train.csv --backbone {r}/backbone --out {r}/generator --method {o['method']} --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
+        *[f"medsyn pretrain {d}/train.csv --out {r}/backbone --size {o['size']} --steps {o['pretrain_steps']} --bs {o['bs']} --channels {' '.join(map(str, o['channels']))} --seed {o['seed']}"]*stands,
+        f"medsyn train {d}/train.csv {on} --out {r}/generator --method {o['method']} --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
         f"medsyn synth {r}/generator --data {d}/train.csv --out {r}/synthetic --n {o['n_synth']} --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']}",
         f"medsyn compare {d}/train.csv --tests {d}/test.csv --arms real copy-paste {r}/synthetic --out {r}/results --size {o['size']} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 
@@ -349,8 +361,9 @@ def quickstart(out='medsyn-quickstart',         # folder to write; the same call
     train, test = _data(out, data, o['n_train'], n_test, size, seed)
     o['n_synth'] = n_synth or len(train)
     write_atomic(out/'commands.sh', commands(train, test, out, o))
-    bb = make_backbone(train, out/'backbone', size, o['pretrain_steps'], bs, channels=channels, seed=seed)
-    gen = make_generator(train, bb, out/'generator', method, o['train_steps'], bs, seed=seed, source=file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors'))
+    bb = make_backbone(train, out/'backbone', size, o['pretrain_steps'], bs, channels=channels, seed=seed) if METHODS[method].backbone else None
+    gen = make_generator(train, bb, out/'generator', method, o['train_steps'], bs, size=size, seed=seed,
+                         source=file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors') if bb else '')
     gen.to(default_device())
     made = synthesize(gen, train, out/'synthetic', o['n_synth'], steps=sample_steps, sampler=sampler, bs=16, seed=seed)
     picture(out, gen, train, made, sample_steps, sampler, seed)

@@ -78,7 +78,7 @@ def _append(out, row):
 def _write(out, i, image, mask, row):
     "One pair and its line; the line comes last, so that it vouches for the files."
     row = {'index': i, 'file': f'images/{i:06d}.png', 'mask': f'masks/{i:06d}.png', **row}
-    for k, a in (('file', image), ('mask', mask*255)):
+    for k, a in (('file', image[..., 0] if row.get('grey') else image), ('mask', mask*255)):
         b = png_bytes(a)
         write_atomic(out/row[k], b); row[f'{k}_hash'] = hashlib.sha256(b).hexdigest()[:16]
     return _append(out, row)
@@ -105,53 +105,97 @@ def _judged(keep, image, mask):
     return {'score' if v[0] else 'dropped': v[1]}
 
 # %% ../nbs/api/40_synth.ipynb #44f030b3
-def synthesize(generator,               # any generator that takes a mask
-               pairs,                   # list of `Pair` that lend their masks (and, to M+I, their images)
+def _under_masks(generator, pairs, kind, size, seed, how):
+    "Draws under the masks of `pairs`: function of indices -> list of (image, mask, row)."
+    def draw(idx):
+        sources, rngs, seeds = zip(*[plan(pairs, i, seed) for i in idx], strict=True)
+        ms, transforms = zip(*[kind(read_mask(p.mask, size), r) for p, r in zip(sources, rngs, strict=True)], strict=True)
+        images = torch.stack([torch.from_numpy(read_pair(p, size)[0]).permute(2, 0, 1)/127.5 - 1 for p in sources]) if generator.needs_image else None
+        xs = sample(generator, np.stack(ms), how['steps'], how['guidance'], how['guide'], how['sampler'], seeds, how['prompt'], len(ms), images)
+        return [(x, m, dict(source=p.name, transform=tf, seed=s)) for x, m, p, tf, s in zip(xs, ms, sources, transforms, seeds, strict=True)]
+    return draw
+
+def _with_masks(generator, size, seed, how):
+    "Draws images and masks together; a row with `dropped` says that the mask is of no use."
+    def draw(idx):
+        seeds = [seed_of(seed, 'image', i) for i in idx]
+        xs, soft = generator.draw(seeds, how['steps'], how['sampler'], size=size, bs=len(seeds))
+        out = []
+        for x, (m, done, why), s in zip(xs, map(generator.tidy, soft), seeds, strict=True):
+            out.append((x, m, dict(seed=s, tidied=done, **(dict(grey=True) if generator.grey else {}), **(dict(dropped=why) if why else {}))))
+        return out
+    return draw
+
+def _draw_batch(draw, out, idx, rows, n, how, keep, tries):
+    "Draw the images `idx` together and write those that are not written yet; their lines are added to `rows`."
+    for i, (x, m, about) in zip(idx, draw(idx), strict=True):
+        if i < len(rows) or _over(rows, n, tries): continue
+        row = dict(about, versions=versions(), **how)
+        if keep and 'dropped' not in row: row.update(_judged(keep, x, m))
+        rows.append(_append(out, dict(index=i, **row)) if 'dropped' in row else _write(out, i, x, m, row))
+
+# %% ../nbs/api/40_synth.ipynb #a630fb2f
+def _plan_masks(generator, pairs, masks, seed, size, steps, guidance, guide, sampler, prompt):
+    "What a generator under masks needs: the drawer, its settings, and the rest of what determines the run."
+    bb, kind = generator.backbone, MASK_KINDS[pick(masks or 'random', MASK_KINDS, 'kind of masks')]
+    if not generator.needs_mask: raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use a generator with a mask")
+    if generator.needs_image and masks != 'real': raise MedsynError("a generator of mask and image (M+I) draws under a real image's own mask: use masks='real'")
+    if pairs is None: raise MedsynError("this generator draws under given masks: give pairs that lend theirs")
+    prompt = bb.prompt if prompt is None else prompt
+    guidance, guide = defaults_of(generator, guidance, guide)
+    bb.check_size(size); bb.schedule.sampler(sampler); bb.text([prompt])          # what is wrong shows before anything is written
+    how = dict(sampler=sampler, steps=steps or 50, guidance=guidance, guide=guide, prompt=prompt, generator=generator_hash(generator))
+    pairs = _sources(sorted(pairs, key=lambda p: p.name), size, kind)
+    digest = hashlib.sha256(''.join(p.name + file_hash(p.mask) for p in pairs).encode()).hexdigest()[:16]
+    return _under_masks(generator, pairs, kind, size, seed, how), how, dict(masks=masks or 'random', sources=digest)
+
+def _plan_pairs(generator, masks, seed, size, steps, guidance, guide, sampler, prompt):
+    "The same for a generator that draws its own masks; what such a one cannot follow is refused."
+    for k, v in dict(masks=masks, guidance=guidance, guide=guide, prompt=prompt).items():
+        if v is not None: raise MedsynError(f"{k} is {v!r}, and {type(generator).__name__} draws its own masks, from a seed alone: leave masks, guidance, guide and prompt out")
+    generator.check_size(size); generator.schedule.sampler(sampler)
+    how = dict(sampler=sampler, steps=steps or generator.steps, **generator.config, generator=generator_hash(generator))
+    return _with_masks(generator, size, seed, how), how, {}
+
+# %% ../nbs/api/40_synth.ipynb #b9a4108b
+def synthesize(generator,               # any generator that takes a mask, or draws its own
+               pairs,                   # list of `Pair` that lend their masks (and, to M+I, their images); `None` for a generator with masks of its own
                out,                     # folder to write: images/, masks/, manifest.jsonl, synth.json
-               n: int,                  # pairs to draw; with `keep`, to keep
-               masks: str = 'random',   # random (flipped, scaled, shifted) or real
+               n: int,                  # pairs to draw; with `keep` or masks of its own, to keep
+               masks: str = None,       # random (flipped, scaled, shifted; `None` means it) or real
                seed: int = 0,           # of everything
-               steps: int = 50,         # sampler steps
+               steps: int = None,       # sampler steps; `None`: 50, and 256 for PIG
                guidance: float = None,  # `None`: 9 on Stable Diffusion, 2 on a tiny backbone; 1 is none
                guide: str = None,       # prompt (default on Stable Diffusion) or mask (default on a tiny backbone), see `sample`
                sampler: str = 'ddim',   # ddim, dpm++ or unipc
                prompt: str = None,      # default: the backbone's
                bs: int = 8,             # images drawn together; does not change them
-               size: int = None,        # side in pixels; default: the backbone's
+               size: int = None,        # side in pixels; default: the generator's
                keep=None,               # function (image uint8 (H,W,3), mask uint8 (H,W) in {0,1}) -> (bool, why), as `evaluate.obedience` makes them; `None`: all are kept
-               tries: int = 5           # with `keep`: images drawn per wanted pair before giving up
+               tries: int = 5           # where images are dropped: images drawn per wanted pair before giving up
               ) -> list:                # of `Pair`, the synthetic ones that were kept
-    "Draw `n` image-mask pairs; goes on where an earlier run with the same settings stopped. `MedsynError` for what cannot be drawn or written, or if `keep` drops too much."
-    bb, out, kind = generator.backbone, Path(out), MASK_KINDS[pick(masks, MASK_KINDS, 'kind of masks')]
+    "Draw `n` image-mask pairs; goes on where an earlier run with the same settings stopped. `MedsynError` for what cannot be drawn or written, or if too much is dropped."
+    out, own = Path(out), getattr(generator, 'own_masks', False)
     if n < 1 or tries < 1: raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
-    if not generator.needs_mask: raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use a generator with a mask")
-    if generator.needs_image and masks != 'real': raise MedsynError("a generator of mask and image (M+I) draws under a real image's own mask: use masks='real'")
-    size, prompt = size or bb.size, bb.prompt if prompt is None else prompt
-    guidance, guide = defaults_of(generator, guidance, guide)
-    bb.check_size(size); bb.schedule.sampler(sampler); bb.text([prompt])          # what is wrong shows before anything is written
-    how = dict(sampler=sampler, steps=steps, guidance=guidance, guide=guide, prompt=prompt, generator=generator_hash(generator))
-    pairs = _sources(sorted(pairs, key=lambda p: p.name), size, kind)
-    digest = hashlib.sha256(''.join(p.name + file_hash(p.mask) for p in pairs).encode()).hexdigest()[:16]
-    asked = {} if keep is None else dict(keep=getattr(keep, 'about', getattr(keep, '__qualname__', type(keep).__name__)), tries=tries)
-    rows, tries = _init_run(out, dict(how, n=n, masks=masks, seed=seed, size=size, sources=digest, **asked)), keep and tries
+    if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
+    size = size or (generator.size if own else generator.backbone.size)
+    rest = seed, size, steps, guidance, guide, sampler, prompt
+    draw, how, more = _plan_pairs(generator, masks, *rest) if own else _plan_masks(generator, pairs, masks, *rest)
+    asked = {} if keep is None else dict(keep=getattr(keep, 'about', getattr(keep, '__qualname__', type(keep).__name__)))
+    drops = own or keep is not None
+    rows, tries = _init_run(out, dict(how, n=n, seed=seed, size=size, **more, **asked, **(dict(tries=tries) if drops else {}))), drops and tries
     with track(desc='synth', total=n) as bar:
         bar.update(_kept(rows))
         while not _over(rows, n, tries):
             was, start = _kept(rows), len(rows)//bs*bs              # whole batches, so that an interrupted run repeats the unbroken one's
-            _draw_batch(generator, pairs, out, range(start, start + bs if keep else min(start + bs, n)), rows, n, kind, seed, size, how, keep, tries)
+            _draw_batch(draw, out, range(start, start + bs if drops else min(start + bs, n)), rows, n, how, keep, tries)
             bar.update(_kept(rows) - was)
-    if (k := _kept(rows)) < n:
-        raise MedsynError(f"keep dropped {len(rows) - k} of {len(rows)} images ({out/'manifest.jsonl'} says why), {k} of {n} are kept: "
-                          "lower its bar or train the generator longer, and choose a new folder; or raise tries")
+    if (k := _kept(rows)) < n: raise MedsynError(_too_few(rows, k, n, out, keep))
     return [Pair(Path(r['file']).stem, out/r['file'], out/r['mask']) for r in rows if 'file' in r]
 
-def _draw_batch(generator, pairs, out, idx, rows, n, kind, seed, size, how, keep, tries):
-    "Draw the images `idx` together and write those that are not written yet; their lines are added to `rows`."
-    sources, rngs, seeds = zip(*[plan(pairs, i, seed) for i in idx], strict=True)
-    ms, transforms = zip(*[kind(read_mask(p.mask, size), r) for p, r in zip(sources, rngs, strict=True)], strict=True)
-    images = torch.stack([torch.from_numpy(read_pair(p, size)[0]).permute(2, 0, 1)/127.5 - 1 for p in sources]) if generator.needs_image else None
-    xs = sample(generator, np.stack(ms), how['steps'], how['guidance'], how['guide'], how['sampler'], seeds, how['prompt'], len(ms), images)
-    for i, x, m, p, tf, s in zip(idx, xs, ms, sources, transforms, seeds, strict=True):
-        if i < len(rows) or _over(rows, n, tries): continue
-        row = dict(source=p.name, transform=tf, seed=s, versions=versions(), **how, **(_judged(keep, x, m) if keep else {}))
-        rows.append(_append(out, dict(index=i, **row)) if 'dropped' in row else _write(out, i, x, m, row))
+def _too_few(rows, k, n, out, keep):
+    "The sentence for a run that gave up."
+    empty = sum(isinstance(r.get('dropped'), str) and 'mask' in r['dropped'] for r in rows)
+    who, bar = ('keep dropped', 'lower its bar or ') if keep else ('empty or full masks:', '')
+    return (f"{who} {len(rows) - k} of {len(rows)} images ({out/'manifest.jsonl'} says why{f', {empty} for their drawn mask' if keep and empty else ''}), {k} of {n} are kept: "
+            f"{bar}train the generator longer, and choose a new folder; or raise tries")
