@@ -7,6 +7,7 @@ __all__ = ['MIX_ARMS', 'METRICS_SHOWN', 'Arm', 'as_arm', 'mixing_arms', 'digest'
            'table_text', 'images_of', 'make_backbone', 'make_generator', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
+import gc
 import hashlib
 import itertools
 import shlex
@@ -121,6 +122,7 @@ def _one_run(f, train, tests, arm, net, seed, metrics, kw):
     learn = train_segmenter(train, arm, **net, seed=seed, **kw)
     write_atomic(f.with_suffix('.log.csv'), learn.history.frame().to_csv(index=False))
     write_atomic(f, evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics).to_csv(index=False))
+    del learn; gc.collect()         # learner and callbacks refer to each other: each run's network would stay in memory
 
 def _setting(v):
     "A callback's setting as text, a network by its weights; nothing for what is no setting."

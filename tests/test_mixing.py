@@ -3,7 +3,9 @@
 The finite differences take the step for real, on a copy of the network, and know nothing of the code under test.
 """
 import copy
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from medsyn import experiment
 from medsyn.core import MedsynError, seeded
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import Pair, find_pairs, pair_dls, read_pair
@@ -162,6 +165,21 @@ def test_one_compare_call_takes_every_arm(tmp_path, monkeypatch):
     with pytest.raises(MedsynError, match='have no synthetic partner'): compare(pairs, {'t': test}, {'real': 'real', 'm': f'mcpmix-fixed:{folder}'}, tmp_path/'x', seeds=(0,), size=32, steps=1, bs=4)
     with pytest.raises(MedsynError, match='needs two as its anchor'): compare(pairs[:12], {'t': test}, {'real': 'real', 'm': Arm(partners={p.name: [p] for p in pairs}, cbs=MIX_ARMS['mcpmix-learned'])}, tmp_path/'x', seeds=(0,), size=32, steps=1, bs=4)
     assert not (tmp_path/'x').exists()
+
+def test_networks_of_finished_runs_are_freed(tmp_path, monkeypatch):
+    "Before the next run begins, whether or not Python's collector is due: a learner is few objects, but large ones."
+    pairs, test = (find_pairs(lesion_folder(tmp_path/k, n, size=32, seed=s)) for k, n, s in (('r', 24, 0), ('t', 2, 1)))
+    seen, alive, train_ = [], [], experiment.train_segmenter
+    def watched(*a, **kw):
+        alive.append(sum(r() is not None for r in seen))
+        learn = train_(*a, **kw); seen.append(weakref.ref(learn.model))
+        return learn
+    monkeypatch.setattr(experiment, 'train_segmenter', watched)
+    gc.disable()
+    try: compare(pairs, {'t': test}, {'real': 'real', 'm': Arm(partners={p.name: [p] for p in pairs}, cbs=MIX_ARMS['mcpmix-learned'])}, tmp_path/'res',
+                 segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], seeds=(0,), size=32, steps=2, bs=4)
+    finally: gc.enable()
+    assert alive == [0, 0]
 
 def test_settings_tell_arms_apart(tmp_path):
     "The same folder is not taken for a run with another strength."
