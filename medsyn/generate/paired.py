@@ -95,8 +95,7 @@ class PairedGenerator(nn.Module):
         super().__init__()
         self.config = {**_settings, 'weight': settings.get('first', 'mask') == 'mask', **settings}
         for k, names in dict(first=FIRST, guide=GUIDES, binarise=BINARISE).items(): pick(self.config[k], names, k)
-        pick_extra = set(self.config) - set(_settings)
-        if pick_extra: pick(min(pick_extra), _settings, 'setting of a paired generator')
+        for k in settings: pick(k, _settings, 'setting of a paired generator')
         if self.config['first'] == 'image' and (self.config['weight'] or self.config['binarise'] != 'never'):
             raise MedsynError("weight and binarise are for an estimated mask, and with first='image' the estimate is an image: use weight=False, binarise='never'")
         self.guider, self.generator, self.codecs, self.schedule, self.size = guider, generator, nn.ModuleDict(codecs), schedule, size
@@ -105,7 +104,7 @@ class PairedGenerator(nn.Module):
     @property
     def device(self): return next(self.generator.parameters()).device
     @property
-    def grey(self): return self.codecs['image'].stride == 1 and self.codecs['image'].channels == 1 or getattr(self.codecs['image'], 'config', {}).get('in_channels') == 1
+    def grey(self): return getattr(self.codecs['image'], 'config', {}).get('in_channels', self.codecs['image'].channels) == 1
     @property
     def parts(self): return (self.config['first'], FIRST[1 - FIRST.index(self.config['first'])])       # ('mask', 'image'), or swapped
     @property
