@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from configparser import ConfigParser
 
 import nbformat
@@ -46,30 +45,61 @@ def test_make_readme():
 
 # Start-up -------------------------------------------------------------------------------------------------------------
 
-def best(cmd, n=3):
-    "The shortest of `n` runs in seconds, and the last output."
-    times = []
-    for _ in range(n):
-        t = time.perf_counter()
-        out = subprocess.run(cmd, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
-        times.append(time.perf_counter() - t)
-    return min(times), out
+HEAVY = 'torch torchvision numpy pandas matplotlib scipy sklearn fastai diffusers transformers timm'.split()
+
+def loaded_by(code):
+    "The heavy libraries that a fresh interpreter has loaded after running `code`, and what the code printed."
+    code = f"import sys\n{code}\nprint('loaded:', *(m for m in {HEAVY} if m in sys.modules))"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    printed, _, modules = out.rpartition('loaded:')
+    return modules.split(), printed
 
 def test_import_is_light():
-    code = ("import sys, time; t = time.perf_counter(); import medsyn; t = time.perf_counter() - t;"
-            "print(t, *[m for m in ('torch', 'numpy', 'pandas', 'matplotlib', 'fastai', 'fastcore') if m in sys.modules])")
-    _, out = best([sys.executable, '-c', code])
-    seconds, *heavy = out.split()
-    assert float(seconds) < 0.5 and not heavy, out
+    "`import medsyn` loads nothing: libraries come with the module that needs them."
+    assert loaded_by('import medsyn') == ([], '')
+
+def test_help_is_quick():
+    "The overview of the command line loads no heavy library; how many seconds that takes depends on the machine."
+    heavy, text = loaded_by("""
+sys.argv = ['medsyn', '--help']
+from medsyn.cli import main
+try: main()
+except SystemExit as e: assert not e.code""")
+    assert not heavy, heavy
+    for command in 'quickstart check pretrain train synth segment score compare bench'.split(): assert command in text
 
 def test_version():
     import medsyn
     assert medsyn.__version__ == INI['DEFAULT']['version']
 
-def test_help_is_quick():
-    seconds, out = best([sys.executable, '-c', 'import sys; sys.argv[0] = "medsyn"; from medsyn.cli import main; sys.exit(main())', '--help'])
-    assert seconds < 2, f"{seconds:.2f} s"
-    for command in 'quickstart check pretrain train synth segment score compare bench'.split(): assert command in out
+# Code -----------------------------------------------------------------------------------------------------------------
+
+WIDEST = 110
+CODE = [p for d in ('medsyn', 'tests') for p in sorted((ROOT/d).rglob('*.py')) if p.name != '_modidx.py']
+
+def wide_lines(path):
+    "The numbers of the lines wider than `WIDEST`."
+    lines = path.read_text(encoding='utf-8').splitlines()
+    return [i for i, line in enumerate(lines, 1) if len(line) > WIDEST]
+
+def excused(path):
+    "The lines that may be wider: `__all__`, which nbdev writes, and lines with a `noqa` (and its reason)."
+    text = path.read_text(encoding='utf-8')
+    names = [n for n in ast.parse(text).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__']
+    by_nbdev = {i for n in names for i in range(n.lineno, n.end_lineno + 1)}
+    return by_nbdev | {i for i, line in enumerate(text.splitlines(), 1) if 'noqa: E501' in line}
+
+@pytest.mark.parametrize('path', CODE, ids=[p.relative_to(ROOT).as_posix() for p in CODE])
+def test_no_line_is_wide(path):
+    "One idea on a line. A module's first line is the quote of its notebook's first cell: a short one."
+    assert not (wide := sorted(set(wide_lines(path)) - excused(path))), f"lines wider than {WIDEST}: {wide}"
+
+def test_hardly_any_line_is_wide():
+    "The exceptions are few: less than 1% of the package's lines."
+    files = [p for p in CODE if p.is_relative_to(ROOT/'medsyn')]
+    n_wide = sum(len(wide_lines(p)) for p in files)
+    n_lines = sum(len(p.read_text(encoding='utf-8').splitlines()) for p in files)
+    assert n_wide < 0.01*n_lines, f"{n_wide} of {n_lines} lines are wider than {WIDEST}"
 
 # Notebooks ------------------------------------------------------------------------------------------------------------
 
@@ -159,22 +189,46 @@ def public(module):
         if getattr(o, '__module__', '') != module.__name__ or not (inspect.isfunction(o) or inspect.isclass(o)): continue
         yield name, o
 
-def undocumented(fn, text):
-    "Parameters of `fn` without a comment on their own line."
-    node = ast.parse(text).body[0]
+def signature_of(module, o):
+    "The function whose parameters a reader of `o` fills in: `o` itself or a class's own `__init__`; `None` if generated."
+    fn = o if inspect.isfunction(o) else vars(o).get('__init__')
+    fn = inspect.unwrap(fn) if fn else None
+    written_here = inspect.isfunction(fn) and fn.__module__ == o.__module__ and fn.__code__.co_filename == module.__file__
+    return fn if written_here else None
+
+def parameters(fn):
+    "The public parameters of `fn` as syntax nodes with the text of their line; `*args` and `**kwargs` last."
+    text = textwrap.dedent(inspect.getsource(fn))
+    args = ast.parse(text).body[0].args
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
     lines = text.splitlines()
-    args = node.args
-    for a in [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]:
-        if a is None or a.arg in ('self', 'cls') or a.arg.startswith('_'): continue
-        if '#' not in lines[a.end_lineno - 1]: yield a.arg
+    return [(a, lines[a.end_lineno - 1]) for a in every
+            if a is not None and a.arg not in ('self', 'cls') and not a.arg.startswith('_')]
+
+def undocumented(fn):
+    "Parameters of `fn` without a comment on their own line."
+    return [a.arg for a, line in parameters(fn) if '#' not in line]
+
+def untyped(fn):
+    "Parameters of `fn` without a type; `*args` and `**kwargs` need none."
+    named = inspect.getfullargspec(fn)
+    return [a.arg for a, _ in parameters(fn) if a.annotation is None and a.arg not in (named.varargs, named.varkw)]
+
+def has_docstring(o):
+    "Whether `o` has one of its own: a class does not inherit it."
+    return bool(((vars(o).get('__doc__') if inspect.isclass(o) else o.__doc__) or '').strip())
 
 @each(API)
 def test_public_names_are_documented(path):
     module = importlib.import_module('medsyn.' + exports(load(path)))
     missing = []
     for name, o in public(module):
-        if not (o.__doc__ or '').strip() or (inspect.isclass(o) and '__doc__' not in vars(o)): missing.append(f'{name}: docstring')
-        fn = o if inspect.isfunction(o) else vars(o).get('__init__')
-        if inspect.isfunction(fn := inspect.unwrap(fn) if fn else None) and fn.__module__ == o.__module__ and fn.__code__.co_filename == module.__file__:
-            missing += [f'{name}: {a}' for a in undocumented(fn, textwrap.dedent(inspect.getsource(fn)))]
+        if not has_docstring(o): missing.append(f'{name}: docstring')
+        if fn := signature_of(module, o): missing += [f'{name}: {a}' for a in undocumented(fn)]
+    assert not missing, missing
+
+@each(API)
+def test_public_parameters_are_typed(path):
+    module = importlib.import_module('medsyn.' + exports(load(path)))
+    missing = [f'{name}: {a}' for name, o in public(module) if (fn := signature_of(module, o)) for a in untyped(fn)]
     assert not missing, missing
