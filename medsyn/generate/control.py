@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core import MedsynError, seed_of, seeded
 from ..diffusion.backbone import Backbone, Trunk, head, load_part
 from ..diffusion.backbone import trunk as unet_trunk
-from ..diffusion.learner import Cond, Denoiser, denoising_learner
+from ..diffusion.learner import Cond, Denoiser, MaskGenerator, denoising_learner
 
 # %% ../../nbs/api/30_generate.control.ipynb #c58d0bab
 HINT_WIDTHS = {8: (16, 32, 96, 256), 4: (16, 32, 96), 2: (16, 32)}  # codec stride -> channels per stage
@@ -49,10 +49,9 @@ class PrecomputedCond(Cond):
 
 Known = PrecomputedCond     # the former name
 
-# %% ../../nbs/api/30_generate.control.ipynb #3a185d52
-class ControlGenerator(Denoiser):
+# %% ../../nbs/api/30_generate.control.ipynb #f315f2d9
+class ControlGenerator(MaskGenerator):
     "Mask to image: a frozen encoder, a control branch that reads the mask, and a trained decoder."
-    needs_mask = True
     branch = ControlNetModel            # the class of the control network
     def __init__(self,
         backbone: Backbone,             # shared, except its decoder, which is copied before it is trained

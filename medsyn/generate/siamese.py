@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'PatchMerge', 'ResBlock', 'DenseHint', 'DenseControlNet', 'dense_branch', 'SiameseGenerator', 'mix',
-           'fixed_head', 'ImageBranchCB', 'NoiseConsistencyCB', 'OnlineAugmentCB', 'augmented', 'Setting',
+           'fixed_head', 'ImageBranchCB', 'NoiseConsistencyCB', 'augmented', 'OnlineAugmentCB', 'Setting',
            'siamese_cbs', 'siamese_learner']
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #19b4281d
@@ -13,19 +13,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core import MedsynError, pick, seed_of, seeded
 from ..diffusion.backbone import Backbone, Trunk, head
-from ..diffusion.learner import denoising_learner
-from .control import ControlGenerator, Known
-from ..train import LossTermCB
+from ..diffusion.learner import Noised, denoising_learner
+from ..diffusion.schedule import Schedule
+from .control import ControlGenerator, PrecomputedCond
+from ..train import ORDER, LossTermCB, share_done
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #ed6087bd
-def _conv(i, o): return nn.Conv2d(i, o, 3, padding=1)
+def _conv3x3(channels_in, channels_out): return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
 class PatchMerge(nn.Module):
     "Swin's patch merging: half the size, twice the channels."
@@ -33,133 +36,193 @@ class PatchMerge(nn.Module):
         channels: int   # C of the input (B,C,H,W), H and W even; the output is (B,2C,H/2,W/2)
     ):
         super().__init__()
-        self.norm, self.reduce = nn.LayerNorm(4*channels), nn.Linear(4*channels, 2*channels)
-    def forward(self, x): return self.reduce(self.norm(F.pixel_unshuffle(x, 2).movedim(1, -1))).movedim(-1, 1)
+        self.norm = nn.LayerNorm(4*channels)
+        self.reduce = nn.Linear(4*channels, 2*channels)
 
+    def forward(self, x: Tensor) -> Tensor:
+        "(B,C,H,W) to (B,2C,H/2,W/2)."
+        neighbours = F.pixel_unshuffle(x, 2).movedim(1, -1)     # (B,H/2,W/2,4C)
+        return self.reduce(self.norm(neighbours)).movedim(-1, 1)
+
+# %% ../../nbs/api/31_generate.siamese.ipynb #2c7437bb
 class ResBlock(nn.Module):
     "conv, SiLU, conv, plus the input, SiLU."
     def __init__(self,
         channels: int   # in and out
     ):
         super().__init__()
-        self.conv1, self.conv2 = _conv(channels, channels), _conv(channels, channels)
-    def forward(self, x): return F.silu(x + self.conv2(F.silu(self.conv1(x))))
+        self.conv1 = _conv3x3(channels, channels)
+        self.conv2 = _conv3x3(channels, channels)
 
-# %% ../../nbs/api/31_generate.siamese.ipynb #e8accf8a
+    def forward(self, x: Tensor) -> Tensor:
+        "(B,C,H,W) to the same shape."
+        return F.silu(x + self.conv2(F.silu(self.conv1(x))))
+
 class DenseHint(nn.Module):
-    "Siamese-Diffusion's Dense Hint Input (Sec. 3.4): condition in [0,1] at full size to zero-initialised features at the latent's size."
+    "Siamese-Diffusion's Dense Hint Input (Sec. 3.4): features of a condition at the latent's size."
     def __init__(self,
-        channels: int = 3,                      # of the condition (B,channels,H,W)
-        widths=(16, 32, 64, 128, 256),          # per stage; the first two at full size, each further one halves it
-        out: int = 320                          # channels of the U-Net's first level
+        channels: int = 3,                          # of the condition (B,channels,H,W) in [0,1]
+        widths: tuple = (16, 32, 64, 128, 256),     # per stage; two at full size, each further one halves it
+        out: int = 320                              # channels of the U-Net's first level
     ):
         super().__init__()
         self.stride = 2**(len(widths) - 2)
-        layers = [_conv(channels, widths[0]), ResBlock(widths[0]), _conv(widths[0], widths[1]), ResBlock(widths[1])]
-        for w in widths[2:]: layers += [PatchMerge(w//2), _conv(w, w), ResBlock(w)]
-        self.layers, self.last = nn.Sequential(*layers), _conv(widths[-1], out)
+        layers = [_conv3x3(channels, widths[0]), ResBlock(widths[0])]
+        layers += [_conv3x3(widths[0], widths[1]), ResBlock(widths[1])]
+        for width in widths[2:]:
+            layers += [PatchMerge(width//2), _conv3x3(width, width), ResBlock(width)]
+        self.layers = nn.Sequential(*layers)
+        self.last = _conv3x3(widths[-1], out)
         for p in self.last.parameters(): nn.init.zeros_(p)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         "(B,channels,H,W) to (B,out,H/stride,W/stride)."
-        if x.shape[-1] % self.stride or x.shape[-2] % self.stride:
-            raise MedsynError(f"a condition of {x.shape[-1]}x{x.shape[-2]} px does not fit the hint network, whose stride is {self.stride}: use multiples of it")
+        height, width = x.shape[-2:]
+        if width % self.stride or height % self.stride:
+            raise MedsynError(f"a condition of {width}x{height} px does not fit the hint network, "
+                              f"whose stride is {self.stride}: use multiples of it")
         return self.last(self.layers(x))
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #80764a85
 class DenseControlNet(ControlNetModel):
     "diffusers' ControlNet with `DenseHint` in place of its sparse hint."
-    @functools.wraps(ControlNetModel.__init__)      # diffusers reads the names of its configuration from this signature
-    def __init__(self, *args, **kw):
-        super().__init__(*args, **kw)
-        c = self.config
-        self.controlnet_cond_embedding = DenseHint(c.conditioning_channels, c.conditioning_embedding_out_channels, c.block_out_channels[0])
+    @functools.wraps(ControlNetModel.__init__)      # diffusers reads its configuration from this signature
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.controlnet_cond_embedding = DenseHint(
+            config.conditioning_channels, config.conditioning_embedding_out_channels,
+            out=config.block_out_channels[0])
 
-def dense_branch(backbone: Backbone,        # whose encoder is copied
-                 channels: int = 3          # of the hint: 3 for mask or image, 6 for both together (M+I)
-                ) -> DenseControlNet:       # zero-initialised at its outputs
-    "A ControlNet with the dense hint for this backbone; three merging stages for a codec of stride 8, two for 4."
+def dense_branch(
+    backbone: Backbone,     # its encoder is copied
+    channels: int = 3       # of the hint: 3 for mask or image, 6 for both together (M+I)
+) -> DenseControlNet:       # with zero-initialised outputs
+    "A ControlNet with the dense hint for this backbone; it has the codec's stride."
     stages = backbone.codec.stride.bit_length() + 1
-    return DenseControlNet.from_unet(backbone.unet, conditioning_embedding_out_channels=(16, 32, 64, 128, 256)[:stages], conditioning_channels=channels)
+    widths = (16, 32, 64, 128, 256)[:stages]
+    return DenseControlNet.from_unet(
+        backbone.unet, conditioning_channels=channels, conditioning_embedding_out_channels=widths)
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #5e3a65e6
 class SiameseGenerator(ControlGenerator):
     "Mask to image through the dense hint: what Siamese-Diffusion trains and samples from."
     branch = DenseControlNet
     def __init__(self,
-        backbone: Backbone,                 # shared except its decoder, which is copied
-        image: bool = False,                # also see the image at sampling (M+I); Siamese-Diffusion does not
-        lock_decoder: bool = False,         # freeze the decoder
-        control: nn.Module = None           # a ready branch, when loading
-    ): super().__init__(backbone, image, lock_decoder, control or dense_branch(backbone, 6 if image else 3))
+        backbone: Backbone,             # shared, except its decoder, which is copied
+        image: bool = False,            # also see the image at sampling (M+I); Siamese-Diffusion does not
+        lock_decoder: bool = False,     # freeze the decoder
+        control: nn.Module = None       # a ready branch, when loading
+    ):
+        control = control or dense_branch(backbone, channels=6 if image else 3)
+        super().__init__(backbone, image, lock_decoder, control)
 
-    def slow(self): return {self.control.controlnet_cond_embedding: 0.1} if self.backbone.is_tiny else {}
+    def slow(self) -> dict:
+        "On a tiny backbone the hint network takes a tenth of the learning rate."
+        return {self.control.controlnet_cond_embedding: 0.1} if self.backbone.is_tiny else {}
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #bdb148a1
-def mix(c_i,            # control features `(down, mid)` of the image
-        c_m,            # those of the mask
-        w_i: float      # weight of the image, 0 to 1
-       ) -> tuple:      # mixed features `(down, mid)`; a gradient flows to the image's alone
+def mix(
+    c_i: tuple,     # control features `(down, mid)` of the image
+    c_m: tuple,     # those of the mask
+    w_i: float      # weight of the image, 0 to 1
+) -> tuple:         # mixed features `(down, mid)`; a gradient flows to the image's alone
     "Eq. 5 with w_m = 1: `w_i c_i + sg[c_m]`, on every control output."
-    one = lambda i, m: w_i*i + m.detach()
-    return tuple(one(i, m) for i, m in zip(c_i[0], c_m[0], strict=True)), one(c_i[1], c_m[1])
+    down = tuple(w_i*i + m.detach() for i, m in zip(c_i[0], c_m[0], strict=True))
+    mid = w_i*c_i[1] + c_m[1].detach()
+    return down, mid
 
+# %% ../../nbs/api/31_generate.siamese.ipynb #3641da67
 class _Decoder(nn.Module):
-    def __init__(self, unet): super().__init__(); self.unet = unet
-    def forward(self, tr, control): return head(self.unet, tr, control)
+    "The head as a module, so that `functional_call` can replace its parameters."
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+    def forward(self, trunk, control): return head(self.unet, trunk, control)
 
-def fixed_head(unet,            # a diffusers U-Net
-               tr: Trunk,       # from `trunk`
-               control          # control features `(down, mid)`
-              ) -> Tensor:      # the U-Net's answer, (B,K,h,w)
+def fixed_head(
+    unet: UNet2DConditionModel,     # the network
+    trunk: Trunk,                   # from `ControlGenerator.trunk`
+    control: tuple                  # control features `(down, mid)`
+) -> Tensor:                        # the U-Net's answer, (B,K,h,w)
     "`head` with parameters that take no gradient: Eq. 8's deep copy, without the copy."
-    fixed = {f'unet.{k}': p.detach() for k, p in unet.named_parameters() if p.requires_grad}
-    return functional_call(_Decoder(unet), fixed, (tr, control))
+    fixed = {f'unet.{name}': p.detach() for name, p in unet.named_parameters() if p.requires_grad}
+    return functional_call(_Decoder(unet), fixed, (trunk, control))
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #d110a77c
 class ImageBranchCB(LossTermCB):
     "Siamese-Diffusion's image branch (Eq. 5, 8): `noised.eps_mix` from mask and image, and the term `L_i`."
-    order, name = 13, 'L_i'         # after DiffusionCB (12), whose batch it takes up
+    order, name = ORDER['image_branch'], 'L_i'
+
     def before_fit(self):
         super().before_fit()
-        if self.model.needs_image: raise MedsynError("this generator sees the image at sampling too (M+I): Siamese-Diffusion needs one of the mask alone")
+        if self.model.needs_image:
+            raise MedsynError("this generator sees the image at sampling too (M+I): "
+                              "Siamese-Diffusion needs one of the mask alone")
 
     def before_batch(self):
-        n, gen = self.learn.noised, self.model
-        n.trunk = gen.trunk(n.zt, n.t, n.cond.text)
-        down, mid = gen.features(*(torch.cat([v, v]) for v in (n.zt, n.t, n.cond.text)), torch.cat([gen.hint(n.cond), n.x0/2 + 0.5]))
+        n, generator = self.learn.noised, self.model
+        n.trunk = generator.trunk(n.zt, n.t, n.cond.text)
+        hints = torch.cat([generator.hint(n.cond), n.x0/2 + 0.5])
+        zt, t, text = (torch.cat([v, v]) for v in (n.zt, n.t, n.cond.text))
+        down, mid = generator.features(zt, t, text, hints)
         B = len(n.zt)
-        n.control, n.image_control = ([d[:B] for d in down], mid[:B]), ([d[B:] for d in down], mid[B:])
-        self.learn.xb = (n.zt, n.t, Known(n.cond.mask, n.cond.text, trunk=n.trunk, control=n.control))
+        n.control = [d[:B] for d in down], mid[:B]
+        n.image_control = [d[B:] for d in down], mid[B:]
+        cond = PrecomputedCond(**vars(n.cond), trunk=n.trunk, control=n.control)
+        self.learn.xb = n.zt, n.t, cond
 
     def after_pred(self):
-        n, bb = self.learn.noised, self.model.backbone
-        w_i = self.steps.done/self.steps.total
-        n.eps_m = bb.schedule.to_eps(self.pred, n.zt, n.t)
-        n.eps_mix = bb.schedule.to_eps(fixed_head(bb.unet, n.trunk, mix(n.image_control, n.control, w_i)).to(n.eps.dtype), n.zt, n.t)
+        n, backbone = self.learn.noised, self.model.backbone
+        w_i = share_done(self.learn)
+        mixed = mix(n.image_control, n.control, w_i)
+        out = fixed_head(backbone.unet, n.trunk, mixed).to(n.eps.dtype)
+        n.eps_m = backbone.schedule.to_eps(self.pred, n.zt, n.t)
+        n.eps_mix = backbone.schedule.to_eps(out, n.zt, n.t)
         self.learn.terms['w_i'] = torch.tensor(w_i)
 
-    def term(self): return F.mse_loss(self.learn.noised.eps_mix, self.learn.noised.eps)
+    def term(self):
+        "L_i (Eq. 8)."
+        return F.mse_loss(self.learn.noised.eps_mix, self.learn.noised.eps)
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #4751e788
-def _branch_first(cb):
+def _needs_image_branch(cb):
     "`MedsynError` unless an `ImageBranchCB` runs before `cb`."
     if not any(isinstance(c, ImageBranchCB) for c in cb.learn.cbs):
-        raise MedsynError(f"{type(cb).__name__} takes its target from the image branch: add ImageBranchCB() to the callbacks")
+        raise MedsynError(f"{type(cb).__name__} takes its target from the image branch: "
+                          "add ImageBranchCB() to the callbacks")
 
 class NoiseConsistencyCB(LossTermCB):
     "Siamese-Diffusion's noise consistency loss (Eq. 9)."
-    order, name = 14, 'L_c'
+    order, name = ORDER['consistency'], 'L_c'
     def __init__(self,
         w_c: float = 1.     # weight (Table 6 sweeps 0, 0.5, 1, 1.5, 2)
     ): super().__init__(w_c)
-    def before_fit(self): super().before_fit(); _branch_first(self)
-    def term(self): return F.mse_loss(self.learn.noised.eps_m, self.learn.noised.eps_mix.detach())
+
+    def before_fit(self):
+        super().before_fit()
+        _needs_image_branch(self)
+
+    def term(self):
+        "The squared distance of Eq. 9, without its weight."
+        return F.mse_loss(self.learn.noised.eps_m, self.learn.noised.eps_mix.detach())
+
+# %% ../../nbs/api/31_generate.siamese.ipynb #72e42b45
+def augmented(
+    schedule: Schedule,     # the noise schedule
+    noised: Noised,         # `learn.noised` with `eps_mix`
+    samples: Tensor         # indices of the samples, (n,)
+) -> tuple:                 # zt' (n,K,h,w), their t and eps
+    "The one-step estimates, noised again with the same noise (Eq. 11 in closed form)."
+    zt, t, eps = noised.zt[samples], noised.t[samples], noised.eps[samples]
+    error = eps - noised.eps_mix[samples].detach()
+    _, sigma = schedule.coefs(t, zt)
+    return zt + sigma*error, t, eps
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #a2000961
 class OnlineAugmentCB(LossTermCB):
-    "Siamese-Diffusion's online augmentation (Eq. 11-13): the image branch's one-step estimate as a further training image."
-    order, name = 14, "L_m'"
+    "Siamese-Diffusion's online augmentation (Eq. 11-13): the one-step estimate as a further training image."
+    order, name = ORDER['consistency'], "L_m'"
     def __init__(self,
         K_tau: int = None,  # it starts after this step; `None`: a third of the run
         T_tau: int = 200    # only samples with an earlier timestep are used
@@ -167,31 +230,29 @@ class OnlineAugmentCB(LossTermCB):
         super().__init__()
         self.K_tau, self.T_tau = K_tau, T_tau
 
-    def before_fit(self): super().before_fit(); _branch_first(self)
+    def before_fit(self):
+        super().before_fit()
+        _needs_image_branch(self)
 
-    def chosen(self):
-        "Indices of the samples with w_a = 1 (Eq. 13), on the CPU: looking at them there costs no wait for the device."
-        K = self.steps.total/3 if self.K_tau is None else self.K_tau
-        return torch.where(self.learn.noised.t_cpu < (self.T_tau if self.steps.done > K else 0))[0]
+    def chosen(self) -> Tensor:     # (n,) long, on the CPU: reading them there does not wait for the device
+        "Indices of the samples with w_a = 1 (Eq. 13)."
+        steps = self.learn.steps
+        start = steps.total/3 if self.K_tau is None else self.K_tau
+        latest = self.T_tau if steps.done > start else 0
+        return torch.where(self.learn.noised.t_cpu < latest)[0]
 
     def after_pred(self):
-        n, i = self.learn.noised, self.chosen()
+        n, samples = self.learn.noised, self.chosen()
         self.value = n.eps.new_zeros(())
-        self.learn.terms['augmented'] = torch.tensor(len(i)/len(n.eps))
-        if not len(i): return
-        zt, t, eps = augmented(self.model.backbone.schedule, n, i)
-        pred = self.model.eps(zt, t, n.cond[i]).to(eps.dtype)
-        self.value = (pred - eps).square().mean((1, 2, 3)).sum()/len(n.eps)
+        self.learn.terms['augmented'] = torch.tensor(len(samples)/len(n.eps))
+        if not len(samples): return
+        zt, t, eps = augmented(self.model.backbone.schedule, n, samples)
+        predicted = self.model.eps(zt, t, n.cond[samples]).to(eps.dtype)
+        self.value = (predicted - eps).square().mean((1, 2, 3)).sum()/len(n.eps)
 
-    def term(self): return self.value
-
-def augmented(schedule,     # the noise schedule
-              noised,       # `learn.noised` with eps_mix
-              i: Tensor     # which samples
-             ) -> tuple:    # zt' (n,K,h,w), their t and eps
-    "The one-step estimates of samples `i`, noised again with the same noise (Eq. 11 in closed form)."
-    zt, t, eps = noised.zt[i], noised.t[i], noised.eps[i]
-    return zt + schedule.coefs(t, zt)[1]*(eps - noised.eps_mix[i].detach()), t, eps
+    def term(self):
+        "L_m' (Eq. 12)."
+        return self.value
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #332f95d8
 class Setting(NamedTuple):
@@ -199,32 +260,46 @@ class Setting(NamedTuple):
     dense: bool     # the dense hint, or the sparse one
     cbs: tuple      # callback classes
 
-_mask, _oa, _lc = (), (ImageBranchCB, OnlineAugmentCB), (ImageBranchCB, NoiseConsistencyCB)
-_all = (ImageBranchCB, NoiseConsistencyCB, OnlineAugmentCB)
-SETTINGS = {1: Setting(False, _mask), 2: Setting(True, _mask), 3: Setting(False, _oa), 4: Setting(False, _lc), 5: Setting(False, _all),
-            6: Setting(True, _oa), 7: Setting(True, _lc), 8: Setting(True, _all)}
+_augment = ImageBranchCB, OnlineAugmentCB
+_consistency = ImageBranchCB, NoiseConsistencyCB
+_both = ImageBranchCB, NoiseConsistencyCB, OnlineAugmentCB
+SETTINGS = {
+    1: Setting(dense=False, cbs=()),
+    2: Setting(dense=True, cbs=()),
+    3: Setting(dense=False, cbs=_augment),
+    4: Setting(dense=False, cbs=_consistency),
+    5: Setting(dense=False, cbs=_both),
+    6: Setting(dense=True, cbs=_augment),
+    7: Setting(dense=True, cbs=_consistency),
+    8: Setting(dense=True, cbs=_both),
+}
 
-def siamese_cbs(setting: int = 8,       # row of Table 5; 8 is the whole method
-                w_c: float = 1.,        # weight of the noise consistency loss
-                K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
-                T_tau: int = 200        # and uses samples with an earlier timestep
-               ) -> list:               # fresh callbacks
+def siamese_cbs(
+    setting: int = 8,       # row of Table 5; 8 is the whole method
+    w_c: float = 1.,        # weight of the noise consistency loss
+    K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
+    T_tau: int = 200        # and uses samples with an earlier timestep
+) -> list:                  # fresh callbacks
     "The callbacks of a row of Table 5."
-    kw = {NoiseConsistencyCB: dict(w_c=w_c), OnlineAugmentCB: dict(K_tau=K_tau, T_tau=T_tau)}
-    return [c(**kw.get(c, {})) for c in SETTINGS[int(pick(str(setting), SETTINGS, 'setting of Table 5'))].cbs]
+    row = int(pick(str(setting), SETTINGS, 'setting of Table 5'))
+    settings = {NoiseConsistencyCB: dict(w_c=w_c), OnlineAugmentCB: dict(K_tau=K_tau, T_tau=T_tau)}
+    return [cb(**settings.get(cb, {})) for cb in SETTINGS[row].cbs]
 
-def siamese_learner(dls,                    # DataLoaders of (image, mask), see `pair_dls`
-                    backbone: Backbone,     # pretrained; not changed
-                    setting: int = 8,       # row of Table 5; 8 is the whole method
-                    w_c: float = 1.,        # weight of the noise consistency loss
-                    K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
-                    T_tau: int = 200,       # and uses samples with an earlier timestep
-                    seed: int = 0,          # of the branch's initial weights, the noise and the timesteps
-                    cbs=(),                 # further callbacks
-                    **kw                    # for `denoising_learner`: lr, wd, drop_prompt, ema, probe
-                   ) -> Learner:            # train it with `fit_steps`; its `.model` is the generator
+# %% ../../nbs/api/31_generate.siamese.ipynb #4e585c4e
+@delegates(denoising_learner)
+def siamese_learner(
+    dls: DataLoaders,       # of (image, mask), see `pair_dls`
+    backbone: Backbone,     # pretrained; not changed
+    setting: int = 8,       # row of Table 5; 8 is the whole method
+    w_c: float = 1.,        # weight of the noise consistency loss
+    K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
+    T_tau: int = 200,       # and uses samples with an earlier timestep
+    seed: int = 0,          # of the branch's initial weights, the noise and the timesteps
+    cbs: tuple = (),        # further callbacks
+    **kwargs
+) -> Learner:               # its `.model` is the generator
     "Siamese-Diffusion, or a part of it (Table 5), with the paper's values."
-    own = siamese_cbs(setting, w_c, K_tau, T_tau)
-    kind = SiameseGenerator if SETTINGS[int(setting)].dense else ControlGenerator
-    with seeded(seed_of(seed, 'control')): model = kind(backbone)
-    return denoising_learner(dls, model, seed=seed, cbs=[*own, *cbs], **kw)
+    method_cbs = siamese_cbs(setting, w_c, K_tau, T_tau)
+    generator = SiameseGenerator if SETTINGS[int(setting)].dense else ControlGenerator
+    with seeded(seed_of(seed, 'control')): model = generator(backbone)
+    return denoising_learner(dls, model, seed=seed, cbs=[*method_cbs, *cbs], **kwargs)
