@@ -94,38 +94,44 @@ class DiceMetric(Metric):
 
 # %% ../../nbs/api/52_segment.learner.ipynb #5e9a02b2
 class SegmenterEMACB(EMACB):
-    "An `EMACB` that averages the running statistics of batch normalisation along with the weights."
+    "An `EMACB` that averages the running statistics of batch normalisation as far back as the weights."
+    def layers(self) -> list:
+        "The batch normalisations that have running statistics."
+        return [m for m in self.learn.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
     def statistics(self) -> list:
-        "The running means and variances of every batch normalisation in the model."
-        layers = [m for m in self.learn.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        return [s for m in layers for s in (m.running_mean, m.running_var)]
+        "The running mean and the running variance of each of `layers`."
+        return [s for layer in self.layers() for s in (layer.running_mean, layer.running_var)]
+
+    def set_statistics(self,
+        values: list    # as `statistics` returns them
+    ):
+        "Write running statistics into the model."
+        for current, value in zip(self.statistics(), values, strict=True): current.copy_(value)
 
     def before_fit(self):
-        previous = self.avg
         super().before_fit()
-        if self.avg is not previous: self.avg_statistics = [s.clone() for s in self.statistics()]
+        if self.run: self.avg_statistics = [s.clone() for s in self.statistics()]
 
     def after_step(self):
         super().after_step()
-        share = 1 - self.avg.cur_decay_value
-        for average, raw in zip(self.avg_statistics, self.statistics(), strict=True): average.lerp_(raw, share)
+        window = 1/(1 - self.avg.cur_decay_value)                           # steps that the weights look back
+        own_windows = [1/(layer.momentum or 0.1) for layer in self.layers() for _ in range(2)]
+        for average, current, own_window in zip(self.avg_statistics, self.statistics(), own_windows, strict=True):
+            average.lerp_(current, 1/max(window - own_window, 1))
 
     def after_fit(self):
         super().after_fit()
-        self._put(self.avg_statistics)
-
-    def _put(self, values):
-        "Write these statistics into the model."
-        for raw, value in zip(self.statistics(), values, strict=True): raw.copy_(value)
+        self.set_statistics(self.avg_statistics)
 
     @contextlib.contextmanager
     def applied(self):
-        "Inside, the model has the averaged weights and statistics."
-        raw = [s.clone() for s in self.statistics()]
+        "Inside, the model has the averaged weights and their statistics."
+        current = [s.clone() for s in self.statistics()]
         with super().applied():
-            self._put(self.avg_statistics)
+            self.set_statistics(self.avg_statistics)
             try: yield
-            finally: self._put(raw)
+            finally: self.set_statistics(current)
 
 # %% ../../nbs/api/52_segment.learner.ipynb #ff8fbbfa
 def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,1], y (B,H,W) in {0,1}
