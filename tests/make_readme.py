@@ -1,7 +1,9 @@
-"""README.md from nbs/index.ipynb, without Quarto: `python tests/make_readme.py` writes it, `--check` only tells whether it is stale.
+"""README.md from nbs/index.ipynb, without Quarto.
 
-Markdown cells go over as they are, code cells become fenced blocks followed by their outputs. Relative links and images, which in
-the notebook start from nbs/, are made to start from the project's top. A picture has to be a file in nbs/images: embedded ones are refused."""
+`python tests/make_readme.py` writes it; `--check` only tells whether it is stale.
+Markdown cells are copied, code cells become fenced blocks followed by their outputs.
+Relative links and images start from nbs/ in the notebook and from the project's top in README.md.
+A picture must be a file in nbs/images: an embedded one is refused."""
 import posixpath
 import re
 import sys
@@ -40,7 +42,8 @@ def output(o):
     if o['output_type'] == 'error': raise SystemExit(f"{INDEX.name}: an output is an error ({o['ename']})")
     if o['output_type'] == 'stream': return fence(''.join(o['text'])) if o['name'] == 'stdout' else ''
     data = {k: ''.join(v) for k, v in o['data'].items() if isinstance(v, (str, list))}
-    if any(k.startswith('image/') for k in data): raise SystemExit(f"{INDEX.name}: an output is an image; write it to nbs/images and show it by a link")
+    if any(k.startswith('image/') for k in data):
+        raise SystemExit(f"{INDEX.name}: an output is an image; write it to nbs/images and show it by a link")
     if 'text/markdown' in data: return data['text/markdown'].strip()
     if '<table' in data.get('text/html', ''): return tidy_html(data['text/html'])
     return fence(data['text/plain']) if 'text/plain' in data else ''
@@ -56,11 +59,13 @@ def code(cell):
 def readme(nb):
     "The whole text."
     parts = [NOTE]
-    for c in nb['cells']: parts += [relink_all(source(c).strip())] if c['cell_type'] == 'markdown' else code(c)
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown': parts.append(relink_all(source(c).strip()))
+        else: parts += code(c)
     return '\n\n'.join(p for p in parts if p) + '\n'
 
 if __name__ == '__main__':
     new = readme(load(INDEX))
-    if '--check' in sys.argv:
-        if README.read_text(encoding='utf-8') != new: raise SystemExit("README.md is stale: run python tests/make_readme.py")
-    else: README.write_text(new, encoding='utf-8')
+    if '--check' not in sys.argv: README.write_text(new, encoding='utf-8')
+    elif README.read_text(encoding='utf-8') != new:
+        raise SystemExit("README.md is stale: run python tests/make_readme.py")

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from configparser import ConfigParser
 
 import nbformat
@@ -17,74 +16,118 @@ INI = ConfigParser(delimiters=['='], interpolation=None)
 INI.read(ROOT/'settings.ini', encoding='utf-8')
 each = lambda paths: pytest.mark.parametrize('path', paths, ids=ids(paths))
 
-# README ---------------------------------------------------------------------------------------------------------------
+# README -------------------------------------------------------------------------------------------
 
 def test_readme_is_current():
     import make_readme as m
-    assert m.README.read_text(encoding='utf-8') == m.readme(load(m.INDEX)), "stale: run python tests/make_readme.py"
+    current = m.README.read_text(encoding='utf-8') == m.readme(load(m.INDEX))
+    assert current, "README.md is stale: run python tests/make_readme.py"
 
 def test_readme_links_lead_somewhere():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     links = re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'(?:src|href)="([^"]+)', text)
-    missing = [o for o in links if '://' not in o and not o.startswith(('#', 'mailto:')) and not (ROOT/o.split('#')[0]).exists()]
+    files = [o.split('#')[0] for o in links if '://' not in o and not o.startswith(('#', 'mailto:'))]
+    missing = [o for o in files if not (ROOT/o).exists()]
     assert not missing, missing
 
 def test_make_readme():
     "Links are rebased outside code, tables lose their style, pictures and errors are refused."
     import make_readme as m
-    md = "see [a](api/x.ipynb), ![p](images/p.png), [w](https://e.org), [h](#top)\n```bash\necho [no](api/x)\n```\n`[no](b)`"
-    want = "see [a](nbs/api/x.ipynb), ![p](nbs/images/p.png), [w](https://e.org), [h](#top)\n```bash\necho [no](api/x)\n```\n`[no](b)`"
-    assert m.relink_all(md) == want and m.relink('../LICENSE') == 'LICENSE'
+    unchanged = "[w](https://e.org), [h](#top)\n```bash\necho [no](api/x)\n```\n`[no](b)`"
+    text = f"see [a](api/x.ipynb), ![p](images/p.png), {unchanged}"
+    assert m.relink_all(text) == f"see [a](nbs/api/x.ipynb), ![p](nbs/images/p.png), {unchanged}"
+    assert m.relink('../LICENSE') == 'LICENSE'
+
     cell = lambda src, *outs: dict(cell_type='code', source=src, outputs=list(outs))
     plain = dict(output_type='execute_result', data={'text/plain': ['2']})
-    table = dict(output_type='execute_result', data={'text/html': '<style>x</style>\n<table border="1" class="c">\n  <tr></tr></table>', 'text/plain': 'x'})
+    html = '<style>x</style>\n<table border="1" class="c">\n  <tr></tr></table>'
+    table = dict(output_type='execute_result', data={'text/html': html, 'text/plain': 'x'})
     assert m.code(cell('#| echo: true\n1+1', plain)) == ['```python\n1+1\n```', '```\n2\n```']
     assert m.code(cell('#| echo: false\ndf', table)) == ['<table>\n<tr></tr></table>']
     assert m.code(cell('#| hide\n1')) == []
-    for bad in (dict(output_type='display_data', data={'image/png': 'x'}), dict(output_type='error', ename='E')):
-        with pytest.raises(SystemExit): m.code(cell('x', bad))
 
-# Start-up -------------------------------------------------------------------------------------------------------------
+    picture = dict(output_type='display_data', data={'image/png': 'x'})
+    error = dict(output_type='error', ename='E')
+    for refused in (picture, error):
+        with pytest.raises(SystemExit): m.code(cell('x', refused))
 
-def best(cmd, n=3):
-    "The shortest of `n` runs in seconds, and the last output."
-    times = []
-    for _ in range(n):
-        t = time.perf_counter()
-        out = subprocess.run(cmd, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
-        times.append(time.perf_counter() - t)
-    return min(times), out
+# Start-up -----------------------------------------------------------------------------------------
+
+HEAVY = 'torch torchvision numpy pandas matplotlib scipy sklearn fastai diffusers transformers timm'.split()
+
+def loaded_by(code):
+    "The heavy libraries that a fresh interpreter loads to run `code`, and what the code prints."
+    code = f"import sys\n{code}\nprint('loaded:', *(m for m in {HEAVY} if m in sys.modules))"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    printed, _, modules = out.rpartition('loaded:')
+    return modules.split(), printed
 
 def test_import_is_light():
-    code = ("import sys, time; t = time.perf_counter(); import medsyn; t = time.perf_counter() - t;"
-            "print(t, *[m for m in ('torch', 'numpy', 'pandas', 'matplotlib', 'fastai', 'fastcore') if m in sys.modules])")
-    _, out = best([sys.executable, '-c', code])
-    seconds, *heavy = out.split()
-    assert float(seconds) < 0.5 and not heavy, out
+    "`import medsyn` loads nothing: libraries come with the module that needs them."
+    assert loaded_by('import medsyn') == ([], '')
+
+def test_help_is_quick():
+    "The overview of the command line loads no heavy library. Seconds would depend on the machine."
+    heavy, text = loaded_by("""
+sys.argv = ['medsyn', '--help']
+from medsyn.cli import main
+try: main()
+except SystemExit as e: assert not e.code""")
+    assert not heavy, heavy
+    commands = 'quickstart check pretrain train synth segment score compare bench'.split()
+    assert not [name for name in commands if name not in text], text
 
 def test_version():
     import medsyn
     assert medsyn.__version__ == INI['DEFAULT']['version']
 
-def test_help_is_quick():
-    seconds, out = best([sys.executable, '-c', 'import sys; sys.argv[0] = "medsyn"; from medsyn.cli import main; sys.exit(main())', '--help'])
-    assert seconds < 2, f"{seconds:.2f} s"
-    for command in 'quickstart check pretrain train synth segment score compare bench'.split(): assert command in out
+# Code ---------------------------------------------------------------------------------------------
 
-# Notebooks ------------------------------------------------------------------------------------------------------------
+WIDEST = 110
+CODE = [p for d in ('medsyn', 'tests') for p in sorted((ROOT/d).rglob('*.py')) if p.name != '_modidx.py']
+
+def wide_lines(path):
+    "The numbers of the lines wider than `WIDEST`."
+    lines = path.read_text(encoding='utf-8').splitlines()
+    return [i for i, line in enumerate(lines, 1) if len(line) > WIDEST]
+
+def excused(path):
+    "The lines that may be wider: `__all__`, which nbdev writes, and lines with a `noqa` (and its reason)."
+    text = path.read_text(encoding='utf-8')
+    assignments = [n for n in ast.parse(text).body if isinstance(n, ast.Assign)]
+    names = [n for n in assignments if ast.unparse(n.targets[0]) == '__all__']
+    by_nbdev = {i for n in names for i in range(n.lineno, n.end_lineno + 1)}
+    return by_nbdev | {i for i, line in enumerate(text.splitlines(), 1) if 'noqa: E501' in line}
+
+@pytest.mark.parametrize('path', CODE, ids=[p.relative_to(ROOT).as_posix() for p in CODE])
+def test_no_line_is_wide(path):
+    "One idea on a line. A module's first line is the quote of its notebook's first cell: a short one."
+    wide = sorted(set(wide_lines(path)) - excused(path))
+    assert not wide, f"lines wider than {WIDEST}: {wide}"
+
+def test_hardly_any_line_is_wide():
+    "The exceptions are few: less than 1% of the package's lines."
+    files = [p for p in CODE if p.is_relative_to(ROOT/'medsyn')]
+    n_wide = sum(len(wide_lines(p)) for p in files)
+    n_lines = sum(len(p.read_text(encoding='utf-8').splitlines()) for p in files)
+    assert n_wide < 0.01*n_lines, f"{n_wide} of {n_lines} lines are wider than {WIDEST}"
+
+# Notebooks ----------------------------------------------------------------------------------------
 
 def outputs(nb):
     "Every piece of text that the notebook's outputs hold."
     for c in nb['cells']:
         for o in c.get('outputs', []):
-            yield from (''.join(o['text']),) if 'text' in o else ()
-            yield from (''.join(v) for k, v in o.get('data', {}).items() if not k.startswith('image/') and isinstance(v, (str, list)))
+            if 'text' in o: yield ''.join(o['text'])
+            for kind, v in o.get('data', {}).items():
+                if not kind.startswith('image/') and isinstance(v, (str, list)): yield ''.join(v)
 
 @each(NOTEBOOKS)
 def test_first_cell_is_title_and_quote(path):
-    "nbdev's pages keep the H1 and one line of quote of the first cell and drop the rest, so nothing else may stand there."
+    "nbdev's pages show the H1 and one line of quote of the first cell, and drop the rest of it."
     first = load(path)['cells'][0]
-    assert first['cell_type'] == 'markdown' and re.fullmatch(r'# [^\n]+\n+> [^\n]+\n*', source(first)), source(first)
+    assert first['cell_type'] == 'markdown'
+    assert re.fullmatch(r'# [^\n]+\n+> [^\n]+\n*', source(first)), source(first)
 
 @each(NOTEBOOKS)
 def test_second_cell_is_an_introduction(path):
@@ -105,7 +148,8 @@ def test_committed_outputs_are_clean(path):
             assert o.get('name') != 'stderr', o['text']
     text = '\n'.join(outputs(nb))
     assert not (m := re.search(r'(?<![\w.:/-])/(home|root|work|tmp|Users|private)/\S*', text)), m[0]
-    assert not (m := re.search(r'Traceback \(most recent|\w+Warning:|\d+%\|.{0,12}[|\u2588]|\d+it/s|it/s\]|\u2588\u2588', text)), m[0]
+    progress_bar = r'\d+%\|.{0,12}[|\u2588]|\d+it/s|it/s\]|\u2588\u2588'
+    assert not (m := re.search(rf'Traceback \(most recent|\w+Warning:|{progress_bar}', text)), m[0]
 
 @each(NOTEBOOKS)
 def test_size(path):
@@ -113,21 +157,28 @@ def test_size(path):
 
 @each(NOTEBOOKS)
 def test_imports_stand_alone(path):
-    "nbdev's pages run each cell that holds an import, without the cells before it: such a cell holds imports and definitions alone."
+    """nbdev's pages run each cell that imports something, without the cells before it.
+
+    Such a cell holds imports and definitions alone."""
+    imports = (ast.Import, ast.ImportFrom)
     for c in load(path)['cells']:
         words, text = directives(c), source(c)
-        if c['cell_type'] != 'code' or words & {'export', 'exporti', 'eval: false'} or 'nbdev_export' in text: continue
+        skipped = words & {'export', 'exporti', 'eval: false'} or 'nbdev_export' in text
+        if c['cell_type'] != 'code' or skipped: continue
         body = ast.parse(re.sub(r'^\s*[%!].*$', '', text, flags=re.M)).body
-        if any(isinstance(n, (ast.Import, ast.ImportFrom)) for b in body for n in ast.walk(b)):
-            assert all(isinstance(b, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for b in body), text
+        if any(isinstance(n, imports) for statement in body for n in ast.walk(statement)):
+            assert all(isinstance(b, (*imports, ast.FunctionDef, ast.ClassDef)) for b in body), text
 
 @each(NOTEBOOKS)
 def test_departures_are_listed(path):
-    "A note that begins `> **Departure.**` has a row in explain/departures; other styles of callout show as raw text in Jupyter."
+    """A note that begins `> **Departure.**` has a row in explain/departures.
+
+    Quarto's callouts (`:::`) show as raw text in Jupyter and are not used."""
     text = '\n'.join(source(c) for c in load(path)['cells'] if c['cell_type'] == 'markdown')
     assert not re.search(r'^:::', text, re.M)
     notes = len(re.findall(r'^> \*\*Departure', text, re.M))
-    listed = '\n'.join(map(source, load(NBS/'explain'/'departures.ipynb')['cells'])).count(f'| [{path.stem.split("_", 1)[-1]}](')
+    table = '\n'.join(map(source, load(NBS/'explain'/'departures.ipynb')['cells']))
+    listed = table.count(f'| [{path.stem.split("_", 1)[-1]}](')
     assert notes <= listed, f"{notes} departures in the notebook, {listed} rows in explain/departures"
 
 @each(API)
@@ -150,31 +201,58 @@ def test_quarto_settings_agree():
     text = (NBS/'nbdev.yml').read_text()
     for k in ('title', 'description', 'git_url'): assert f'"{INI["DEFAULT"][k]}"' in text, k
 
-# Documentation of what is public --------------------------------------------------------------------------------------
+# Documentation of what is public ------------------------------------------------------------------
 
 def public(module):
     "The functions and classes of a module's `__all__` that it defines itself, with their public methods."
     for name in module.__all__:
         o = getattr(module, name)
-        if getattr(o, '__module__', '') != module.__name__ or not (inspect.isfunction(o) or inspect.isclass(o)): continue
-        yield name, o
+        defined_here = getattr(o, '__module__', '') == module.__name__
+        if defined_here and (inspect.isfunction(o) or inspect.isclass(o)): yield name, o
 
-def undocumented(fn, text):
-    "Parameters of `fn` without a comment on their own line."
-    node = ast.parse(text).body[0]
+def signature_of(module, o):
+    "The function that holds the parameters of `o`: itself, or the `__init__` that a class writes."
+    fn = o if inspect.isfunction(o) else vars(o).get('__init__')
+    fn = inspect.unwrap(fn) if fn else None
+    if not inspect.isfunction(fn) or fn.__module__ != o.__module__: return None
+    return fn if fn.__code__.co_filename == module.__file__ else None
+
+def parameters(fn):
+    "The public parameters of `fn` as syntax nodes with the text of their line; `*args` and `**kwargs` last."
+    text = textwrap.dedent(inspect.getsource(fn))
+    args = ast.parse(text).body[0].args
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
     lines = text.splitlines()
-    args = node.args
-    for a in [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]:
-        if a is None or a.arg in ('self', 'cls') or a.arg.startswith('_'): continue
-        if '#' not in lines[a.end_lineno - 1]: yield a.arg
+    return [(a, lines[a.end_lineno - 1]) for a in every
+            if a is not None and a.arg not in ('self', 'cls') and not a.arg.startswith('_')]
+
+def undocumented(fn):
+    "Parameters of `fn` without a comment on their own line."
+    return [a.arg for a, line in parameters(fn) if '#' not in line]
+
+def untyped(fn):
+    "Parameters of `fn` without a type; `*args` and `**kwargs` need none."
+    spec = inspect.getfullargspec(fn)
+    starred = (spec.varargs, spec.varkw)
+    return [a.arg for a, _ in parameters(fn) if a.annotation is None and a.arg not in starred]
+
+def has_docstring(o):
+    "Whether `o` has one of its own: a class does not inherit it."
+    return bool(((vars(o).get('__doc__') if inspect.isclass(o) else o.__doc__) or '').strip())
 
 @each(API)
 def test_public_names_are_documented(path):
     module = importlib.import_module('medsyn.' + exports(load(path)))
     missing = []
     for name, o in public(module):
-        if not (o.__doc__ or '').strip() or (inspect.isclass(o) and '__doc__' not in vars(o)): missing.append(f'{name}: docstring')
-        fn = o if inspect.isfunction(o) else vars(o).get('__init__')
-        if inspect.isfunction(fn := inspect.unwrap(fn) if fn else None) and fn.__module__ == o.__module__ and fn.__code__.co_filename == module.__file__:
-            missing += [f'{name}: {a}' for a in undocumented(fn, textwrap.dedent(inspect.getsource(fn)))]
+        if not has_docstring(o): missing.append(f'{name}: docstring')
+        if fn := signature_of(module, o): missing += [f'{name}: {a}' for a in undocumented(fn)]
+    assert not missing, missing
+
+@each(API)
+def test_public_parameters_are_typed(path):
+    module = importlib.import_module('medsyn.' + exports(load(path)))
+    missing = []
+    for name, o in public(module):
+        if fn := signature_of(module, o): missing += [f'{name}: {a}' for a in untyped(fn)]
     assert not missing, missing
