@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['IGNORE', 'CERTAIN', 'STREAM_SCHEDULES', 'NORMS', 'leave_out', 'StreamDataset', 'colour_changes', 'recolour',
            'forever', 'SynthTermCB', 'RealAgainCB', 'CopyPasteCB', 'PasteOntoCB', 'class_losses', 'check_teacher',
-           'implausible', 'hardness']
+           'implausible', 'save_ignored', 'read_ignored', 'hardness']
 
-# %% ../../nbs/api/56_segment.streams.ipynb #07584b9b
+# %% ../../nbs/api/56_segment.streams.ipynb #158678f8
 import contextlib
+import io
 import math
 from pathlib import Path
 
@@ -21,13 +22,13 @@ from fastai.torch_core import TensorImage, TensorMask, to_device
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core import MedsynError, pick, seed_of, track
+from ..core import MedsynError, pick, seed_of, track, write_atomic
 from ..data.pairs import Pair, PairDataset, SeededDL, random_stream, read_image, read_mask, read_pair
 from ..data.paste import move, paste, random_moves
 from .learner import predict
-from .mixing import frozen_stats, share_done
+from .mixing import frozen_stats
 from .models import Segmenter
-from ..train import LossTermCB
+from ..train import ORDER, LossTermCB, share_done
 
 # %% ../../nbs/api/56_segment.streams.ipynb #24490595
 IGNORE = 255        # the label of a pixel that is not known
@@ -198,10 +199,10 @@ class RealAgainCB(SynthTermCB):
         real = self.dls.train.dataset
         return getattr(real, 'real', real)      # a data set of partners holds the real one
 
-# %% ../../nbs/api/56_segment.streams.ipynb #7bcc63d2
+# %% ../../nbs/api/56_segment.streams.ipynb #896a1659
 class CopyPasteCB(Callback):
     "Pastes a lesion of another image of the batch into an image, with probability `p`."
-    order, run_valid = 5, False         # after a mixing callback has taken the partners out of the batch
+    order, run_valid = ORDER['loss_term'] + 1, False    # after mixing has taken the partners out of the batch
     def __init__(self,
         p: float = .5,              # share of the images that get a lesion, in [0,1]
         feather: float = 1.,        # standard deviation of the border in pixels
@@ -313,6 +314,29 @@ def implausible(teacher: Segmenter,     # trained on real pairs alone
         raise MedsynError(f"the filter leaves no lesion pixel in {len(pairs)} synthetic pairs (factor {factor}): raise the"
                           " factor, give held-out pairs as real=, or train the generator longer")
     return out
+
+# %% ../../nbs/api/56_segment.streams.ipynb #764f1485
+def save_ignored(folder: Path,  # where to write one PNG for each pair, 255 where a pixel is ignored
+                 ignored: dict  # name of a pair -> bool (H,W), as `implausible` returns it
+                ) -> Path:      # the folder
+    "Write the masks of ignored pixels."
+    folder = Path(folder)
+    for name, mask in ignored.items():
+        with io.BytesIO() as png:
+            Image.fromarray(np.asarray(mask).astype(np.uint8)*255).save(png, 'PNG')
+            write_atomic(folder/f'{name}.png', png.getvalue())
+    return folder
+
+def read_ignored(folder: Path,  # what `save_ignored` wrote
+                 pairs: list    # the `Pair`s it belongs to
+                ) -> dict:      # name of a pair -> bool (H,W)
+    "Read the masks of ignored pixels; `MedsynError` if a pair has none."
+    files = {p.name: Path(folder)/f'{p.name}.png' for p in pairs}
+    lacking = [name for name, f in files.items() if not f.is_file()]
+    if lacking:
+        raise MedsynError(f"{folder} lacks {len(lacking)} of {len(pairs)} masks of ignored pixels, {lacking[0]!r} first:"
+                          " compute them with implausible() on these very pairs")
+    return {name: np.asarray(Image.open(f)) > 0 for name, f in files.items()}
 
 # %% ../../nbs/api/56_segment.streams.ipynb #ce530617
 def hardness(teacher: Segmenter,    # trained on real pairs alone
