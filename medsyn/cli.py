@@ -139,7 +139,7 @@ def synth(generator: str,               # folder from medsyn train
     made = synthesize(gen, None if own else find_pairs(data), out, n, masks, seed, steps, guidance, guide, sampler, prompt, bs, size, keep or None, tries)
     gone = len(finished(Path(out))) - len(made)
     say(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl' + (f'; {gone} were dropped' if keep or gone else ''),
-        f'Next: medsyn score {out} --real {data or "REAL_FOLDER"}, then medsyn compare {data or "REAL_FOLDER"} --tests TEST_FOLDER --arms real copy-paste {out} --out results')
+        f'Next: medsyn score {out} --real {data or "REAL_FOLDER"}, then medsyn compare {data or "REAL_FOLDER"} --tests TEST_FOLDER --arms real real-twice {out} --out results')
 
 def segment(data: str,                          # folder or list of real pairs
             out: str,                           # folder to write: a segmenter
@@ -221,7 +221,7 @@ def named(paths     # folders or lists, or `name=folder`
 def compare(data: str,                          # folder or list of real training pairs
             tests: many(str),  # test folders or lists; NAME=FOLDER names one
             out: str,                           # results folder; the same command goes on where it stopped
-            arms: many(str) = ('real', 'copy-paste'),  # real, copy-paste, mixup, cutmix, folders of synthetic pairs, and mcpmix-fixed:FOLDER, -scheduled:, -learned: for partners; NAME=ARM names one
+            arms: many(str) = ('real', 'real-twice'),  # real, real-twice, mixup, cutmix, folders of synthetic pairs, and mcpmix-fixed:FOLDER, -scheduled:, -learned: for partners; NAME=ARM names one
             segmenters: many(str) = ('unet',),  # networks: unet, segformer
             seeds: many(int) = (0, 1, 2),  # one run each
             baseline: str = 'real',             # the arm the others are compared with
@@ -233,7 +233,7 @@ def compare(data: str,                          # folder or list of real trainin
             loss: str = 'bce_dice'):            # bce_dice, cross_entropy or structure_loss
     "Train a segmenter per arm and seed, score each image, print the differences with intervals."
     from medsyn.experiment import compare as run
-    sets = {'real': 'real', 'copy-paste': 'copy-paste'}
+    sets = {'real': 'real', 'real-twice': 'real-twice'}
     arms = {k: sets.get(v, v) for k, v in named(arms).items()}
     f = run(data, named(tests), arms, out, segmenters, tuple(seeds), baseline, metric, size, steps, bs, lr, loss)
     say('', (f/'table.md').read_text(), f'Made: {f}/table.md, differences.csv, figure.png, scores.csv (one row an image), run.json')

@@ -63,9 +63,9 @@ def test_score_prints_both_conventions_and_both_averages(made, capsys):
     assert len(pd.read_csv(made/'s.csv')) == 24
 
 def test_compare_takes_folders_as_arms(made, capsys):
-    assert main(['compare', str(made/'train'), '--tests', str(made/'test'), '--arms', 'real', 'copy-paste', f'mine={made}/syn', '--out', str(made/'cmp'),
+    assert main(['compare', str(made/'train'), '--tests', str(made/'test'), '--arms', 'real', 'real-twice', f'mine={made}/syn', '--out', str(made/'cmp'),
                  '--size', '32', '--steps', '2', '--seeds', '0']) == 0
-    assert set(pd.read_csv(made/'cmp'/'scores.csv').arm) == {'real', 'copy-paste', 'mine'}
+    assert set(pd.read_csv(made/'cmp'/'scores.csv').arm) == {'real', 'real-twice', 'mine'}
     assert set(json.loads((made/'cmp'/'run.json').read_text())) >= {'command', 'hardware', 'versions', 'seconds'}
     assert (made/'cmp'/'figure.png').stat().st_size > 1000
 
