@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'digest', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once',
            'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'pairs_digest',
-           'baseline_of', 'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'make_backbone', 'make_generator',
-           'picture', 'commands', 'quickstart']
+           'describe_arm', 'unlabelled_images', 'open_arm', 'baseline_of', 'compare', 'run_jobs', 'report',
+           'table_text', 'images_of', 'make_backbone', 'make_generator', 'draws_pairs', 'picture', 'commands',
+           'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -33,10 +34,11 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick, save_json,
-                         seed_of, seeded, track, versions, write_atomic)
+from .core import (MedsynError, content_hash, default_device, file_hash, hardware, open_run, os_errors, pick,
+                         save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import AUGMENT, Pair, find_pairs, pair_dls, random_stream, read_image, read_pair, save_list, split_pairs
+from .data.pairs import (AUGMENT, IMAGE_TYPES, Pair, find_pairs, pair_dls, random_stream, read_image, read_pair,
+                               save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
 from .diffusion.sample import sample
@@ -52,7 +54,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #3da67b2e
+# %% ../nbs/api/70_experiment.ipynb #1a36bfca
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def split_once(pairs: 'list | str | Path | Split',  # labelled `Pair`s or their 
         raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #cf188db5
+# %% ../nbs/api/70_experiment.ipynb #36c442a6
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -115,7 +117,7 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
                    ) -> Learner:              # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     split = split_once(pairs)
-    arm = as_arm(arm, split.train, list(unlabelled), load_generator)
+    arm = open_arm(arm, split, unlabelled)
     if augment == 'strong' and 'strong' not in AUGMENT: augment = 'full'
     training = [*split.train*arm.copies, *arm.pairs]
     dls = pair_dls(training, size, bs, valid=split.held, seed=seed_of(seed, 'batches'), augment=augment, device=device)
@@ -126,7 +128,7 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #3ccca607
+# %% ../nbs/api/70_experiment.ipynb #50f7ed21
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -176,7 +178,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, segmenter_name, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #5659e473
+# %% ../nbs/api/70_experiment.ipynb #cf623a27
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -232,9 +234,7 @@ def claimed(result: Path    # the file that the run will leave
 def pairs_digest(pairs: Iterable    # of `Pair`
                 ) -> str:           # 16 hexadecimal digits
     "The names and contents of pairs as a short name."
-    import hashlib
-    text = ''.join(f'{p.name}{file_hash(p.image)}{file_hash(p.mask)}' for p in pairs)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash(''.join(f'{p.name}{file_hash(p.image)}{file_hash(p.mask)}' for p in pairs))
 
 digest = pairs_digest
 
@@ -251,7 +251,8 @@ def _describe_callback(cb):
     texts = {k: _setting(v) for k, v in sorted(vars(cb).items())}
     return f"{type(cb).__name__}({', '.join(f'{k}={t}' for k, t in texts.items() if t is not None)})"
 
-def _describe(arm):
+def describe_arm(arm: Arm   # any arm
+                ) -> dict:  # its settings, with pairs, images and networks by their contents
     "What determines an arm, for the folder's mark."
     out = dict(copies=arm.copies, pairs=pairs_digest(arm.pairs), cbs=[_describe_callback(c) for c in callbacks_of(arm)])
     if arm.partners is not None:
@@ -261,8 +262,25 @@ def _describe(arm):
     if arm.unlabelled: out['unlabelled'] = [file_hash(f) for f in arm.unlabelled]
     if arm.init: out['init'] = {f.name: file_hash(f) for f in sorted(Path(arm.init).rglob('*.safetensors'))}
     return out
+_describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #42fdc0dd
+# %% ../nbs/api/70_experiment.ipynb #ca478414
+def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
+                     ) -> list:                         # of image files
+    "The images without masks that were given."
+    if not isinstance(given, (str, Path)): return [Path(f) for f in given]
+    if not Path(given).is_dir(): raise MedsynError(f"{given} is no folder: give the folder of the images without masks")
+    files = sorted(f for f in Path(given).rglob('*') if f.suffix.lower() in IMAGE_TYPES)
+    if not files: raise MedsynError(f"{given} holds no images: give the folder of the images without masks")
+    return files
+
+def open_arm(form,                      # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
+             split: Split,              # the labelled pairs
+             unlabelled: Sequence = ()  # image files without masks, or their folder
+            ) -> Arm:                   # the arm
+    "An arm for a split; `MedsynError` if it cannot be made or trained on it."
+    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
+
 def _check_arm(name, arm, split):
     "`MedsynError` if an arm cannot be trained on a split."
     if arm.partners is not None: check_partners(split.train, arm.partners)
@@ -324,7 +342,7 @@ class _Plan:
         train = {k: pairs_digest(s.pairs) for k, s in self.splits.items()}
         tests = {k: pairs_digest(v) for k, v in self.tests.items()}
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
-                    runs=[r.file for r in self.runs], arms=self.by_cell(_describe))
+                    runs=[r.file for r in self.runs], arms=self.by_cell(describe_arm))
 
     def train_and_score(self, run, file):
         "One run: its log, then its scores, which vouch for the run."
@@ -343,7 +361,7 @@ def _resolved_arms(runs, forms, splits, unlabelled):
         cell = r.arm, r.subset, r.generator
         if cell in arms: continue
         form = arm_form(forms[r.arm], r.subset, r.generator)
-        arms[cell] = as_arm(form, splits[r.subset].train, unlabelled, load_generator)
+        arms[cell] = open_arm(form, splits[r.subset], unlabelled)
         _check_arm(r.arm, arms[cell], splits[r.subset])
     return arms
 
@@ -414,7 +432,7 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema, curve_every=curve_every)
-    plan = _Plan(splits, tests, networks, runs, _resolved_arms(runs, arms, splits, list(unlabelled)), list(metrics), options)
+    plan = _Plan(splits, tests, networks, runs, _resolved_arms(runs, arms, splits, unlabelled), list(metrics), options)
 
     out = open_run(out, plan.config(), 'compare')
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
@@ -428,7 +446,7 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     save_json(out/'run.json', about)
     return report(_read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #ce7a2b2b
+# %% ../nbs/api/70_experiment.ipynb #885d8fba
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])
@@ -477,13 +495,6 @@ def run_jobs(request: dict,     # keywords of `compare`
             raise MedsynError(f"a process of the comparison failed ({lines[-1]}): its whole output is in {log}")
 
 # %% ../nbs/api/70_experiment.ipynb #8aa94f01
-def _one_seed_column(scores):
-    "Runs numbered by subset, generator and seed together, where these are factors."
-    factors = [k for k in ('subset', 'generator', 'seed') if k in scores]
-    if factors == ['seed']: return scores
-    runs = scores[factors].fillna('').astype(str).agg('/'.join, axis=1)
-    return scores.assign(seed=runs)
-
 def report(scores: pd.DataFrame,  # arm, segmenter, seed, testset, name, metrics; subset and generator where they vary
            out: str | Path,       # folder to write
            baseline: str = None,  # the arm the others are compared with (default real, or the first)
@@ -495,12 +506,11 @@ def report(scores: pd.DataFrame,  # arm, segmenter, seed, testset, name, metrics
     columns = [m for m in scores if m not in (*FACTORS, 'testset', 'name')]
     per_image = scores.groupby(['arm', 'segmenter', 'testset', 'name'], sort=False)[columns].mean().reset_index()
     means = summarise(per_image, by=('arm', 'segmenter'))
-    runs = _one_seed_column(scores)
-    differences = compare_arms(runs, baseline, metric)
+    differences = compare_arms(scores, baseline, metric)
     write_atomic(out/'scores.csv', scores.to_csv(index=False))
     write_atomic(out/'table.csv', means.to_csv())
     write_atomic(out/'differences.csv', differences.to_csv(index=False))
-    write_atomic(out/'table.md', table_text(means, differences, metric, runs.seed.nunique(), baseline) + '\n')
+    write_atomic(out/'table.md', table_text(means, differences, metric, scores.seed.nunique(), baseline) + '\n')
     if len(differences): save_png(plot_differences(differences).figure, out/'figure.png')
     return out
 
@@ -646,8 +656,9 @@ def make_generator(pairs: 'list | Split', # training `Pair`s, or their split, ma
     return _finish(learners, model, out, entry.networks)
 
 # %% ../nbs/api/70_experiment.ipynb #e1583845
-def _draws_pairs(generator):
-    "Whether a generator draws image and mask together."
+def draws_pairs(generator: nn.Module    # any generator
+               ) -> bool:               # whether it draws image and mask together
+    "Whether a generator needs no masks to draw under."
     return getattr(generator, 'own_masks', False)
 
 def _with_lesion(pairs, size, n, seed):
@@ -678,7 +689,7 @@ def picture(out: str | Path,    # folder of a quickstart, with generator/probe.c
             n: int = 8          # columns
            ) -> Path:           # pairs.png
     "real | mask | synthetic, and random mask | synthetic, as pairs.png; the probe's curves as probe.png."
-    out, own_masks = Path(out), _draws_pairs(generator)
+    out, own_masks = Path(out), draws_pairs(generator)
     size = generator.size if own_masks else generator.backbone.size
     images, masks = _with_lesion(pairs, size, min(n, len(pairs), len(synthetic)), seed)
     drawn_images, drawn_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)
