@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
 
-# %% ../nbs/api/80_cli.ipynb #d170dfea
+# %% ../nbs/api/80_cli.ipynb #5ae8c887
 @dataclass(frozen=True)
 class Option:
     "A parameter of a function, as the command line sees it."
@@ -240,7 +240,7 @@ def _obedient(segmenter, least):
     from medsyn.segment.models import Segmenter
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
-# %% ../nbs/api/80_cli.ipynb #71f6aa7b
+# %% ../nbs/api/80_cli.ipynb #90bf4471
 @command('experiment.train_segmenter', leave='pairs device', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -268,7 +268,7 @@ def segment(data: str,             # folder or list of real pairs
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
-# %% ../nbs/api/80_cli.ipynb #7ba55ebf
+# %% ../nbs/api/80_cli.ipynb #eb7ec194
 @command('evaluate.overlap.evaluate_segmenter', 'evaluate.report.report',
          leave='model testsets synthetic extractors lpips_weights device', example='medsyn score model --tests test')
 def score(what: str,       # a segmenter (with --tests), or synthetic images (with --real): a folder or a list
@@ -399,6 +399,7 @@ def quiet():
 def _placeholder(option):
     "What stands for an option's value in the help."
     if option.type in (int, float): return 'N' if option.type is int else 'X'
+    if option.name.startswith('arm'): return 'ARM'
     return 'DIR' if 'folder' in option.about.lower() else option.name.rsplit('_')[-1].upper()
 
 def _add(parser, option, is_first):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'digest', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once',
            'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'pairs_digest',
-           'describe_arm', 'unlabelled_images', 'open_arm', 'baseline_of', 'compare', 'run_jobs', 'report',
-           'table_text', 'images_of', 'make_backbone', 'make_generator', 'draws_pairs', 'picture', 'commands',
-           'quickstart']
+           'describe_arm', 'unlabelled_images', 'open_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
+           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'make_backbone', 'make_generator', 'draws_pairs',
+           'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -21,8 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -31,13 +31,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
 from .core import (MedsynError, content_hash, default_device, file_hash, hardware, open_run, os_errors, pick,
                          save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import (AUGMENT, IMAGE_TYPES, Pair, find_pairs, pair_dls, random_stream, read_image, read_pair,
+from .data.pairs import (AUGMENT, IMAGE_TYPES, Pair, PairDataset, find_pairs, pair_dls, random_stream, read_image, read_pair,
                                save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
@@ -54,7 +55,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #1a36bfca
+# %% ../nbs/api/70_experiment.ipynb #fd5f15ce
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def split_once(pairs: 'list | str | Path | Split',  # labelled `Pair`s or their 
         raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #36c442a6
+# %% ../nbs/api/70_experiment.ipynb #d7778887
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -98,6 +99,22 @@ def run_log(learn: Learner     # trained with `fit_steps`
     return steps.merge(curve, how='left', on='step') if len(curve) else steps
 
 # %% ../nbs/api/70_experiment.ipynb #0068b917
+def _segmenter_dls(split, arm, size, bs, seed, augment, device):
+    """The loaders of one run.
+
+    Fewer than 8 training pairs are repeated; with nothing held out, every pair is trained on."""
+    if augment == 'strong' and 'strong' not in AUGMENT: augment = 'full'
+    copies = max(arm.copies, -(-LEAST_PAIRS//len(split.train)))
+    training = [*split.train*copies, *arm.pairs]
+    kw = dict(seed=seed, augment=augment, device=device)
+    if split.held: return pair_dls(training, size, bs, valid=split.held, **kw)
+    without_first = [p for p in training if p != split.train[0]]
+    dls = pair_dls(without_first, size, bs, valid=split.train[:1], **kw)
+    everything = dls.train.new(PairDataset(training, size).load(), bs=min(bs, len(training)))
+    both = DataLoaders(everything, dls.valid, device=dls.device)
+    both.pairs_train, both.pairs_valid, both.size = training, [], size
+    return both
+
 def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s (8 or more) or their folder
                     arm: 'Arm | str',         # what is added: an arm, or its short form
                     network: str = 'unet',    # a key of `segment.models.NETWORKS`
@@ -118,17 +135,16 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
     "Train one segmenter on real pairs and an arm's additions."
     split = split_once(pairs)
     arm = open_arm(arm, split, unlabelled)
-    if augment == 'strong' and 'strong' not in AUGMENT: augment = 'full'
-    training = [*split.train*arm.copies, *arm.pairs]
-    dls = pair_dls(training, size, bs, valid=split.held, seed=seed_of(seed, 'batches'), augment=augment, device=device)
+    dls = _segmenter_dls(split, arm, size, bs, seed_of(seed, 'batches'), augment, device)
     if arm.partners is not None: dls = partner_dls(dls, arm.partners)
+    curve = [HeldOutCurveCB(curve_every)] if split.held else []
     with seeded(seed_of(seed, 'weights')):
         model = segmenter(network, encoder, encoder_weights, size)
-        learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), HeldOutCurveCB(curve_every)])
+        learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #50f7ed21
+# %% ../nbs/api/70_experiment.ipynb #d36aec82
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -178,7 +194,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, segmenter_name, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #cf623a27
+# %% ../nbs/api/70_experiment.ipynb #1ab7f532
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -251,24 +267,30 @@ def _describe_callback(cb):
     texts = {k: _setting(v) for k, v in sorted(vars(cb).items())}
     return f"{type(cb).__name__}({', '.join(f'{k}={t}' for k, t in texts.items() if t is not None)})"
 
+def _content(value):
+    "A field of an arm by its contents: pairs, image files, a folder of weights or of masks, or a plain value."
+    if isinstance(value, dict): value = [p for k in sorted(value) for p in value[k]]
+    if isinstance(value, Path): value = sorted(f for f in value.rglob('*') if f.is_file())
+    if not isinstance(value, list): return value
+    pairs = [p for p in value if isinstance(p, Pair)]
+    return pairs_digest(pairs) if len(pairs) == len(value) else [file_hash(f) for f in value]
+
 def describe_arm(arm: Arm   # any arm
                 ) -> dict:  # its settings, with pairs, images and networks by their contents
     "What determines an arm, for the folder's mark."
-    out = dict(copies=arm.copies, pairs=pairs_digest(arm.pairs), cbs=[_describe_callback(c) for c in callbacks_of(arm)])
-    if arm.partners is not None:
-        out['partners'] = pairs_digest(p for k in sorted(arm.partners) for p in arm.partners[k])
-    if arm.synthetic: out.update(synthetic=pairs_digest(arm.synthetic), w=arm.w, schedule=arm.schedule)
-    if arm.passes != 1: out['passes'] = arm.passes
-    if arm.unlabelled: out['unlabelled'] = [file_hash(f) for f in arm.unlabelled]
-    if arm.init: out['init'] = {f.name: file_hash(f) for f in sorted(Path(arm.init).rglob('*.safetensors'))}
-    return out
+    default = Arm()
+    changed = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != getattr(default, f.name)}
+    changed.pop('cbs', None)
+    callbacks = [_describe_callback(c) for c in callbacks_of(arm)]
+    return {**{k: _content(v) for k, v in changed.items()}, 'cbs': callbacks}
+
 _describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #ca478414
+# %% ../nbs/api/70_experiment.ipynb #0a065013
 def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
                      ) -> list:                         # of image files
     "The images without masks that were given."
-    if not isinstance(given, (str, Path)): return [Path(f) for f in given]
+    if not isinstance(given, (str, Path)): return [Path(f) for f in given or ()]
     if not Path(given).is_dir(): raise MedsynError(f"{given} is no folder: give the folder of the images without masks")
     files = sorted(f for f in Path(given).rglob('*') if f.suffix.lower() in IMAGE_TYPES)
     if not files: raise MedsynError(f"{given} holds no images: give the folder of the images without masks")
@@ -331,8 +353,6 @@ class _Plan:
     metrics: list       # per-image scores
     options: dict       # further keywords of `train_segmenter`, the same in every run
 
-    def arm(self, run): return self.arms[run.arm, run.subset, run.generator]
-
     def by_cell(self, describe):
         "A description of each arm, by its name, subset and generator."
         return {'_'.join(filter(None, cell)): describe(arm) for cell, arm in self.arms.items()}
@@ -344,15 +364,10 @@ class _Plan:
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
                     runs=[r.file for r in self.runs], arms=self.by_cell(describe_arm))
 
-    def train_and_score(self, run, file):
-        "One run: its log, then its scores, which vouch for the run."
-        network = self.networks[run.segmenter]
-        learn = train_segmenter(self.splits[run.subset], self.arm(run), **network, seed=run.seed, **self.options)
-        write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
-        scores = evaluate_segmenter(learn.model.eval(), self.tests, self.options['size'], metrics=self.metrics)
-        write_atomic(file, scores.to_csv(index=False))
-        del learn                   # learner and callbacks refer to each other: each run's network would stay in memory
-        gc.collect()
+    def score(self, run, file):
+        "Train and score one run."
+        score_run(file, self.splits[run.subset], self.tests, self.arms[run.arm, run.subset, run.generator], self.metrics,
+                  seed=run.seed, **self.networks[run.segmenter], **self.options)
 
 def _resolved_arms(runs, forms, splits, unlabelled):
     "The arm of each cell of the design, checked against its split."
@@ -370,21 +385,43 @@ def _some(name, given):
     if not len(given): raise MedsynError(f"no {name} to compare with: give at least one")
     return given
 
-def _share(runs, file_of, work, bar):
+def share_runs(runs: Sequence,      # of `Run`
+               file_of: Callable,   # run -> the file that it leaves
+               work: Callable,      # does a run
+               desc: str            # title of the progress bar
+              ):
     "Do every run that is not done and that no other process has claimed; wait for the others."
     left = list(runs)
-    while left:
-        before = len(left)
-        for run in list(left):
-            if not file_of(run).exists():
-                with claimed(file_of(run)) as ours:
-                    if ours and not file_of(run).exists(): work(run)
-            if file_of(run).exists():
-                left.remove(run)
-                bar.update()
-        if len(left) == before: time.sleep(2)
+    with track(desc=desc, total=len(left)) as bar:
+        while left:
+            before = len(left)
+            for run in list(left):
+                if not file_of(run).exists():
+                    with claimed(file_of(run)) as ours:
+                        if ours and not file_of(run).exists(): work(run)
+                if file_of(run).exists():
+                    left.remove(run)
+                    bar.update()
+            if len(left) == before: time.sleep(2)
 
-def _read_scores(runs, file_of):
+def score_run(file: Path,       # CSV to write: one row an image; the log is written beside it
+              split: Split,     # the labelled pairs
+              tests: dict,      # name -> list of `Pair`
+              arm: Arm,         # what is added
+              metrics: Sequence[str], # names in `evaluate.overlap.METRICS`
+              **kw              # of `train_segmenter`
+             ):
+    "One run: its log, then its scores, which vouch for the run."
+    learn = train_segmenter(split, arm, **kw)
+    write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
+    scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics)
+    write_atomic(file, scores.to_csv(index=False))
+    del learn                   # learner and callbacks refer to each other: each network would stay in memory
+    gc.collect()
+
+def read_scores(runs: Sequence,     # of `Run`
+                file_of: Callable   # run -> its file
+               ) -> pd.DataFrame:   # one row an image and run
     "The scores of all runs as one table; factors with one level only are left out."
     frames = []
     for run in runs:
@@ -436,17 +473,16 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
 
     out = open_run(out, plan.config(), 'compare')
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
-    with track(desc='compare', total=len(runs)) as bar:
-        if jobs > 1: run_jobs(request, out, jobs)
-        _share(runs, file_of, lambda run: plan.train_and_score(run, file_of(run)), bar)
+    if jobs > 1: run_jobs(request, out, jobs)
+    share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
     about = dict(command=shlex.join(sys.argv), hardware=hardware(), versions=versions(), jobs=jobs,
                  seconds=round(time.time() - started), tests={k: len(v) for k, v in tests.items()},
                  train={k: dict(training=len(s.train), held_out=len(s.held)) for k, s in splits.items()},
                  added=plan.by_cell(lambda arm: len(arm.pairs) + len(arm.synthetic)))
     save_json(out/'run.json', about)
-    return report(_read_scores(runs, file_of), out, baseline, metric)
+    return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #885d8fba
+# %% ../nbs/api/70_experiment.ipynb #865fc61c
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])
