@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Option', 'options_of', 'about', 'Command', 'command', 'settings', 'check', 'clean', 'quickstart',
-           'pretrain', 'train', 'synth', 'segment', 'score', 'named', 'compare', 'catalog', 'bench', 'usage', 'quiet',
-           'parser_of', 'run', 'quiet_libraries', 'main', 'fail']
+           'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score', 'named', 'compare', 'catalog', 'bench',
+           'usage', 'quiet', 'parser_of', 'run', 'quiet_libraries', 'main', 'fail']
 
 # %% ../nbs/api/80_cli.ipynb #f677e2fb
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
 
-# %% ../nbs/api/80_cli.ipynb #5ae8c887
+# %% ../nbs/api/80_cli.ipynb #370cdcd5
 @dataclass(frozen=True)
 class Option:
     "A parameter of a function, as the command line sees it."
@@ -240,7 +240,7 @@ def _obedient(segmenter, least):
     from medsyn.segment.models import Segmenter
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
-# %% ../nbs/api/80_cli.ipynb #90bf4471
+# %% ../nbs/api/80_cli.ipynb #f902dc60
 @command('experiment.train_segmenter', leave='pairs device', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -268,7 +268,32 @@ def segment(data: str,             # folder or list of real pairs
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
-# %% ../nbs/api/80_cli.ipynb #eb7ec194
+# %% ../nbs/api/80_cli.ipynb #48ebb5aa
+@command('fit.fit', leave='labelled synthesis', example='medsyn fit data --out model --minutes 60')
+def fit(data: str,              # folder or list of labelled pairs, 8 or more
+        out: str,               # folder to write: model/, report.md, cv/; the same command resumes
+        unlabelled: str = None, # folder of images without masks
+        **kw                    # of `fit.fit`
+       ):
+    "From a few labelled images to the best model that the minutes allow, chosen by cross-validation: the main job."
+    from medsyn.fit import fit as train_best
+    out = train_best(data, out, unlabelled or (), **kw)
+    found = (out/'report.md').read_text().split('\n\n')[1]
+    print('', found, f'Made: {out}/report.md, {out}/model (a segmenter)', sep='\n')
+    print(f'Next: medsyn predict {out}/model IMAGES --out predictions')
+
+@command('fit.predict_images', leave='models images', late='average', example='medsyn predict model test/images --out predictions')
+def predict(model: str,                   # folder of medsyn segment, or the model of medsyn fit
+            images: str,                  # folder of images
+            out: str,                     # folder to write: masks, probabilities, overlays, predictions.csv
+            average: Sequence[str] = (),  # folders of further models, whose probabilities are averaged with the first's
+            **kw                          # of `predict_images`
+           ):
+    "Segment the images of a folder, at their own size; the same command resumes."
+    from medsyn.fit import predict_images
+    out = predict_images([model, *average], images, out, **kw)
+    print(f'Made: {out}/masks, {out}/probabilities, {out}/overlays, {out}/predictions.csv (area and confidence of each)')
+
 @command('evaluate.overlap.evaluate_segmenter', 'evaluate.report.report',
          leave='model testsets synthetic extractors lpips_weights device', example='medsyn score model --tests test')
 def score(what: str,       # a segmenter (with --tests), or synthetic images (with --real): a folder or a list
@@ -402,14 +427,14 @@ def _placeholder(option):
     if option.name.startswith('arm'): return 'ARM'
     return 'DIR' if 'folder' in option.about.lower() else option.name.rsplit('_')[-1].upper()
 
-def _add(parser, option, is_first):
-    "One option, or for a required first parameter one argument."
+def _add(parser, option, is_positional):
+    "One option, or one argument."
     default = tuple(option.default) if isinstance(option.default, list) else option.default
     shown = ' '.join(map(str, default)) if isinstance(default, tuple) else default
     says_so = 'default' in option.about or shown is None or shown is False or shown == ''
     text = (option.about + ('' if says_so else f' (default {shown})')).replace('%', '%%')
     text = text.replace('`None`:', 'default:').replace('`', '')
-    if option.required and is_first:
+    if is_positional:
         parser.add_argument(option.name, help=text, type=option.type)
         return
     dashed = f'--{option.name.replace("_", "-")}'
@@ -432,15 +457,16 @@ class _OneLine(argparse.HelpFormatter):
 
 def parser_of(name: str     # a command
              ) -> argparse.ArgumentParser:  # its parser
-    "A command's parser: the first parameter without a default is positional, every other one is an option."
+    "A command's parser: the first parameter is positional (and the images of predict), every other one is an option."
     one = COMMANDS[name]
     options = one.options
     needed = [o for o in options.values() if o.required]
-    words = [o.name.upper() if i == 0 else f'--{o.name} {_placeholder(o)}' for i, o in enumerate(needed)]
+    positional = [o.name for i, o in enumerate(needed) if i == 0 or o.name == 'images']
+    words = [o.name.upper() if o.name in positional else f'--{o.name} {_placeholder(o)}' for o in needed]
     parser = argparse.ArgumentParser(prog=f'medsyn {name}', usage=' '.join(['medsyn', name, *words, '[options]']),
                                      description=one.about, epilog=f'Example: {one.example}',
                                      formatter_class=_OneLine, allow_abbrev=False)
-    for i, option in enumerate(options.values()): _add(parser, option, i == 0)
+    for option in options.values(): _add(parser, option, option.name in positional)
     return parser
 
 # %% ../nbs/api/80_cli.ipynb #f159bd85
