@@ -189,9 +189,12 @@ def timed(fs: dict,             # name -> function of the step k
         return time.perf_counter() - start
     for f in fs.values(): f(ks[-1])
     total = dict.fromkeys(fs, 0.)
+    def one_round(k): return {name: seconds(f, k) for name, f in fs.items()}
+    def quickest(k):
+        rounds = [one_round(k) for _ in range(repeat)]
+        return {name: min(times[name] for times in rounds) for name in fs}
     for k in track(ks, 'timing'):
-        rounds = [{name: seconds(f, k) for name, f in fs.items()} for _ in range(repeat)]
-        for name in fs: total[name] += min(times[name] for times in rounds)/len(ks)
+        for name, best in quickest(k).items(): total[name] += best/len(ks)
     return total
 
 def _training(gen, loss, autocast=False):
@@ -216,14 +219,14 @@ def siamese_seconds(size: int = 64,          # side in pixels
     rows = []
     for dense in (False, True):
         plain, shared, released = (_tiny(size, channels, dense) for _ in range(3))
-        batches = [made_up_batch(plain.backbone, bs, size, seed=k) for k in range(steps)]
+        batches = [made_up_batch(plain.backbone, bs, size, seed=i) for i in range(steps)]
         cbs = METHODS['siamese'].cbs()
         def loss_of(step, *args, batches=batches): return lambda k: step(*args, batches[k], k, steps)
         fs = {'ControlNet': _training(plain, loss_of(one_step, plain, [])),
               'Siamese, shared': _training(shared, loss_of(one_step, shared, cbs)),
               'Siamese, as released': _training(released, loss_of(as_released, released))}
         seconds = timed(fs, range(steps), repeat)
-        rows += [dict(step=k, hint='dense' if dense else 'sparse', seconds=v) for k, v in seconds.items()]
+        rows += [dict(step=name, hint='dense' if dense else 'sparse', seconds=v) for name, v in seconds.items()]
     table = pd.DataFrame(rows)
     return table.assign(seconds_ratio=table.seconds/table.groupby('hint').seconds.transform('first'))
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
 
-# %% ../nbs/api/80_cli.ipynb #370cdcd5
+# %% ../nbs/api/80_cli.ipynb #0d83338e
 @dataclass(frozen=True)
 class Option:
     "A parameter of a function, as the command line sees it."
@@ -240,7 +240,7 @@ def _obedient(segmenter, least):
     from medsyn.segment.models import Segmenter
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
-# %% ../nbs/api/80_cli.ipynb #f902dc60
+# %% ../nbs/api/80_cli.ipynb #19c32f48
 @command('experiment.train_segmenter', leave='pairs device', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -251,7 +251,8 @@ def segment(data: str,             # folder or list of real pairs
             **kw                   # of `train_segmenter`
            ):
     "Train one segmenter on real pairs and what an arm adds, and keep it."
-    from medsyn.experiment import describe_arm, open_arm, pairs_digest, run_log, split_once, train_segmenter
+    from medsyn.data.pairs import pairs_hash
+    from medsyn.experiment import describe_arm, open_arm, run_log, split_once, train_segmenter
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import segmenter
     split = split_once(data)
@@ -260,7 +261,7 @@ def segment(data: str,             # folder or list of real pairs
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, unlabelled)
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
-    out = open_run(out, dict(kw, pairs=pairs_digest(split.pairs), arm=describe_arm(opened)), 'segment')
+    out = open_run(out, dict(kw, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
     if not (out/'model.safetensors').exists():
         learn = train_segmenter(split, opened, **kw)
         write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
@@ -268,7 +269,7 @@ def segment(data: str,             # folder or list of real pairs
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
-# %% ../nbs/api/80_cli.ipynb #48ebb5aa
+# %% ../nbs/api/80_cli.ipynb #3362c1de
 @command('fit.fit', leave='labelled synthesis', example='medsyn fit data --out model --minutes 60')
 def fit(data: str,              # folder or list of labelled pairs, 8 or more
         out: str,               # folder to write: model/, report.md, cv/; the same command resumes
@@ -282,7 +283,8 @@ def fit(data: str,              # folder or list of labelled pairs, 8 or more
     print('', found, f'Made: {out}/report.md, {out}/model (a segmenter)', sep='\n')
     print(f'Next: medsyn predict {out}/model IMAGES --out predictions')
 
-@command('fit.predict_images', leave='models images', late='average', example='medsyn predict model test/images --out predictions')
+@command('fit.predict_images', leave='models images', late='average',
+         example='medsyn predict model test/images --out predictions')
 def predict(model: str,                   # folder of medsyn segment, or the model of medsyn fit
             images: str,                  # folder of images
             out: str,                     # folder to write: masks, probabilities, overlays, predictions.csv

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'digest', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once',
-           'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'pairs_digest',
-           'describe_arm', 'unlabelled_images', 'open_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
-           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'make_backbone', 'make_generator', 'draws_pairs',
-           'picture', 'commands', 'quickstart']
+           'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm',
+           'unlabelled_images', 'check_unlabelled', 'open_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
+           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
+           'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -35,11 +35,11 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from .core import (MedsynError, content_hash, default_device, file_hash, hardware, open_run, os_errors, pick,
+from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick,
                          save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import (AUGMENT, IMAGE_TYPES, Pair, PairDataset, find_pairs, pair_dls, random_stream, read_image, read_pair,
-                               save_list, split_pairs)
+from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash, random_stream,
+                               read_image, read_pair, same_images, save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
 from .diffusion.sample import sample
@@ -55,7 +55,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #fd5f15ce
+# %% ../nbs/api/70_experiment.ipynb #57e86a58
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def split_once(pairs: 'list | str | Path | Split',  # labelled `Pair`s or their 
         raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #d7778887
+# %% ../nbs/api/70_experiment.ipynb #ed431c52
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -103,7 +103,6 @@ def _segmenter_dls(split, arm, size, bs, seed, augment, device):
     """The loaders of one run.
 
     Fewer than 8 training pairs are repeated; with nothing held out, every pair is trained on."""
-    if augment == 'strong' and 'strong' not in AUGMENT: augment = 'full'
     copies = max(arm.copies, -(-LEAST_PAIRS//len(split.train)))
     training = [*split.train*copies, *arm.pairs]
     kw = dict(seed=seed, augment=augment, device=device)
@@ -144,7 +143,7 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #d36aec82
+# %% ../nbs/api/70_experiment.ipynb #e405d814
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -194,7 +193,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, segmenter_name, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #1ab7f532
+# %% ../nbs/api/70_experiment.ipynb #6e2e4951
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -247,12 +246,7 @@ def claimed(result: Path    # the file that the run will leave
         for claim in result.parent.glob(f'{result.name}.claim-*'): claim.unlink(missing_ok=True)
 
 # %% ../nbs/api/70_experiment.ipynb #4cca4812
-def pairs_digest(pairs: Iterable    # of `Pair`
-                ) -> str:           # 16 hexadecimal digits
-    "The names and contents of pairs as a short name."
-    return content_hash(''.join(f'{p.name}{file_hash(p.image)}{file_hash(p.mask)}' for p in pairs))
-
-digest = pairs_digest
+digest = pairs_hash
 
 def _setting(value):
     "A callback's setting as text, a network by its weights; nothing for what is no setting."
@@ -273,7 +267,7 @@ def _content(value):
     if isinstance(value, Path): value = sorted(f for f in value.rglob('*') if f.is_file())
     if not isinstance(value, list): return value
     pairs = [p for p in value if isinstance(p, Pair)]
-    return pairs_digest(pairs) if len(pairs) == len(value) else [file_hash(f) for f in value]
+    return pairs_hash(pairs) if len(pairs) == len(value) else [file_hash(f) for f in value]
 
 def describe_arm(arm: Arm   # any arm
                 ) -> dict:  # its settings, with pairs, images and networks by their contents
@@ -286,15 +280,22 @@ def describe_arm(arm: Arm   # any arm
 
 _describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #0a065013
+# %% ../nbs/api/70_experiment.ipynb #e272701d
 def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
                      ) -> list:                         # of image files
     "The images without masks that were given."
-    if not isinstance(given, (str, Path)): return [Path(f) for f in given or ()]
-    if not Path(given).is_dir(): raise MedsynError(f"{given} is no folder: give the folder of the images without masks")
-    files = sorted(f for f in Path(given).rglob('*') if f.suffix.lower() in IMAGE_TYPES)
-    if not files: raise MedsynError(f"{given} holds no images: give the folder of the images without masks")
-    return files
+    if isinstance(given, (str, Path)): return find_images(given)
+    return [Path(f) for f in given or ()]
+
+def check_unlabelled(unlabelled: Sequence,  # image files without masks
+                     pairs: Sequence,       # `Pair`s
+                     what: str              # what these are: "labelled", "test"
+                    ):
+    "`MedsynError` if an image without a mask has the pixels of one of the pairs' images."
+    both = same_images(unlabelled, pairs) if len(unlabelled) else []
+    if both:
+        raise MedsynError(f"{len(both)} of {len(unlabelled)} images without masks are {what} images ({both[0].name} first):"
+                          " take them out of the unlabelled ones")
 
 def open_arm(form,                      # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
              split: Split,              # the labelled pairs
@@ -359,8 +360,8 @@ class _Plan:
 
     def config(self):
         "What determines the scores."
-        train = {k: pairs_digest(s.pairs) for k, s in self.splits.items()}
-        tests = {k: pairs_digest(v) for k, v in self.tests.items()}
+        train = {k: pairs_hash(s.pairs) for k, s in self.splits.items()}
+        tests = {k: pairs_hash(v) for k, v in self.tests.items()}
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
                     runs=[r.file for r in self.runs], arms=self.by_cell(describe_arm))
 
@@ -462,7 +463,11 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     subsets = {'': train} if subsets is None else subsets
     splits = {str(k): split_once(v) for k, v in _some('subsets', subsets).items()}
     tests = {k: list(v) if isinstance(v, (list, tuple)) else find_pairs(v) for k, v in _some('tests', tests).items()}
-    for split in splits.values(): _check_apart(split, tests)
+    unlabelled = unlabelled_images(unlabelled)
+    for split in splits.values():
+        _check_apart(split, tests)
+        check_unlabelled(unlabelled, split.pairs, 'labelled')
+    for name, pairs in tests.items(): check_unlabelled(unlabelled, pairs, f'test ({name})')
     baseline = baseline_of(_some('arms', arms), baseline)
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
@@ -482,7 +487,7 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     save_json(out/'run.json', about)
     return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #865fc61c
+# %% ../nbs/api/70_experiment.ipynb #ed1397af
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])
@@ -615,6 +620,16 @@ def images_of(images: Sequence,     # `Pair`s, or image files
     return stacked
 
 # %% ../nbs/api/70_experiment.ipynb #8d33f2ca
+def generator_dls(split: Split,         # the labelled pairs
+                  size: int,            # side in pixels
+                  bs: int,              # batch size
+                  seed: int,            # of order and augmentation
+                  augment: str | bool   # as in `pair_dls`
+                 ) -> DataLoaders:      # validation: the held-out pairs
+    "The loaders of a generator or backbone; fewer than 8 training pairs are repeated."
+    copies = -(-LEAST_PAIRS//len(split.train))
+    return pair_dls(split.train*copies, size, bs, valid=split.held, seed=seed, augment=augment)
+
 def make_backbone(pairs: 'list | Split',  # training `Pair`s, their masks are not looked at; or their split, made once
                   out: str | Path,        # folder to write: a backbone
                   size: int = 64,         # side in pixels
@@ -623,16 +638,23 @@ def make_backbone(pairs: 'list | Split',  # training `Pair`s, their masks are no
                   lr: float = 1e-3,       # peak learning rate
                   channels: Sequence[int] = (64, 128, 192), # U-Net channels per level
                   prompt: str = None,     # the prompt it will know (default "A photo of a polyp.")
-                  seed: int = 0           # of weights, order and noise
+                  seed: int = 0,          # of weights, order and noise
+                  unlabelled: Sequence = () # further images without masks to learn from
                  ) -> Backbone:           # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already (not needed with Stable Diffusion)."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     split = split_once(pairs)
     given_prompt = dict(prompt=prompt) if prompt else {}
-    config = dict(given_prompt, pairs=pairs_digest(split.pairs), size=size, steps=steps, bs=bs, lr=lr,
+    config = dict(given_prompt, pairs=pairs_hash(split.pairs), size=size, steps=steps, bs=bs, lr=lr,
                   channels=list(channels), seed=seed)
-    backbone = Backbone.tiny(images_of(split.train, size), size, channels, seed=seed, **given_prompt)
-    dls = pair_dls(split.train, size, bs, valid=split.held, seed=seed, augment='flip')
+    frames = unlabelled_images(unlabelled)
+    check_unlabelled(frames, split.held, 'held-out')
+    if frames: config['unlabelled'] = [file_hash(f) for f in frames]
+    everything = [*split.train, *frames]
+    backbone = Backbone.tiny(images_of(everything, size), size, channels, seed=seed, **given_prompt)
+    dls = generator_dls(split, size, bs, seed, augment='flip')
+    if frames: dls = DataLoaders(image_dls(everything, size, bs, seed, 'flip'), dls.valid)
+    dls.size = size
     out = open_run(out, config, 'pretrain')
     if (out/'backbone.json').exists(): return Backbone.from_pretrained(out)
     learn = pretrain_backbone(dls, backbone, steps, lr, seed)
@@ -676,10 +698,10 @@ def make_generator(pairs: 'list | Split', # training `Pair`s, or their split, ma
     tiny = backbone is None or backbone.is_tiny
     size, lr = size or (backbone.size if backbone else 64), lr or (entry.tiny_lr if tiny else 1e-5)
     if backbone: backbone.check_size(size)
-    config = dict(pairs=pairs_digest(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr,
+    config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr,
                   size=size, seed=seed)
     if settings: config['settings'] = settings
-    dls = pair_dls(split.train, size, bs, valid=split.held, seed=seed, augment='flip' if tiny else False)
+    dls = generator_dls(split, size, bs, seed, augment='flip' if tiny else 'none')
     make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe, **settings)
     if backbone is None: make()         # what does not fit shows before anything is written
     out = open_run(out, config, 'train')
