@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'one_step', 'stable_diffusion_shapes', 'made_up_batch', 'as_released', 'flops', 'siamese_flops', 'timed',
-           'siamese_seconds', 'siamese_full_size', 'peak_memory', 'random_inception', 'naive_fidelity', 'fidelity_cost',
-           'segment_step', 'feedback_flops', 'feedback_seconds', 'feedback', 'siamese', 'bench']
+           'siamese_seconds', 'siamese_full_size', 'resident_bytes', 'peak_memory', 'random_inception',
+           'naive_fidelity', 'fidelity_cost', 'segment_step', 'feedback_flops', 'feedback_seconds', 'feedback',
+           'siamese', 'bench']
 
 # %% ../nbs/api/71_bench.ipynb #1f9824a5
 import contextlib
 import copy
+import resource
+import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +27,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from fastai.callback.core import Callback
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
@@ -41,14 +47,15 @@ from .segment.learner import bce_dice
 from .segment.models import segmenter
 
 # %% ../nbs/api/71_bench.ipynb #1713d40e
-def one_step(gen,           # a generator
-             cbs: list,     # loss terms, as a method adds them; none: the plain denoising loss
-             n,             # the batch, as in `learn.noised`
-             k: int,        # the step
-             N: int         # of so many
-            ):              # the scalar loss
+def one_step(gen: nn.Module,    # a generator
+             cbs: list,         # loss terms, as a method adds them; none: the plain denoising loss
+             n,                 # the batch: a `Noised`, or what has its fields
+             k: int,            # the step
+             N: int             # of so many
+            ) -> Tensor:        # the scalar loss
     "One training step's loss: the learner's events on a given batch."
-    learn = SimpleNamespace(model=gen, noised=n, xb=(n.zt, n.t, n.cond), steps=SimpleNamespace(done=k, total=N), terms={}, training=True)
+    learn = SimpleNamespace(model=gen, noised=n, xb=(n.zt, n.t, n.cond), steps=SimpleNamespace(done=k, total=N),
+                            terms={}, training=True)
     cbs = sorted(cbs, key=lambda c: c.order)
     for c in cbs: c.learn = learn
     for c in cbs: c('before_batch')
@@ -61,61 +68,71 @@ def one_step(gen,           # a generator
 # %% ../nbs/api/71_bench.ipynb #54531d88
 class _Text(nn.Module):
     "Stands for a text encoder: embeddings of the right shape."
-    def __init__(self, length, dim): super().__init__(); self.table = nn.Parameter(torch.zeros(length, dim))
+    def __init__(self, length, dim):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(length, dim))
     def forward(self, prompts): return self.table.expand(len(prompts), -1, -1)
 
-def stable_diffusion_shapes(device='meta',      # where; meta has shapes and no memory
-                            width: int = 320,   # channels of the first level; 320 is Stable Diffusion 1.5
-                            vae: bool = False   # with its codec's encoder and decoder, or with a stand-in
-                           ) -> Backbone:       # random weights
+def stable_diffusion_shapes(device: 'str | torch.device' = 'meta',  # where; meta has shapes and no memory
+                            width: int = 320,       # channels of the first level; 320 is Stable Diffusion 1.5
+                            vae: bool = False       # with its codec's encoder and decoder, or with a stand-in
+                           ) -> Backbone:           # random weights
     "A backbone of Stable Diffusion 1.5's shapes."
+    codec_channels = (128, 256, 512, 512) if vae else (4, 4, 4, 4)
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, block_out_channels=(width, 2*width, 4*width, 4*width), cross_attention_dim=768, attention_head_dim=8, norm_num_groups=32)
-        w = (128, 256, 512, 512) if vae else (4, 4, 4, 4)
-        codec = KLCodec(AutoencoderKL(block_out_channels=w, norm_num_groups=w[0]//4, layers_per_block=2 if vae else 1,
-                                      down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4))
-        return Backbone(unet, codec, _Text(77, 768), Schedule())
+        unet = UNet2DConditionModel(sample_size=64, block_out_channels=(width, 2*width, 4*width, 4*width),
+                                    cross_attention_dim=768, attention_head_dim=8, norm_num_groups=32)
+        autoencoder = AutoencoderKL(block_out_channels=codec_channels, norm_num_groups=codec_channels[0]//4,
+                                    layers_per_block=2 if vae else 1, down_block_types=('DownEncoderBlock2D',)*4,
+                                    up_block_types=('UpDecoderBlock2D',)*4)
+        return Backbone(unet, KLCodec(autoencoder), _Text(77, 768), Schedule())
 
 def made_up_batch(bb: Backbone,         # gives the shapes
                   bs: int,              # images
                   size: int,            # side in pixels
-                  t=None,               # timesteps (bs,) on the CPU; random by default
+                  t: Tensor = None,     # timesteps (bs,) on the CPU; random by default
                   seed: int = 0,        # of the content
-                  dtype=torch.float32   # of the content
-                 ):                     # like `learn.noised`
+                  dtype: torch.dtype = torch.float32    # of the content
+                 ) -> SimpleNamespace:  # the fields of `Noised`
     "A batch without meaning."
-    g, dev = torch.Generator().manual_seed(seed), bb.device
-    draw = lambda *shape: torch.randn(shape, generator=g, dtype=dtype).to(dev)
-    side = size//bb.codec.stride
-    t_cpu = torch.randint(bb.schedule.T, (bs,), generator=g) if t is None else t
-    x0, mask, t = draw(bs, 3, size, size).clamp(-1, 1), (draw(bs, 1, size, size) > 1).to(dtype), t_cpu.to(dev)
+    generator, side = torch.Generator().manual_seed(seed), size//bb.codec.stride
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=dtype).to(bb.device)
+    t_cpu = torch.randint(bb.schedule.T, (bs,), generator=generator) if t is None else t
+    x0 = draw(bs, 3, size, size).clamp(-1, 1)
+    mask = (draw(bs, 1, size, size) > 1).to(dtype)
     z0, eps = draw(bs, bb.codec.channels, side, side), draw(bs, bb.codec.channels, side, side)
-    return SimpleNamespace(x0=x0, mask=mask, z0=z0, eps=eps, t=t, t_cpu=t_cpu, zt=bb.schedule.noise(z0, eps, t), target=bb.schedule.target(z0, eps, t),
-                           cond=Cond(mask, bb.text([bb.prompt]*bs).detach().to(dtype)))
+    t = t_cpu.to(bb.device)
+    text = bb.text([bb.prompt]*bs).detach().to(dtype)
+    return SimpleNamespace(x0=x0, mask=mask, z0=z0, eps=eps, t=t, t_cpu=t_cpu, zt=bb.schedule.noise(z0, eps, t),
+                           target=bb.schedule.target(z0, eps, t), cond=Cond(mask, text))
 
 # %% ../nbs/api/71_bench.ipynb #9f3509f6
-def as_released(gen,        # a control generator
-                n,          # the batch
-                k: int,     # the step
-                N: int,     # of so many
-                T_tau=200   # augmentation uses earlier timesteps
-               ):           # the scalar loss
+def as_released(gen: nn.Module,     # a control generator
+                n,                  # the batch: a `Noised`, or what has its fields
+                k: int,             # the step
+                N: int,             # of so many
+                T_tau: int = 200    # augmentation uses earlier timesteps
+               ) -> Tensor:         # the scalar loss
     "Siamese-Diffusion's loss (Eq. 5-13) without sharing any work, for comparing costs."
     bb, text, to_eps = gen.backbone, n.cond.text, gen.backbone.schedule.to_eps
     out = gen(n.zt, n.t, n.cond)
-    eps_m = to_eps(out, n.zt, n.t)
+    eps_mask = to_eps(out, n.zt, n.t)
     twin = copy.deepcopy(bb.unet)
-    with torch.no_grad(): c_m, tr = gen.features(n.zt, n.t, text, gen.hint(n.cond)), trunk(twin, n.zt, n.t, text)
-    c_i, w = gen.features(n.zt, n.t, text, n.x0/2 + 0.5), k/N
-    mixed = [w*i + m for i, m in zip(c_i[0], c_m[0], strict=True)], w*c_i[1] + c_m[1]
-    eps_mix = to_eps(head(twin, tr, mixed), n.zt, n.t)
+    with torch.no_grad():
+        mask_features = gen.features(n.zt, n.t, text, gen.hint(n.cond))
+        trunk_features = trunk(twin, n.zt, n.t, text)
+    image_features = gen.features(n.zt, n.t, text, n.x0/2 + 0.5)
+    w_i = k/N
+    skips = [w_i*i + m for i, m in zip(image_features[0], mask_features[0], strict=True)]
+    mixed = skips, w_i*image_features[1] + mask_features[1]
+    eps_mix = to_eps(head(twin, trunk_features, mixed), n.zt, n.t)
     fixed = eps_mix.detach()
-    loss = F.mse_loss(out, n.target) + F.mse_loss(eps_mix, n.eps) + F.mse_loss(eps_m, fixed)
+    loss = F.mse_loss(out, n.target) + F.mse_loss(eps_mix, n.eps) + F.mse_loss(eps_mask, fixed)
     w_a = (n.t_cpu < T_tau)*(k > N/3)
     if not w_a.any(): return loss
-    zt = bb.schedule.noise(bb.schedule.z0_from_eps(fixed, n.zt, n.t), n.eps, n.t)
-    err = (gen.eps(zt, n.t, n.cond) - n.eps).square().mean((1, 2, 3))
-    return loss + (err*w_a.to(err.device)).mean()
+    zt_new = bb.schedule.noise(bb.schedule.z0_from_eps(fixed, n.zt, n.t), n.eps, n.t)
+    error = (gen.eps(zt_new, n.t, n.cond) - n.eps).square().mean((1, 2, 3))
+    return loss + (error*w_a.to(error.device)).mean()
 
 # %% ../nbs/api/71_bench.ipynb #46999d2b
 def _tiny(size, channels, dense, seed=0):
@@ -128,118 +145,146 @@ def _tiny(size, channels, dense, seed=0):
     return gen
 
 # %% ../nbs/api/71_bench.ipynb #dcb50789
-def flops(f             # () -> a scalar loss, or anything else
+def flops(f: Callable   # () -> a scalar loss, or anything else
          ) -> float:    # 1e12 operations, of the backward pass too if it returned a loss
     "The operations of a computation, in TFLOP."
-    with FlopCounterMode(display=False) as c:
+    with FlopCounterMode(display=False) as counter:
         out = f()
-        if isinstance(out, torch.Tensor) and out.requires_grad and not out.dim(): out.backward()
-    return c.get_total_flops()/1e12
+        if isinstance(out, Tensor) and out.requires_grad and not out.dim(): out.backward()
+    return counter.get_total_flops()/1e12
 
-def siamese_flops(size: int = 384,      # side in pixels
-                  width: int = 320,     # U-Net channels of the first level
-                  bs: int = 6           # images per device in the paper: how often a batch has a sample to augment
-                 ) -> pd.DataFrame:     # one row a step and hint: TFLOP per image, and as a multiple of ControlNet's with the same hint
+def siamese_flops(size: int = 384, # side in pixels
+                  width: int = 320, # U-Net channels of the first level
+                  bs: int = 6      # images per device in the paper: how often a batch has a sample to augment
+                 ) -> pd.DataFrame: # one row a step and hint: TFLOP per image, and the ratio to ControlNet's
     "Operations of one training step per image, averaged over a run (meta device)."
     bb, rows = stable_diffusion_shapes(width=width), []
     n = made_up_batch(bb, 1, size, t=torch.tensor([100]))
     for dense in (False, True):
         with torch.device('meta'): gen = METHODS['siamese' if dense else 'control'].opens(bb).freeze_rest()
         cbs = METHODS['siamese'].cbs()
-        steps = {'ControlNet': (lambda k: one_step(gen, [], n, k, 9), 0), 'Siamese, shared': (lambda k: one_step(gen, cbs, n, k, 9), 0.2),
-                 'Siamese, as released': (lambda k: as_released(gen, n, k, 9), 1 - 0.8**bs)}
-        for name, (f, share) in steps.items():
-            early, late = (flops(lambda k=k: f(k)) for k in (1, 8))
+        # name -> the step, and the share of samples that it augments where augmentation runs
+        steps = {'ControlNet': (partial(one_step, gen, [], n), 0),
+                 'Siamese, shared': (partial(one_step, gen, cbs, n), 0.2),
+                 'Siamese, as released': (partial(as_released, gen, n), 1 - 0.8**bs)}
+        for name, (step, share) in steps.items():
+            early, late = (flops(partial(step, k, 9)) for k in (1, 8))
             rows.append(dict(step=name, hint='dense' if dense else 'sparse', TFLOP=early + 2/3*share*(late - early)))
-    df = pd.DataFrame(rows)
-    return df.assign(ratio=df.TFLOP/df.groupby('hint').TFLOP.transform('first'))
+    table = pd.DataFrame(rows)
+    return table.assign(ratio=table.TFLOP/table.groupby('hint').TFLOP.transform('first'))
 
 # %% ../nbs/api/71_bench.ipynb #cce77c40
 def timed(fs: dict,             # name -> function of the step k
-          ks,                   # the steps
+          ks: Sequence[int],    # the steps
           repeat: int = 2,      # how often each is timed; the quickest counts
-          device='cpu'          # is waited for
+          device: 'str | torch.device' = 'cpu'  # is waited for
          ) -> dict:             # name -> mean seconds
     "Mean seconds of functions that take turns, after one round to warm up."
     wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
+    def seconds(f, k):
+        wait()
+        start = time.perf_counter()
+        f(k)
+        wait()
+        return time.perf_counter() - start
     for f in fs.values(): f(ks[-1])
     total = dict.fromkeys(fs, 0.)
+    def one_round(k): return {name: seconds(f, k) for name, f in fs.items()}
+    def quickest(k):
+        rounds = [one_round(k) for _ in range(repeat)]
+        return {name: min(times[name] for times in rounds) for name in fs}
     for k in track(ks, 'timing'):
-        best = dict.fromkeys(fs, float('inf'))
-        for _ in range(repeat):
-            for name, f in fs.items():
-                wait(); t = time.perf_counter(); f(k); wait()
-                best[name] = min(best[name], time.perf_counter() - t)
-        for name in fs: total[name] += best[name]/len(ks)
+        for name, best in quickest(k).items(): total[name] += best/len(ks)
     return total
 
 def _training(gen, loss, autocast=False):
     "`loss(k)` -> a whole training step at k."
-    opt = torch.optim.AdamW([p for p in gen.parameters() if p.requires_grad], lr=1e-6, fused=True)
-    dev = gen.backbone.device.type
+    trainable = [p for p in gen.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trainable, lr=1e-6, fused=True)
+    device = gen.backbone.device.type
     def step(k):
-        with torch.autocast(dev, torch.bfloat16) if autocast else contextlib.nullcontext(): v = loss(k)
-        opt.zero_grad(); v.backward(); opt.step()
+        with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext(): value = loss(k)
+        opt.zero_grad()
+        value.backward()
+        opt.step()
     return step
 
-def siamese_seconds(size: int = 64,             # side in pixels
-                    channels=(48, 96, 144),     # U-Net channels per level
-                    bs: int = 8,                # images per step
-                    steps: int = 9,             # moments of a run that are timed
-                    repeat: int = 2             # times each; the quickest counts
-                   ) -> pd.DataFrame:           # one row a step and hint: seconds, and as a multiple of ControlNet's with the same hint
+def siamese_seconds(size: int = 64,          # side in pixels
+                    channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
+                    bs: int = 8,             # images per step
+                    steps: int = 9,          # moments of a run that are timed
+                    repeat: int = 2          # times each; the quickest counts
+                   ) -> pd.DataFrame:        # one row a step and hint: seconds, and the ratio to ControlNet's
     "Seconds of a training step on a tiny network."
     rows = []
     for dense in (False, True):
-        gens = [_tiny(size, channels, dense) for _ in range(3)]
-        batches = [made_up_batch(gens[0].backbone, bs, size, seed=k) for k in range(steps)]
+        plain, shared, released = (_tiny(size, channels, dense) for _ in range(3))
+        batches = [made_up_batch(plain.backbone, bs, size, seed=i) for i in range(steps)]
         cbs = METHODS['siamese'].cbs()
-        losses = [lambda k: one_step(gens[0], [], batches[k], k, steps), lambda k: one_step(gens[1], cbs, batches[k], k, steps),
-                  lambda k: as_released(gens[2], batches[k], k, steps)]
-        fs = {name: _training(g, f) for name, g, f in zip(('ControlNet', 'Siamese, shared', 'Siamese, as released'), gens, losses, strict=True)}
-        rows += [dict(step=k, hint='dense' if dense else 'sparse', seconds=v) for k, v in timed(fs, range(steps), repeat).items()]
-    df = pd.DataFrame(rows)
-    return df.assign(seconds_ratio=df.seconds/df.groupby('hint').seconds.transform('first'))
+        def loss_of(step, *args, batches=batches): return lambda k: step(*args, batches[k], k, steps)
+        fs = {'ControlNet': _training(plain, loss_of(one_step, plain, [])),
+              'Siamese, shared': _training(shared, loss_of(one_step, shared, cbs)),
+              'Siamese, as released': _training(released, loss_of(as_released, released))}
+        seconds = timed(fs, range(steps), repeat)
+        rows += [dict(step=name, hint='dense' if dense else 'sparse', seconds=v) for name, v in seconds.items()]
+    table = pd.DataFrame(rows)
+    return table.assign(seconds_ratio=table.seconds/table.groupby('hint').seconds.transform('first'))
 
 # %% ../nbs/api/71_bench.ipynb #78c30d95
-def siamese_full_size(batches=(6, 24, 48),      # images per step
-                      size: int = 384,          # side in pixels
-                      width: int = 320,         # U-Net channels of the first level; 320 is Stable Diffusion 1.5
-                      steps: int = 6,           # steps timed
-                      device=None               # `None`: the accelerator if there is one
-                     ) -> pd.DataFrame:         # step, batch, seconds, GiB, minutes for 3,000 steps of 48
+def _full_size_row(gen, loss, bs, size, steps, device):
+    "Seconds, memory and hours of one kind of step at one batch size; no seconds where the memory is too small."
+    cuda = device.type == 'cuda'
+    try:
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        batches = [made_up_batch(gen.backbone, bs, size, seed=k) for k in range(steps)]
+        step = _training(gen, lambda k: loss(batches[k], k), autocast=True)
+        seconds = timed({'step': step}, range(steps), 1, device)['step']
+    except torch.cuda.OutOfMemoryError: return dict(batch=bs, seconds=float('nan'))
+    memory = torch.cuda.max_memory_allocated()/2**30 if cuda else float('nan')
+    return dict(batch=bs, seconds=seconds, GiB=memory, minutes=seconds*3000*48/bs/60)
+
+def siamese_full_size(batches: Sequence[int] = (6, 24, 48), # images per step
+                      size: int = 384,        # side in pixels
+                      width: int = 320,       # U-Net channels of the first level; 320 is Stable Diffusion 1.5
+                      steps: int = 6,         # steps timed
+                      device: 'str | torch.device' = None # `None`: the accelerator if there is one
+                     ) -> pd.DataFrame:       # step, batch, seconds, GiB, minutes for 3,000 steps of 48
     "Seconds and memory of a training step at Stable Diffusion's size in bf16."
-    device, rows = torch.device(device or default_device()), []
+    device = torch.device(device or default_device())
     gen = METHODS['siamese'].opens(stable_diffusion_shapes(device, width)).freeze_rest()
-    cbs, cuda = METHODS['siamese'].cbs(), device.type == 'cuda'
-    kinds = {'ControlNet': lambda n, k: one_step(gen, [], n, k, steps), 'Siamese, shared': lambda n, k: one_step(gen, cbs, n, k, steps),
+    cbs = METHODS['siamese'].cbs()
+    kinds = {'ControlNet': lambda n, k: one_step(gen, [], n, k, steps),
+             'Siamese, shared': lambda n, k: one_step(gen, cbs, n, k, steps),
              'Siamese, as released': lambda n, k: as_released(gen, n, k, steps)}
-    for name, f in kinds.items():
-        for bs in batches:
-            row = dict(step=name, batch=bs)
-            try:
-                if cuda: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-                n = [made_up_batch(gen.backbone, bs, size, seed=k) for k in range(steps)]
-                s = timed({name: _training(gen, lambda k: f(n[k], k), autocast=True)}, range(steps), 1, device)[name]
-                row.update(seconds=s, GiB=torch.cuda.max_memory_allocated()/2**30 if cuda else float('nan'), minutes=s*3000*48/bs/60)
-            except torch.cuda.OutOfMemoryError: row['seconds'] = float('nan')
-            rows.append(row)
+    rows = [dict(step=name, **_full_size_row(gen, loss, bs, size, steps, device))
+            for name, loss in kinds.items() for bs in batches]
     return pd.DataFrame(rows)
 
 # %% ../nbs/api/71_bench.ipynb #d081d01c
+def resident_bytes() -> int:
+    "The memory that this process holds now; where the system does not say (outside Linux), the most it ever held."
+    pages = Path('/proc/self/statm')
+    if pages.exists(): return int(pages.read_text().split()[1])*resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak*1024
+
 @contextlib.contextmanager
-def peak_memory(every: float = .01  # seconds between looks
-               ):                   # yields an object whose `.MiB` is the largest growth of the process's resident memory so far
+def peak_memory(every: float = .01 # seconds between looks
+               ):              # yields an object whose `.MiB` is the largest growth of resident memory so far
     "Watch how much memory a block takes."
-    import psutil
-    me, out, stop = psutil.Process(), SimpleNamespace(MiB=0.), threading.Event()
-    start = me.memory_info().rss
-    def look(): out.MiB = max(out.MiB, (me.memory_info().rss - start)/2**20)
+    found, stop, start = SimpleNamespace(MiB=0.), threading.Event(), resident_bytes()
+    def look(): found.MiB = max(found.MiB, (resident_bytes() - start)/2**20)
     def watch():
         while not stop.wait(every): look()
-    thread = threading.Thread(target=watch, daemon=True); thread.start()
-    try: yield out
-    finally: stop.set(); thread.join(); look()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try: yield found
+    finally:
+        stop.set()
+        thread.join()
+        look()
 
 def random_inception(seed: int = 0  # of the weights
                     ) -> Extractor: # FID's Inception with weights that carry a signal through
@@ -253,69 +298,96 @@ def random_inception(seed: int = 0  # of the weights
 
 class _OneOutput(nn.Module):
     "uint8 (B,3,H,W) to one output of an extractor's network, as torchmetrics wants it."
-    def __init__(self, ex, which): super().__init__(); self.net, self.size, self.which = ex.net, ex.size, which
+    def __init__(self, ex, which):
+        super().__init__()
+        self.net, self.size, self.which = ex.net, ex.size, which
+    @torch.no_grad()
     def forward(self, x):
-        x = x.to(next(self.net.parameters()).device)
-        with torch.no_grad(): return self.net((F.interpolate(x.float(), (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)/255).clamp(0, 1))[self.which]
+        x = x.to(next(self.net.parameters()).device).float()
+        x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
+        return self.net((x/255).clamp(0, 1))[self.which]
 
 # %% ../nbs/api/71_bench.ipynb #18a66911
-def naive_fidelity(real,            # folder or list of real images, all of one size
-                   fake,            # the same, synthetic
-                   ex: Extractor,   # with `features` and `logits`
-                   bs: int = 32,    # images per batch
-                   device='cpu'     # where to compute
-                  ) -> dict:        # FID, KID, IS
+def _feed(metric, files, bs, desc, device, **kw):
+    "Give a torchmetrics metric all images of a list."
+    for i in track(range(0, len(files), bs), desc):
+        images = np.stack([read_image(p) for p in files[i:i + bs]])
+        metric.update(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), **kw)
+
+def naive_fidelity(real: 'list | str | Path',   # folder or list of real images, all of one size
+                   fake: 'list | str | Path',   # the same, synthetic
+                   ex: Extractor,               # with `features` and `logits`
+                   bs: int = 32,                # images per batch
+                   device: 'str | torch.device' = 'cpu' # where to compute
+                  ) -> dict:                    # FID, KID, IS
     "torchmetrics' own classes, one metric after the other, each with its own pass over the files."
-    real, fake, n, out = image_list(real), image_list(fake), None, {}
-    n = min(len(real), len(fake))
-    metrics = dict(FID=FrechetInceptionDistance(_OneOutput(ex, 'features')), KID=KernelInceptionDistance(_OneOutput(ex, 'features'), subset_size=min(1000, n)), IS=InceptionScore(_OneOutput(ex, 'logits')))
-    for name, m in metrics.items():
-        m = m.to(device)
-        for items, kw in ((real, dict(real=True)), (fake, dict(real=False))) if name != 'IS' else ((fake, {}),):
-            for i in track(range(0, len(items), bs), f'{name}, alone'):
-                m.update(torch.from_numpy(np.stack([read_image(p) for p in items[i:i + bs]])).permute(0, 3, 1, 2).to(device), **kw)
-        v = m.compute(); out[name] = float(v[0] if isinstance(v, tuple) else v)
-        m.reset()
-    return out
+    real, fake, values = image_list(real), image_list(fake), {}
+    subset = min(1000, len(real), len(fake))
+    metrics = dict(FID=FrechetInceptionDistance(_OneOutput(ex, 'features')),
+                   KID=KernelInceptionDistance(_OneOutput(ex, 'features'), subset_size=subset),
+                   IS=InceptionScore(_OneOutput(ex, 'logits')))
+    for name, metric in metrics.items():
+        metric = metric.to(device)
+        if name == 'IS': _feed(metric, fake, bs, f'{name}, alone', device)
+        else:
+            _feed(metric, real, bs, f'{name}, alone', device, real=True)
+            _feed(metric, fake, bs, f'{name}, alone', device, real=False)
+        value = metric.compute()
+        values[name] = float(value[0] if isinstance(value, tuple) else value)
+        metric.reset()
+    return values
 
 def _pictures(folder, n, size, seed):
     "Smooth random pictures as PNG files, no two alike."
-    rng, folder = np.random.default_rng(seed), Path(folder); folder.mkdir()
-    for i in track(range(n), 'pictures'): Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC).save(folder/f'{i:05d}.png', compress_level=1)
+    rng, folder = np.random.default_rng(seed), Path(folder)
+    folder.mkdir()
+    for i in track(range(n), 'pictures'):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder/f'{i:05d}.png', compress_level=1)
     return folder
 
-def fidelity_cost(n: int = 1000,    # real and as many synthetic images
-                  size: int = 256,  # their side in pixels
-                  bs: int = 32,     # images per batch
-                  device=None,      # `None`: the accelerator if there is one
-                  seed: int = 0,    # of weights and pictures
-                  ex: Extractor = None # another network of kind 'inception' with `features` and `logits`; `None`: FID's, with random weights
-                 ) -> pd.DataFrame: # way, network (images it saw), seconds, cpu (seconds of all cores), MiB, FID, KID, IS, ratio; also printed
+def _cost(f):
+    "What a function costs, beside what it returns."
+    start, cpu = time.perf_counter(), time.process_time()
+    with peak_memory() as memory: values = f()
+    return dict(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu, MiB=memory.MiB), values
+
+def fidelity_cost(n: int = 1000,     # real and as many synthetic images
+                  size: int = 256,   # their side in pixels
+                  bs: int = 32,      # images per batch
+                  device: 'str | torch.device' = None, # `None`: the accelerator if there is one
+                  seed: int = 0,     # of weights and pictures
+                  ex: Extractor = None # another network with `features` and `logits`; `None`: FID's, with random weights
+                 ) -> pd.DataFrame:  # way, network (images it saw), seconds, cpu, MiB, FID, KID, IS, ratio; also printed
     "FID, KID and IS together: features once beside torchmetrics' classes one after the other, in one run."
-    device, ex, rows, seen = device or default_device(), ex or random_inception(seed), [], []
-    hook = ex.net.to(device).register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
+    device, ex, rows, images_seen = device or default_device(), ex or random_inception(seed), [], []
+    hook = ex.net.to(device).register_forward_pre_hook(lambda m, x: images_seen.append(len(x[0])))
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         real, fake = (_pictures(Path(d)/k, n, size, seed_of(seed, k)) for k in ('real', 'fake'))
         ex([read_image(real/'00000.png')]*2, device)                        # both find the network warm
-        ways = {'features once': lambda: fidelity(real, fake, ex, bs=bs, device=device).set_index('metric').value.to_dict(),
-                'one metric after the other': lambda: naive_fidelity(real, fake, ex, bs, device)}
+        once = lambda: fidelity(real, fake, ex, bs=bs, device=device).set_index('metric').value.to_dict()
+        ways = {'features once': once, 'one metric after the other': lambda: naive_fidelity(real, fake, ex, bs, device)}
         for way, f in ways.items():
-            seen.clear(); t, c = time.perf_counter(), time.process_time()
-            with peak_memory() as m: v = f()
-            rows.append(dict(way=way, network=sum(seen), seconds=time.perf_counter() - t, cpu=time.process_time() - c, MiB=m.MiB, **{k: v[k] for k in ('FID', 'KID', 'IS')}))
+            images_seen.clear()
+            cost, values = _cost(f)
+            rows.append(dict(way=way, network=sum(images_seen), **cost, **{k: values[k] for k in ('FID', 'KID', 'IS')}))
     hook.remove()
-    df = pd.DataFrame(rows); df['ratio'] = df.seconds/df.seconds[0]
-    print(f'{n} against {n} images at {size} px, batches of {bs}, {hardware()}. cpu: seconds of this process, which other work on the machine lengthens little. MiB: peak of the process above what it held with the network loaded.')
-    print(df.round(dict(seconds=1, cpu=1, MiB=0, FID=4, KID=6, IS=4, ratio=2)).to_string(index=False))
-    return df
+    table = pd.DataFrame(rows)
+    table['ratio'], table['cpu_ratio'] = table.seconds/table.seconds[0], table.cpu/table.cpu[0]
+    print(f'{n} against {n} images at {size} px, batches of {bs}, {hardware()}.')
+    print('ratio: of the seconds; cpu_ratio: of the seconds of this process on all cores, which other work hardly lengthens.')
+    shown = ['way', 'network', 'ratio', 'cpu_ratio', 'FID', 'KID', 'IS']
+    print(table[shown].round(dict(FID=4, KID=6, IS=4, ratio=2, cpu_ratio=2)).to_string(index=False))
+    return table
 
 # %% ../nbs/api/71_bench.ipynb #4b846192
-def segment_step(model,         # a segmenter
-                 x, y,          # images (B,3,H,W) in [0,1] and masks (B,H,W)
-                 cb,            # a `GenerativeFeedbackCB`, or nothing
-                 k: int         # the step
-                ):              # the scalar loss
+def segment_step(model: nn.Module,  # a segmenter
+                 x: Tensor,         # images (B,3,H,W) in [0,1]
+                 y: Tensor,         # masks (B,H,W) in {0,1}
+                 cb: Callback,      # a `GenerativeFeedbackCB`, or `None`
+                 k: int             # the step
+                ) -> Tensor:        # the scalar loss
     "One segmentation step's loss: the learner's events on a given batch."
     learn = SimpleNamespace(x=x, train_iter=k, terms={}, training=True)
     if cb: cb.learn = learn
@@ -329,50 +401,65 @@ def _judge(gen, every=1, resize=False):
     cb.rng = torch.Generator().manual_seed(0)
     return cb
 
-def feedback_flops(size: int = 512,                     # side in pixels
-                   encoder: str = 'mit_b2',             # the segmenter's encoder
-                   methods=('control', 'siamese', 'alignment'), # generators that judge
-                   width: int = 320                     # U-Net channels of the first level
-                  ) -> pd.DataFrame:                    # one row a judge and `every`: TFLOP per image, and as a multiple of the plain step's
+def feedback_flops(size: int = 512,    # side in pixels
+                   encoder: str = 'mit_b2', # the segmenter's encoder
+                   methods: Sequence[str] = ('control', 'siamese', 'alignment'), # generators that judge
+                   width: int = 320    # U-Net channels of the first level
+                  ) -> pd.DataFrame:   # one row a judge and `every`: TFLOP per image, ratio to the plain step
     "Operations of one segmentation step per image (meta device)."
     with torch.device('meta'): x, y = torch.zeros(1, 3, size, size), torch.zeros(1, size, size)
-    model, bb = segmenter('segformer', encoder).to('meta'), stable_diffusion_shapes(width=width, vae=True)      # its constructor reads numbers, which meta has not
+    model = segmenter('segformer', encoder).to('meta')      # its constructor reads numbers, which meta has not
+    bb = stable_diffusion_shapes(width=width, vae=True)
     bb.size, plain = size, flops(lambda: segment_step(model, x, y, None, 0))
     rows = [dict(judge='none', every=0, TFLOP=plain)]
-    for m in methods:
-        with torch.device('meta'): gen = METHODS[m].opens(bb).freeze_rest()
-        full = flops(lambda: segment_step(model, x, y, _judge(gen), 0))
-        rows += [dict(judge=m, every=e, TFLOP=plain + (full - plain)/e) for e in (1, 4)]
-    df = pd.DataFrame(rows)
-    return df.assign(ratio=df.TFLOP/plain)
+    for method in methods:
+        with torch.device('meta'): gen = METHODS[method].opens(bb).freeze_rest()
+        full = flops(partial(segment_step, model, x, y, _judge(gen), 0))
+        rows += [dict(judge=method, every=e, TFLOP=plain + (full - plain)/e) for e in (1, 4)]
+    table = pd.DataFrame(rows)
+    return table.assign(ratio=table.TFLOP/plain)
 
-def feedback_seconds(size: int = 64,            # side in pixels
-                     channels=(48, 96, 144),    # U-Net channels per level
-                     bs: int = 8,               # images per step
-                     methods=('control', 'siamese', 'alignment'),   # generators that judge
-                     steps: int = 4,            # steps timed, a multiple of 4
-                     repeat: int = 3            # times each; the quickest counts
-                    ) -> pd.DataFrame:          # one row a judge and `every`: seconds, and as a multiple of the plain step's
-    "Seconds of a segmentation step (U-Net, ResNet-18) on tiny generators; `half` is a control generator of half the side length."
+def _tiny_judges(methods, size, channels):
+    "Name -> a tiny generator; the last is a control generator of half the side."
+    def judge(method, side):
+        bb = Backbone.tiny(torch.rand(4, 3, side, side)*2 - 1, side, channels)
+        return METHODS[method].opens(bb).freeze_rest()
+    return {m: judge(m, size) for m in methods} | {'control, half the size': judge('control', size//2)}
+
+def feedback_seconds(size: int = 64,    # side in pixels
+                     channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
+                     bs: int = 8,       # images per step
+                     methods: Sequence[str] = ('control', 'siamese', 'alignment'), # generators that judge
+                     steps: int = 4,    # steps timed, a multiple of 4
+                     repeat: int = 3    # times each; the quickest counts
+                    ) -> pd.DataFrame:  # one row a judge and `every`: seconds, and the ratio to the plain step's
+    "Seconds of a segmentation step (U-Net, ResNet-18) on tiny generators."
     with seeded(seed_of(0, 'bench')):
-        x, y, model = torch.rand(bs, 3, size, size), (torch.rand(bs, size, size) > 0.8).float(), segmenter('unet', size=size)
-        make = lambda m, s: METHODS[m].opens(Backbone.tiny(torch.rand(4, 3, s, s)*2 - 1, s, channels)).freeze_rest()
-        judges = {m: make(m, size) for m in methods} | {'control, half the size': make('control', size//2)}
+        x, y = torch.rand(bs, 3, size, size), (torch.rand(bs, size, size) > 0.8).float()
+        model, judges = segmenter('unet', size=size), _tiny_judges(methods, size, channels)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    def step(cb, k): v = segment_step(model, x, y, cb, k); opt.zero_grad(); v.backward(); opt.step()
-    cbs = {('none', 0): None, **{(m, e): _judge(g, e, True) for m, g in judges.items() for e in (1, 4)}}
-    seconds = timed({k: lambda i, cb=cb: step(cb, i) for k, cb in cbs.items()}, range(steps), repeat)
-    df = pd.DataFrame([dict(judge=j, every=e, seconds=v) for (j, e), v in seconds.items()])
-    return df.assign(seconds_ratio=df.seconds/df.seconds[0])
+    def step(cb, k):
+        loss = segment_step(model, x, y, cb, k)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    cbs = {('none', 0): None}
+    for name, gen in judges.items(): cbs |= {(name, every): _judge(gen, every, True) for every in (1, 4)}
+    seconds = timed({k: partial(step, cb) for k, cb in cbs.items()}, range(steps), repeat)
+    table = pd.DataFrame([dict(judge=j, every=e, seconds=v) for (j, e), v in seconds.items()])
+    return table.assign(seconds_ratio=table.seconds/table.seconds[0])
 
 def feedback(size: int = 512,       # side in pixels at which operations are counted
              tiny: dict = None      # keywords of `feedback_seconds`
             ) -> pd.DataFrame:      # operations and seconds of a step, one row a judge and `every`
     "The cost of a segmentation step with and without generative feedback, at every step and at every fourth."
-    df = feedback_flops(size).merge(feedback_seconds(**(tiny or {})), on=['judge', 'every'], how='outer', sort=False)
-    print(f'TFLOP: one image, one step of SegFormer (MiT-B2), a generator on Stable Diffusion 1.5 at {size} px. seconds: one step of a U-Net with tiny generators, {hardware()}.')
-    print('Ratios to the step without feedback; averaged over steps where every is 4.'); print(df.round(3).to_string(index=False))
-    return df
+    table = feedback_flops(size).merge(feedback_seconds(**(tiny or {})), on=['judge', 'every'], how='outer', sort=False)
+    print(f'TFLOP: one image, one step of SegFormer (MiT-B2), a generator on Stable Diffusion 1.5 at {size} px;'
+          ' ratio: of these.')
+    print(f'seconds_ratio: one step of a U-Net with tiny generators, {hardware()}.')
+    print('Ratios to the step without feedback; averaged over steps where every is 4.')
+    print(table.drop(columns='seconds').round(2).to_string(index=False))
+    return table
 
 # %% ../nbs/api/71_bench.ipynb #23546318
 def siamese(size: int = 384,            # side in pixels at which operations are counted
@@ -380,15 +467,17 @@ def siamese(size: int = 384,            # side in pixels at which operations are
             full_size: bool = None      # also measure at full size; `None`: on a GPU
            ) -> pd.DataFrame:           # operations and seconds of a step, one row a step and hint
     "The cost of a Siamese-Diffusion step beside ControlNet's and beside the released code's."
-    df = siamese_flops(size).merge(siamese_seconds(**(tiny or {})), on=['step', 'hint'])
-    print(f'TFLOP: one image, one training step, Stable Diffusion 1.5 at {size} px, averaged over a run. seconds: one step of a tiny network, {hardware()}.')
-    print('Ratios to ControlNet with the same hint.'); print(df.round(3).to_string(index=False))
-    if default_device().type == 'cuda' if full_size is None else full_size: print(siamese_full_size(size=size).round(2).to_string(index=False))
-    return df
+    table = siamese_flops(size).merge(siamese_seconds(**(tiny or {})), on=['step', 'hint'])
+    print(f'TFLOP: one image, one training step, Stable Diffusion 1.5 at {size} px, averaged over a run; ratio: of these.')
+    print(f'seconds_ratio: one step of a tiny network, {hardware()}. Ratios to ControlNet with the same hint.')
+    print(table.drop(columns='seconds').round(2).to_string(index=False))
+    on_gpu = default_device().type == 'cuda'
+    if on_gpu if full_size is None else full_size: print(siamese_full_size(size=size).round(2).to_string(index=False))
+    return table
 
 BENCHES = {'siamese': siamese, 'fidelity': fidelity_cost, 'feedback': feedback}
 
-def bench(what: str = 'siamese',    # a key of `BENCHES`
+def bench(what: str = 'siamese',    # siamese, fidelity or feedback
           **kw                      # for that function
          ) -> pd.DataFrame:         # its table, which is also printed
     "Measure one stage; `MedsynError` for an unknown one."
