@@ -513,10 +513,10 @@ def sample_pairs(
     seeds: list,                # one seed per pair, or a number n for 0 to n-1
     steps: int = None,          # sampler steps; `None`: 256, the paper's
     sampler: str = 'ddim',      # ddim, dpm++ or unipc
-    eta: float = 0.,            # with ddim: share of fresh noise, see `denoise_pair`
-    order: str = 'guider',      # who goes first in a step: guider (the paper) or generator
     size: int = None,           # side in pixels; `None`: the one it was trained at
     bs: int = 8,                # pairs sampled together; does not change them
+    eta: float = 0.,            # with ddim: share of fresh noise, see `denoise_pair`
+    order: str = 'guider',      # who goes first in a step: guider (the paper) or generator
     callback: Callable = None,  # called at every step with its number, t, and x0^ and y0^ decoded, in a dict
     desc: str = 'sample'        # title of the progress bar
 ) -> tuple:                     # images (N,H,W,3) uint8, masks (N,H,W) float in about [-1,1]
