@@ -151,7 +151,7 @@ class SegmenterEMACB(EMACB):
 
 # %% ../../nbs/api/52_segment.learner.ipynb #ff8fbbfa
 def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,1], y (B,H,W) in {0,1}
-                    model: Segmenter,           # the network, trained in place
+                    model: nn.Module,           # a `Segmenter`, or any network for images in [0,1]
                     loss: str | Callable = 'bce_dice', # key of `LOSSES`, or a function (out, mask) -> scalar
                     lr: float = 1e-3,           # peak learning rate
                     wd: float = 1e-2,           # AdamW's weight decay
@@ -164,7 +164,7 @@ def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,
     "A learner for a segmenter; `MedsynError` if the loss is unknown or the images do not fit the network."
     loss_func = loss if callable(loss) else LOSSES[pick(loss, LOSSES, 'loss')]
     size = getattr(dls, 'size', None)
-    if size and hasattr(model, 'stride'): check_size(size, size, model.stride, model.config['name'])
+    if size and isinstance(model, Segmenter): check_size(size, size, model.stride, model.config['name'])
     device = torch.device(dls.device or next(model.parameters()).device)
     if channels_last is None: channels_last = device.type in ('cpu', 'cuda')
     model = model.to(device)
