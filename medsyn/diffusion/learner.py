@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
 from .backbone import Backbone, load_part
 from .schedule import min_snr_weight
-from ..train import EvalCB, LossTermCB, common_cbs, fit_steps
+from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs, fit_steps
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #f74e8e31
 @dataclass
@@ -223,7 +223,7 @@ def _at_least_float32(x):
 
 class DiffusionCB(Callback):
     "Turns (image, mask) into `(zt, t, cond)` and the target; `learn.noised` holds the batch, see `Noised`."
-    order, name = 12, 'diffusion'       # after CastToTensor (9) and MixedPrecision (10)
+    order, name = ORDER['diffusion'], 'diffusion'
     def __init__(self,
         seed: int = 0,              # of timesteps, noise and dropping
         drop_prompt: float = 0.05,  # share of samples trained without the prompt, [0,1]
@@ -288,9 +288,8 @@ def lesion_weights(mask: Tensor,    # (B,1,H,W) in {0,1}
     weights, mean = m*(1 - r) + (1 - m)*r, 2*r*(1 - r)
     return torch.where(mean > 0, weights/mean.clamp_min(1e-12), torch.ones_like(weights))
 
-class DenoisingWeightCB(LossTermCB):
+class DenoisingWeightCB(WeightedLossCB):
     "Weights the denoising loss by timestep (min-SNR), by pixel (lesion weight), or by both."
-    name = 'L_weighted'
     def __init__(self,
         min_snr: float = None,  # gamma of min-SNR, 5 in the paper; `None`: no weighting by timestep
         lesion: bool = False    # weight lesion and background equally
@@ -307,11 +306,6 @@ class DenoisingWeightCB(LossTermCB):
         if self.min_snr is None: return torch.ones_like(n.t, dtype=torch.float32) if by_pixel is None else by_pixel
         by_time = min_snr_weight(schedule, n.t, self.min_snr)
         return by_time if by_pixel is None else by_time.reshape(-1, 1, 1, 1)*by_pixel
-
-    def term(self):
-        w = self.weights()
-        w = w.reshape(-1, 1, 1, 1) if w.dim() == 1 else w
-        return ((w - 1)*denoising_loss(self.pred, *self.yb, reduction='none')).mean()
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #e762e122
 def _shift(m): return m.roll((m.shape[-2]//4, m.shape[-1]//4), (-2, -1))
