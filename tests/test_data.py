@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.torch_core import TensorImage, TensorMask
 from PIL import Image
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
-from medsyn.data.pairs import PairDataset, check_pairs, find_pairs, pair_dls, read_pair, split_pairs
+from medsyn.data.pairs import (PairDataset, StrongAugment, check_pairs, find_images, find_pairs, group_of, image_dls,
+                               pair_dls, random_stream, read_pair, same_images, split_pairs)
 
 REAL = os.environ.get('MEDSYN_DATA')
 real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: the real image sets are not on this machine')
@@ -77,7 +79,7 @@ def test_validation_is_not_augmented_and_in_order(pairs):
         np.testing.assert_allclose(x[i].permute(1, 2, 0).numpy(), image/255, atol=1e-6)
         np.testing.assert_array_equal(y[i].numpy(), mask)
 
-@pytest.mark.parametrize('augment', [True, 'flip', False])
+@pytest.mark.parametrize('augment', [True, 'strong', 'flip', False])
 def test_seeded_whatever_else_draws(pairs, augment):
     runs = []
     for noise in range(2):
@@ -125,6 +127,48 @@ def test_augmentation_stays_in_range_and_moves(pairs):
     assert (moved[1].numpy() != plain[1].numpy()).any((1, 2)).mean() > .6        # most masks move
     before, after = plain[1].float().mean().item(), moved[1].float().mean().item()
     assert .7 < after/before < 1.7                                               # and stay in the picture
+
+def test_strong_augmentation_keeps_masks_two_valued_and_every_lesion(pairs):
+    dls = pair_dls(pairs, 48, bs=18, augment='strong', device='cpu')
+    masks = [dls.one_batch()[1]]
+    for x, y in dls.train:
+        assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+        masks.append(y)
+    for y in masks:
+        assert y.dtype == torch.int64 and set(y.unique().tolist()) == {0, 1}
+        assert y.flatten(1).any(1).all()
+
+def test_strong_augmentation_is_seeded_by_the_epoch(pairs):
+    a, b = (pair_dls(pairs, 32, bs=18, augment='strong', device='cpu') for _ in range(2))
+    (x0, y0), (x1, y1) = a.train.one_batch(), b.train.one_batch()
+    assert (x0 == x1).all() and (y0 == y1).all()
+    first, second = (next(iter(a.train)) for _ in range(2))
+    assert (first[0] != second[0]).any() and (first[1] != second[1]).any()
+
+def test_strong_augmentation_differs_from_sample_to_sample():
+    image = TensorImage(torch.rand(1, 3, 32, 32).expand(6, -1, -1, -1).clone())
+    mask = TensorMask((image[:, 0] > .5).long())
+    with random_stream(1): x, y = StrongAugment()((image, mask), split_idx=0)
+    for i in range(5): assert (x[i] != x[i + 1]).any() and (y[i] != y[i + 1]).any()
+
+def test_strong_augmentation_treats_two_images_of_a_sample_alike():
+    image, mask = TensorImage(torch.rand(4, 3, 32, 32)), TensorMask(torch.ones(4, 32, 32).long())
+    with random_stream(2): x, partner, _ = StrongAugment()((image, TensorImage(image.clone()), mask), split_idx=0)
+    assert (x == partner).all()
+
+def test_strong_augmentation_of_an_image_that_is_not_square():
+    image, mask = TensorImage(torch.rand(4, 3, 32, 64)), TensorMask((torch.rand(4, 32, 64) > .5).long())
+    with random_stream(2): x, y = StrongAugment()((image, mask), split_idx=0)
+    assert x.shape == image.shape and y.shape == mask.shape
+
+def test_images_alone_are_seeded(pairs):
+    files = [p.image for p in pairs]
+    epochs = []
+    for _ in range(2):
+        dl = image_dls(files, 32, bs=6, seed=4, augment='full', device='cpu')
+        epochs.append(torch.cat([x for _ in range(2) for x, in dl]))
+    assert (epochs[0] == epochs[1]).all()
+    assert (epochs[0][:18] != epochs[0][18:]).any()
 
 @pytest.mark.parametrize('valid', [.05, .1, .5, .9])
 def test_split_sizes(pairs, valid):
@@ -179,6 +223,22 @@ def test_polypgen():
     dls = pair_dls(pool[:40], 64, bs=8, device='cpu')
     x, y = dls.one_batch()
     assert x.shape == (8, 3, 64, 64) and y.max() == 1
+
+@real
+@pytest.mark.data
+def test_polypgen_is_split_by_group():
+    pool = find_pairs(Path(REAL)/'polypgen', where=dict(centre=['C1', 'C2', 'C3']))
+    assert len({group_of(p) for p in pool}) < len(pool)
+    for seed in range(4):
+        train, held_out = split_pairs(pool, .2, seed)
+        assert not {group_of(p) for p in train} & {group_of(p) for p in held_out}
+        assert abs(len(held_out)/len(pool) - .2) < .1
+
+@real
+@pytest.mark.data
+def test_images_that_two_sets_share():
+    files = find_images(Path(REAL)/'dsb2018')[:12]
+    assert same_images(files[:8], files[5:]) == files[5:8]
 
 @real
 @pytest.mark.data

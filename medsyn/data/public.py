@@ -8,7 +8,6 @@ __all__ = ['PUBLIC', 'PublicSet', 'fetch', 'extract', 'get_public']
 # %% ../../nbs/api/13_data.public.ipynb #9a103c5d
 import contextlib
 import gzip
-import hashlib
 import lzma
 import os
 import re
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
-from ..core import MedsynError, load_json, os_errors, pick, save_json, track
+from ..core import MedsynError, file_hash, load_json, os_errors, pick, save_json, track
 
 # %% ../../nbs/api/13_data.public.ipynb #ed13bc20
 @dataclass(frozen=True)
@@ -117,8 +116,7 @@ def _receive(url, part, state, timeout):
     return total is None or part.stat().st_size == total
 
 # %% ../../nbs/api/13_data.public.ipynb #13ba8004
-def _sha256(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+def _sha256(path): return file_hash(path, 64)
 
 def _attempts(url, part, state, tries, timeout):
     "Call `_receive` until the file is complete; `MedsynError` when nothing arrives any more."

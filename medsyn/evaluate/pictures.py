@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from ..core import MedsynError, pick, seed_of, write_atomic
 from ..data.pairs import read_image, read_pair
@@ -197,13 +198,16 @@ def _answers(file, key):
         if not ok.all(): raise MedsynError(f"{file} has no usable {c!r} for {(~ok).sum()} of {len(a)} pictures, {int(a.picture[~ok].iloc[0])} first: fill in {say}")
     return a
 
-def wilson(p: float,            # a share in [0,1]
-           n: int,              # of so many
-           z: float = 1.96      # 1.96 for 95%
-          ) -> tuple:           # lower and upper end
-    "Wilson's interval of a share (1927)."
-    mid, half = (p + z*z/(2*n))/(1 + z*z/n), z/(1 + z*z/n)*(p*(1 - p)/n + z*z/(4*n*n))**.5
-    return max(0., mid - half), min(1., mid + half)
+def wilson(p: float,                # a share in [0,1]
+           n: int,                  # of so many
+           level: float = .95       # coverage, in (0,1)
+          ) -> tuple:               # lower and upper end
+    "Wilson's interval of a share (1927), from scipy; linear between whole counts, which averaged readers can give."
+    count = p*n
+    whole = int(count)
+    part = count - whole
+    low, high = (np.array(binomtest(k, n).proportion_ci(level, method='wilson')) for k in (whole, min(whole + 1, n)))
+    return tuple((1 - part)*low + part*high)
 
 def opinions(answers,           # a filled-in answers.csv, or a list of them: one per reader
              key                # the key that `reader_study` wrote

@@ -201,7 +201,9 @@ class PairedMixCB(LossTermCB):
         if self.passes == 1: self.learn.xb = (torch.cat([self.x, self.mixed.at(self.now)]),)
 
     def after_pred(self):
-        if self.mixed and self.passes == 1: self.learn.pred, self.pred_mix = self.pred.chunk(2)
+        if not self.mixed or self.passes == 2: return
+        self.learn.pred, self.pred_mix = self.pred.chunk(2)
+        self.learn.xb = (self.mixed.real,)          # what other terms see is the real batch, as in two passes
 
     def term(self):
         if self.passes == 1: return self.learn.loss_func(self.pred_mix, *self.yb)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'encoder_name', 'read_weights', 'fit_weights', 'unet', 'segformer', 'good_sizes', 'check_size',
-           'Segmenter', 'segmenter']
+           'is_weights_file', 'normalisation', 'Segmenter', 'segmenter']
 
 # %% ../../nbs/api/50_segment.models.ipynb #0504208f
 import inspect
@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..core import MedsynError, load_json, pick, save_json, write_atomic
@@ -108,18 +109,37 @@ def check_size(h: int, w: int,      # height and width in pixels
         raise MedsynError(f"images of {h}x{w} pixels do not fit {what}, whose sides must be multiples of {stride}:"
                           f" resize {bad[0]} to {' or '.join(map(str, good_sizes(bad[0], stride)))}")
 
+# %% ../../nbs/api/50_segment.models.ipynb #5e9a01b8
+def is_weights_file(weights: str | Path    # what was given as `encoder_weights`
+                   ) -> bool:              # True: a path; False: a name such as 'imagenet'
+    "Tell the path of a weights file from the name of published weights."
+    suffixes = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
+    return str(weights).endswith(suffixes) or Path(weights).exists()
+
+def normalisation(encoder: str,             # an encoder as smp spells it, see `encoder_name`
+                  weights: str | Path = None # its weights: `None` (random), a name ('imagenet') or a file
+                 ) -> tuple:                # mean and standard deviation, each a list of 3 numbers for images in [0,1]
+    "The mean and standard deviation per channel with which an encoder's weights were trained."
+    imagenet = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    if weights is None: return imagenet
+    if not is_weights_file(weights):
+        published = smp.encoders.get_preprocessing_params(encoder, str(weights))
+        return list(published['mean']), list(published['std'])
+    known = timm.get_pretrained_cfg(encoder.removeprefix('tu-').removeprefix('timm-'))
+    return (list(known.mean), list(known.std)) if known else imagenet
+
 # %% ../../nbs/api/50_segment.models.ipynb #47401bd7
 class Segmenter(nn.Module):
     "A segmentation network with its normalisation inside: images in [0,1] in, logits out."
     def __init__(self,
         net: nn.Module, # the network, for normalised images
         stride: int,    # what both sides must be multiples of
-        config: dict    # the arguments of `segmenter` that build it again
+        config: dict    # the arguments of `segmenter` that build it again; its `mean` and `std` are the normalisation
     ):
         super().__init__()
         self.net, self.stride, self.config = net, stride, config
-        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        for name in ('mean', 'std'):
+            self.register_buffer(name, torch.tensor(config[name])[:, None, None], persistent=False)
 
     def forward(self, x):   # (B,3,H,W) in [0,1] -> logits (B,classes,H,W)
         x = x.as_subclass(torch.Tensor)
@@ -140,7 +160,7 @@ def _timm_names(encoder, state):
 def _load_encoder(net, encoder, weights):
     "Put pretrained weights into `net.encoder`: from a file, or by smp's or timm's own name."
     w = str(weights)
-    if w.endswith(('.safetensors', '.pth', '.pt', '.bin', '.ckpt')) or Path(w).exists():
+    if is_weights_file(w):
         return fit_weights(net.encoder, _timm_names(net.encoder, read_weights(w)), w, f'encoder {encoder}')
     if not encoder.startswith('tu-'): pick(w, smp.encoders.encoders[encoder]['pretrained_settings'], f'encoder_weights of {encoder}')
     try: pre = smp.encoders.get_encoder(encoder, weights=w)
@@ -151,9 +171,11 @@ def _load_encoder(net, encoder, weights):
 
 def segmenter(name: str = 'unet',           # a key of `NETWORKS`
               encoder: str = 'resnet18',    # an encoder of smp or timm
-              encoder_weights=None,         # `None`: random; a name ('imagenet'): fetched; a path: read
+              encoder_weights: str | Path = None, # `None`: random; a name ('imagenet'): fetched; a path: read
               size: int = None,             # side in pixels it will be used at, checked now rather than at the first batch
               classes: int = 1,             # output channels: 1 (a logit) or 2 (background and foreground)
+              mean: list = None,            # of each channel of images in [0,1]; `None`: what the weights expect, see `normalisation`
+              std: list = None,             # standard deviation of each channel; `None`: what the weights expect
               **kw                          # options of the network (`decoder_channels`, `encoder_depth`, ...)
              ) -> Segmenter:                # a segmenter with fresh weights, in training mode
     "Build a segmentation network; `MedsynError` for an unknown name, encoder or weights, or a size that does not fit."
@@ -165,7 +187,13 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
     stride = net.encoder.output_stride
     if size is not None: check_size(size, size, stride, name)
     if encoder_weights is not None: _load_encoder(net, enc, encoder_weights)
-    return Segmenter(net, stride, dict(name=name, encoder=encoder, size=size, classes=classes, **kw))
+    expected_mean, expected_std = normalisation(enc, encoder_weights)
+    config = dict(name=name, encoder=encoder, size=size, classes=classes, **kw)
+    config['mean'] = [float(v) for v in (expected_mean if mean is None else mean)]
+    config['std'] = [float(v) for v in (expected_std if std is None else std)]
+    if len(config['mean']) != 3 or len(config['std']) != 3 or min(config['std']) <= 0:
+        raise MedsynError(f"mean {config['mean']}, std {config['std']}: give three numbers each, the std above 0")
+    return Segmenter(net, stride, config)
 
 # %% ../../nbs/api/50_segment.models.ipynb #d046ffee
 @patch

@@ -1,0 +1,50 @@
+"What the tests of several methods share: small data, the digest of two training steps, and fastai's own ways to fit."
+import pytest
+import torch
+from fastai.callback.schedule import Learner  # noqa: F401  (adds fit_one_cycle and lr_find to Learner)
+
+from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls
+from medsyn.diffusion.backbone import Backbone
+from medsyn.train import fit_steps
+
+def small_loaders(folder):
+    "Twelve training pairs and four for validation at 16 px, in batches of six; the same batches each time."
+    pairs = find_pairs(lesion_folder(folder, 16, size=16, seed=0))
+    return pair_dls(pairs, size=16, bs=6, valid=0.25, seed=0, augment=False, device='cpu')
+
+def small_backbone(prediction='v_prediction'):
+    "An untrained backbone for them."
+    images = torch.from_numpy(draw_lesions(8, 16, seed=1)[0]).permute(0, 3, 1, 2)/127.5 - 1
+    return Backbone.tiny(images, 16, channels=(16, 32), prediction=prediction)
+
+def check_two_steps(learn, losses, weights):
+    "The losses of two training steps, term by term, and the sum of the trained weights' absolute values."
+    frame = fit_steps(learn, 2).history.frame().drop(columns=['step', 'lr'])
+    assert set(frame) == set(losses)
+    for name, values in losses.items(): assert frame[name].tolist() == pytest.approx(values, abs=1e-6), name
+    trained = [p.double().abs().sum() for p in learn.model.parameters() if p.requires_grad]
+    assert sum(trained).item() == pytest.approx(weights, rel=1e-6)
+
+FITS = ('fit', 'fit_one_cycle', 'lr_find')
+
+def check_fits(make, fit, folder):
+    """fastai's own calls run on the learner that `make()` returns. Their first loss is that of `fit_steps`, the steps are
+    counted, and a search for the learning rate leaves weights and log as they were."""
+    learn, reference = make(), make()
+    first = fit_steps(reference, 1).history.frame().loss[0]
+    learn.path = folder
+    before = {name: p.clone() for name, p in learn.model.named_parameters()}
+    with learn.no_bar(), learn.no_logging():
+        if fit == 'lr_find': learn.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
+        else: getattr(learn, fit)(1)
+    losses = [float(loss) for loss in learn.recorder.losses]
+    assert losses[0] == pytest.approx(first, abs=1e-6)
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+    log = learn.history.frame()
+    if fit == 'lr_find':
+        assert not len(log) and all(torch.equal(p, before[name]) for name, p in learn.model.named_parameters())
+    else:
+        assert len(log) == len(learn.dls.train) == learn.steps.done == learn.steps.total
+        assert log.loss[0] == pytest.approx(first, abs=1e-6) and len(learn.history.evals())
+    return learn
