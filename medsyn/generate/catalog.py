@@ -91,13 +91,22 @@ def settings_of(
     return {name: MethodSetting(p['anno'], p['default'], p['docment'])
             for name, p in parameters.items() if name not in (*RUN_OPTIONS, *fixed)}
 
-# %% ../../nbs/api/39_generate.catalog.ipynb #56fe04e5
+# %% ../../nbs/api/39_generate.catalog.ipynb #dd9f764f
+def _is_possible(value, setting):
+    "Whether a value can be meant: for a number only numbers, and `None` if that is the default."
+    if setting.type not in (float, int) or (value is None and setting.default is None): return True
+    return isinstance(value, (int, setting.type)) and not isinstance(value, bool)
+
 def check_settings(
     method: str,        # a key of `METHODS`
     settings: dict      # name -> value, as they will be passed to the learner
 ):
-    "`MedsynError` if the method has no setting of such a name."
+    "`MedsynError` if the method has no setting of such a name, or a value is not the number it has to be."
     own = settings_of(method)
+    for name, value in settings.items():
+        if name in own and not _is_possible(value, own[name]):
+            kind = own[name].type.__name__
+            raise MedsynError(f"setting {name!r} of method {method!r} is {value!r}: give a number ({kind})")
     unknown = [name for name in settings if name not in own and name not in RUN_OPTIONS]
     if not unknown: return
     near = get_close_matches(unknown[0], own, n=1)
