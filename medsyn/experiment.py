@@ -55,7 +55,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #57e86a58
+# %% ../nbs/api/70_experiment.ipynb #6ab5909c
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def split_once(pairs: 'list | str | Path | Split',  # labelled `Pair`s or their 
         raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #ed431c52
+# %% ../nbs/api/70_experiment.ipynb #ae294ce7
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -103,12 +103,12 @@ def _segmenter_dls(split, arm, size, bs, seed, augment, device):
     """The loaders of one run.
 
     Fewer than 8 training pairs are repeated; with nothing held out, every pair is trained on."""
-    copies = max(arm.copies, -(-LEAST_PAIRS//len(split.train)))
+    copies = max(arm.copies, -(-LEAST_PAIRS//max(len(split.train) - (not split.held), 1)))
     training = [*split.train*copies, *arm.pairs]
     kw = dict(seed=seed, augment=augment, device=device)
     if split.held: return pair_dls(training, size, bs, valid=split.held, **kw)
     without_first = [p for p in training if p != split.train[0]]
-    dls = pair_dls(without_first, size, bs, valid=split.train[:1], **kw)
+    dls = pair_dls(without_first*copies, size, bs, valid=split.train[:1], **kw)     # replaced by a loader of all
     everything = dls.train.new(PairDataset(training, size).load(), bs=min(bs, len(training)))
     both = DataLoaders(everything, dls.valid, device=dls.device)
     both.pairs_train, both.pairs_valid, both.size = training, [], size
@@ -143,7 +143,7 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #e405d814
+# %% ../nbs/api/70_experiment.ipynb #478a1f40
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -193,7 +193,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, segmenter_name, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #6e2e4951
+# %% ../nbs/api/70_experiment.ipynb #0bc65d1b
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -280,7 +280,7 @@ def describe_arm(arm: Arm   # any arm
 
 _describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #e272701d
+# %% ../nbs/api/70_experiment.ipynb #9e65fec8
 def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
                      ) -> list:                         # of image files
     "The images without masks that were given."
@@ -487,7 +487,7 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     save_json(out/'run.json', about)
     return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #ed1397af
+# %% ../nbs/api/70_experiment.ipynb #a68423e0
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])

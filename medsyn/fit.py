@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_
            'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
            'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
 
-# %% ../nbs/api/72_fit.ipynb #01255919
+# %% ../nbs/api/72_fit.ipynb #9dfab80d
 import csv
 import io
 import math
@@ -36,7 +36,7 @@ from .segment.models import Segmenter, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
 
-# %% ../nbs/api/72_fit.ipynb #66ad4a67
+# %% ../nbs/api/72_fit.ipynb #9b7c22e8
 def make_folds(pairs: Sequence,     # labelled `Pair`s
                k: int,              # folds, 2 or more
                seed: int = 0        # another seed, other folds
@@ -50,7 +50,7 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
     held_parts.append(remaining)
     return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
 
-# %% ../nbs/api/72_fit.ipynb #9f3a8e77
+# %% ../nbs/api/72_fit.ipynb #930a65d0
 SPARE = .9              # share of the minutes that is planned with
 GENERATOR_SHARE = .3    # share of it that generators may take
 WORTH_STEPS = 400       # a further arm is tried only if every run gets so many steps
@@ -90,7 +90,8 @@ def plan_time(seconds: dict,  # arm -> seconds a step, in the order of preferenc
               n_groups: int,   # groups of labelled pairs (patients, videos)
               least_steps: int, # of a useful run
               most_steps: int, # of the longest useful run
-              generator: dict = None    # arm, seconds of a step and of drawing, least_steps, most_steps
+              generator: dict = None,   # arm, seconds of a step and of drawing, least_steps, most_steps
+              most_folds: int = 5       # of the cross-validation, 2 or more
              ) -> TimePlan:             # what fits
     "Divide the minutes; `MedsynError` if they are too few for one run."
     budget = 60*minutes*SPARE
@@ -106,7 +107,7 @@ def plan_time(seconds: dict,  # arm -> seconds a step, in the order of preferenc
     while len(arms) > 1 and run_seconds(worth, arms, 2) + reserved > budget:
         name, cost = arms.popitem()
         left_out[name] = 2*worth*cost/60
-    folds = _choose_folds(arms, budget, n_groups, min(ENOUGH_STEPS, most_steps), generator_steps)
+    folds = _choose_folds(arms, budget, min(n_groups, most_folds), min(ENOUGH_STEPS, most_steps), generator_steps)
     steps = int((budget - reserved)/run_seconds(1, arms, folds))
     steps = min(max(steps, least_steps), most_steps)
     total = (run_seconds(steps, arms, folds) + reserved)/60
@@ -132,14 +133,14 @@ def _generator_share(generator, arms, budget, least_steps):
     fits = steps >= generator['least_steps'] and run_seconds(least_steps, arms, 2) + reserved <= budget
     return (steps, reserved) if fits else (0, 0.)
 
-def _choose_folds(arms, budget, n_groups, enough_steps, generator_steps):
+def _choose_folds(arms, budget, most, enough_steps, generator_steps):
     "As many folds as leave each run enough steps; 0 if there is nothing to choose, 2 if every fold needs a generator."
     if len(arms) == 1: return 0
     if generator_steps: return 2
-    possible = [k for k in (5, 3) if k <= n_groups and run_seconds(enough_steps, arms, k) <= budget]
+    possible = [k for k in (5, 3) if k <= most and run_seconds(enough_steps, arms, k) <= budget]
     return possible[0] if possible else 2
 
-# %% ../nbs/api/72_fit.ipynb #4947f5f7
+# %% ../nbs/api/72_fit.ipynb #1135a6c4
 class ClockCB(Callback):
     "Notes when each training step ends."
     order = 99
@@ -163,7 +164,7 @@ def seconds_a_step(split: Split,    # the labelled pairs
     train_segmenter(split, replace(arm, cbs=lambda: [*arm.cbs(), clock]), steps=steps, **kw)
     return clock.step_seconds
 
-# %% ../nbs/api/72_fit.ipynb #838e7924
+# %% ../nbs/api/72_fit.ipynb #5511df4d
 def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row a labelled image and arm
                order: Sequence[str],        # names of arms; of equal ones the first wins
                metric: str = 'dice@0.5'     # what is compared
@@ -188,7 +189,7 @@ def verdict(winner: str,                # the chosen arm
         f"{winner} is best in cross-validation, as far as can be told: {which}."
     return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
-# %% ../nbs/api/72_fit.ipynb #bb4bbb25
+# %% ../nbs/api/72_fit.ipynb #8469d819
 def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
               last: float = .2      # share of the run that is looked at
              ) -> float:            # rise of the mean held-out Dice in it, in points
@@ -198,7 +199,7 @@ def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
     earlier = mean[mean.index <= (1 - last)*mean.index[-1]]
     return float(100*(mean.iloc[-1] - earlier.iloc[-1])) if len(earlier) else float('nan')
 
-# %% ../nbs/api/72_fit.ipynb #77c1c428
+# %% ../nbs/api/72_fit.ipynb #51731e91
 SYNTHETIC_ARM = 'stream-annealed'       # a second stream of synthetic pairs whose weight falls to 0
 
 @dataclass
@@ -248,8 +249,8 @@ class _Job:
     def arm(self, name, split, place):
         "An arm for a split; the pairs of a synthetic one are drawn first, in the folder `place`."
         if name != SYNTHETIC_ARM: return open_arm(name, split, self.unlabelled)
-        folder = self.synthesis.draw(split_once(split.train), self.out/place, self.training['size'],
-                                     self.plan.generator_steps, self.seed)
+        for_generator = Split(*split_pairs(split.train, .1, seed_of(self.seed, 'generator')))
+        folder = self.synthesis.draw(for_generator, self.out/place, self.training['size'], self.plan.generator_steps, self.seed)
         return open_arm(f'{name}:{folder}', split)
 
 def default_arms(unlabelled: bool   # whether there are images without masks
@@ -258,7 +259,7 @@ def default_arms(unlabelled: bool   # whether there are images without masks
     names = ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
     return [n for n in names if n in ARMS]
 
-# %% ../nbs/api/72_fit.ipynb #71451efe
+# %% ../nbs/api/72_fit.ipynb #a0b2e4bd
 def _measured(job, names):
     "Seconds a step of each arm, and of a generator; kept, so that a resumed job keeps its plan."
     file = job.out/'speed.json'
@@ -273,15 +274,15 @@ def _measured(job, names):
     save_json(file, speed)
     return speed
 
-def _plan(job, names, minutes, least_steps, most_steps):
+def _plan(job, names, minutes, **limits):
     "The plan by the measured speed; also in plan.json."
     speed, generator = _measured(job, names), None
     if speed['generator']:
-        limits = dict(least_steps=job.synthesis.least_steps, most_steps=job.synthesis.most_steps)
-        generator = dict(speed['generator'], arm=SYNTHETIC_ARM, **limits)
+        generator = dict(speed['generator'], arm=SYNTHETIC_ARM, least_steps=job.synthesis.least_steps,
+                         most_steps=job.synthesis.most_steps)
     seconds = {name: speed['arms'][name] for name in names}
     n_groups = len({group_of(p) for p in job.pairs})
-    plan = plan_time(seconds, minutes, n_groups, least_steps, most_steps, generator)
+    plan = plan_time(seconds, minutes, n_groups, generator=generator, **limits)
     save_json(job.out/'plan.json', asdict(plan))
     return plan
 
@@ -354,7 +355,7 @@ def _report(job, winner, said, advice):
                          n_unlabelled=len(job.unlabelled), hardware=hardware())
     write_atomic(job.out/'report.md', text)
 
-# %% ../nbs/api/72_fit.ipynb #fb6ac9d4
+# %% ../nbs/api/72_fit.ipynb #9f6540ed
 def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folder or list
         out: 'str | Path',           # folder to write; the same call resumes
         unlabelled: 'Sequence | str' = (), # image files without masks, or their folder
@@ -371,6 +372,7 @@ def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folde
         seed: int = 0,               # of folds, weights and batches
         least_steps: int = 200,      # training steps below which a run is of no use
         most_steps: int = 3000,      # training steps beyond which no run goes
+        most_folds: int = 5,         # of the cross-validation, 2 or more
         synthesis: Synthesis = None  # how synthetic pairs are made, where there is time (default `Synthesis()`)
        ) -> Path:                    # the folder: report.md, model/, cv/, plan.json
     "Train the best model that the minutes allow, chosen by cross-validation; `MedsynError` for too few labels or minutes."
@@ -384,12 +386,13 @@ def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folde
     training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs, lr=lr,
                     loss=loss, augment=augment)
     synthesis = synthesis or Synthesis()
-    config = dict(training, labelled=pairs_hash(pairs), unlabelled=[file_hash(f) for f in unlabelled], minutes=minutes,
-                  arms=names, seed=seed, least_steps=least_steps, most_steps=most_steps, synthesis=asdict(synthesis))
+    limits = dict(minutes=minutes, least_steps=least_steps, most_steps=most_steps, most_folds=most_folds)
+    config = dict(training, **limits, labelled=pairs_hash(pairs), unlabelled=[file_hash(f) for f in unlabelled],
+                  arms=names, seed=seed, synthesis=asdict(synthesis))
     for name in names:              # a wrong name shows before anything is written
         if name != SYNTHETIC_ARM: open_arm(name, Split(pairs, []), unlabelled)
     job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed)
-    job.plan = _plan(job, names, minutes, least_steps, most_steps)
+    job.plan = _plan(job, names, **limits)
     for line in job.plan.lines(): print(line, flush=True)
     winner, said, gain = 'real', 'There was time for real images alone.', float('nan')
     if job.plan.folds:
@@ -402,7 +405,7 @@ def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folde
     _report(job, winner, said, _advice(job, winner, gain))
     return job.out
 
-# %% ../nbs/api/72_fit.ipynb #f9456044
+# %% ../nbs/api/72_fit.ipynb #1ead386a
 PREDICTED = ['file', 'height', 'width', 'area', 'confidence']
 
 def overlay(image: np.ndarray,      # uint8 (H,W,3)
