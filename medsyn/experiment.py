@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'digest', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once',
-           'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'pairs_digest',
-           'baseline_of', 'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'make_backbone', 'make_generator',
-           'picture', 'commands', 'quickstart']
+           'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm',
+           'unlabelled_images', 'check_unlabelled', 'open_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
+           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
+           'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -30,13 +31,15 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick, save_json,
-                         seed_of, seeded, track, versions, write_atomic)
+from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick,
+                         save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import AUGMENT, Pair, find_pairs, pair_dls, random_stream, read_image, read_pair, save_list, split_pairs
+from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash, random_stream,
+                               read_image, read_pair, same_images, save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
 from .diffusion.sample import sample
@@ -52,7 +55,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #3da67b2e
+# %% ../nbs/api/70_experiment.ipynb #57e86a58
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def split_once(pairs: 'list | str | Path | Split',  # labelled `Pair`s or their 
         raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #cf188db5
+# %% ../nbs/api/70_experiment.ipynb #ed431c52
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -96,6 +99,21 @@ def run_log(learn: Learner     # trained with `fit_steps`
     return steps.merge(curve, how='left', on='step') if len(curve) else steps
 
 # %% ../nbs/api/70_experiment.ipynb #0068b917
+def _segmenter_dls(split, arm, size, bs, seed, augment, device):
+    """The loaders of one run.
+
+    Fewer than 8 training pairs are repeated; with nothing held out, every pair is trained on."""
+    copies = max(arm.copies, -(-LEAST_PAIRS//len(split.train)))
+    training = [*split.train*copies, *arm.pairs]
+    kw = dict(seed=seed, augment=augment, device=device)
+    if split.held: return pair_dls(training, size, bs, valid=split.held, **kw)
+    without_first = [p for p in training if p != split.train[0]]
+    dls = pair_dls(without_first, size, bs, valid=split.train[:1], **kw)
+    everything = dls.train.new(PairDataset(training, size).load(), bs=min(bs, len(training)))
+    both = DataLoaders(everything, dls.valid, device=dls.device)
+    both.pairs_train, both.pairs_valid, both.size = training, [], size
+    return both
+
 def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s (8 or more) or their folder
                     arm: 'Arm | str',         # what is added: an arm, or its short form
                     network: str = 'unet',    # a key of `segment.models.NETWORKS`
@@ -115,18 +133,17 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
                    ) -> Learner:              # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     split = split_once(pairs)
-    arm = as_arm(arm, split.train, list(unlabelled), load_generator)
-    if augment == 'strong' and 'strong' not in AUGMENT: augment = 'full'
-    training = [*split.train*arm.copies, *arm.pairs]
-    dls = pair_dls(training, size, bs, valid=split.held, seed=seed_of(seed, 'batches'), augment=augment, device=device)
+    arm = open_arm(arm, split, unlabelled)
+    dls = _segmenter_dls(split, arm, size, bs, seed_of(seed, 'batches'), augment, device)
     if arm.partners is not None: dls = partner_dls(dls, arm.partners)
+    curve = [HeldOutCurveCB(curve_every)] if split.held else []
     with seeded(seed_of(seed, 'weights')):
         model = segmenter(network, encoder, encoder_weights, size)
-        learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), HeldOutCurveCB(curve_every)])
+        learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #3ccca607
+# %% ../nbs/api/70_experiment.ipynb #e405d814
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -176,7 +193,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, segmenter_name, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #5659e473
+# %% ../nbs/api/70_experiment.ipynb #6e2e4951
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -229,14 +246,7 @@ def claimed(result: Path    # the file that the run will leave
         for claim in result.parent.glob(f'{result.name}.claim-*'): claim.unlink(missing_ok=True)
 
 # %% ../nbs/api/70_experiment.ipynb #4cca4812
-def pairs_digest(pairs: Iterable    # of `Pair`
-                ) -> str:           # 16 hexadecimal digits
-    "The names and contents of pairs as a short name."
-    import hashlib
-    text = ''.join(f'{p.name}{file_hash(p.image)}{file_hash(p.mask)}' for p in pairs)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-digest = pairs_digest
+digest = pairs_hash
 
 def _setting(value):
     "A callback's setting as text, a network by its weights; nothing for what is no setting."
@@ -251,18 +261,49 @@ def _describe_callback(cb):
     texts = {k: _setting(v) for k, v in sorted(vars(cb).items())}
     return f"{type(cb).__name__}({', '.join(f'{k}={t}' for k, t in texts.items() if t is not None)})"
 
-def _describe(arm):
-    "What determines an arm, for the folder's mark."
-    out = dict(copies=arm.copies, pairs=pairs_digest(arm.pairs), cbs=[_describe_callback(c) for c in callbacks_of(arm)])
-    if arm.partners is not None:
-        out['partners'] = pairs_digest(p for k in sorted(arm.partners) for p in arm.partners[k])
-    if arm.synthetic: out.update(synthetic=pairs_digest(arm.synthetic), w=arm.w, schedule=arm.schedule)
-    if arm.passes != 1: out['passes'] = arm.passes
-    if arm.unlabelled: out['unlabelled'] = [file_hash(f) for f in arm.unlabelled]
-    if arm.init: out['init'] = {f.name: file_hash(f) for f in sorted(Path(arm.init).rglob('*.safetensors'))}
-    return out
+def _content(value):
+    "A field of an arm by its contents: pairs, image files, a folder of weights or of masks, or a plain value."
+    if isinstance(value, dict): value = [p for k in sorted(value) for p in value[k]]
+    if isinstance(value, Path): value = sorted(f for f in value.rglob('*') if f.is_file())
+    if not isinstance(value, list): return value
+    pairs = [p for p in value if isinstance(p, Pair)]
+    return pairs_hash(pairs) if len(pairs) == len(value) else [file_hash(f) for f in value]
 
-# %% ../nbs/api/70_experiment.ipynb #42fdc0dd
+def describe_arm(arm: Arm   # any arm
+                ) -> dict:  # its settings, with pairs, images and networks by their contents
+    "What determines an arm, for the folder's mark."
+    default = Arm()
+    changed = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != getattr(default, f.name)}
+    changed.pop('cbs', None)
+    callbacks = [_describe_callback(c) for c in callbacks_of(arm)]
+    return {**{k: _content(v) for k, v in changed.items()}, 'cbs': callbacks}
+
+_describe = describe_arm
+
+# %% ../nbs/api/70_experiment.ipynb #e272701d
+def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
+                     ) -> list:                         # of image files
+    "The images without masks that were given."
+    if isinstance(given, (str, Path)): return find_images(given)
+    return [Path(f) for f in given or ()]
+
+def check_unlabelled(unlabelled: Sequence,  # image files without masks
+                     pairs: Sequence,       # `Pair`s
+                     what: str              # what these are: "labelled", "test"
+                    ):
+    "`MedsynError` if an image without a mask has the pixels of one of the pairs' images."
+    both = same_images(unlabelled, pairs) if len(unlabelled) else []
+    if both:
+        raise MedsynError(f"{len(both)} of {len(unlabelled)} images without masks are {what} images ({both[0].name} first):"
+                          " take them out of the unlabelled ones")
+
+def open_arm(form,                      # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
+             split: Split,              # the labelled pairs
+             unlabelled: Sequence = ()  # image files without masks, or their folder
+            ) -> Arm:                   # the arm
+    "An arm for a split; `MedsynError` if it cannot be made or trained on it."
+    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
+
 def _check_arm(name, arm, split):
     "`MedsynError` if an arm cannot be trained on a split."
     if arm.partners is not None: check_partners(split.train, arm.partners)
@@ -313,28 +354,21 @@ class _Plan:
     metrics: list       # per-image scores
     options: dict       # further keywords of `train_segmenter`, the same in every run
 
-    def arm(self, run): return self.arms[run.arm, run.subset, run.generator]
-
     def by_cell(self, describe):
         "A description of each arm, by its name, subset and generator."
         return {'_'.join(filter(None, cell)): describe(arm) for cell, arm in self.arms.items()}
 
     def config(self):
         "What determines the scores."
-        train = {k: pairs_digest(s.pairs) for k, s in self.splits.items()}
-        tests = {k: pairs_digest(v) for k, v in self.tests.items()}
+        train = {k: pairs_hash(s.pairs) for k, s in self.splits.items()}
+        tests = {k: pairs_hash(v) for k, v in self.tests.items()}
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
-                    runs=[r.file for r in self.runs], arms=self.by_cell(_describe))
+                    runs=[r.file for r in self.runs], arms=self.by_cell(describe_arm))
 
-    def train_and_score(self, run, file):
-        "One run: its log, then its scores, which vouch for the run."
-        network = self.networks[run.segmenter]
-        learn = train_segmenter(self.splits[run.subset], self.arm(run), **network, seed=run.seed, **self.options)
-        write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
-        scores = evaluate_segmenter(learn.model.eval(), self.tests, self.options['size'], metrics=self.metrics)
-        write_atomic(file, scores.to_csv(index=False))
-        del learn                   # learner and callbacks refer to each other: each run's network would stay in memory
-        gc.collect()
+    def score(self, run, file):
+        "Train and score one run."
+        score_run(file, self.splits[run.subset], self.tests, self.arms[run.arm, run.subset, run.generator], self.metrics,
+                  seed=run.seed, **self.networks[run.segmenter], **self.options)
 
 def _resolved_arms(runs, forms, splits, unlabelled):
     "The arm of each cell of the design, checked against its split."
@@ -343,7 +377,7 @@ def _resolved_arms(runs, forms, splits, unlabelled):
         cell = r.arm, r.subset, r.generator
         if cell in arms: continue
         form = arm_form(forms[r.arm], r.subset, r.generator)
-        arms[cell] = as_arm(form, splits[r.subset].train, unlabelled, load_generator)
+        arms[cell] = open_arm(form, splits[r.subset], unlabelled)
         _check_arm(r.arm, arms[cell], splits[r.subset])
     return arms
 
@@ -352,21 +386,43 @@ def _some(name, given):
     if not len(given): raise MedsynError(f"no {name} to compare with: give at least one")
     return given
 
-def _share(runs, file_of, work, bar):
+def share_runs(runs: Sequence,      # of `Run`
+               file_of: Callable,   # run -> the file that it leaves
+               work: Callable,      # does a run
+               desc: str            # title of the progress bar
+              ):
     "Do every run that is not done and that no other process has claimed; wait for the others."
     left = list(runs)
-    while left:
-        before = len(left)
-        for run in list(left):
-            if not file_of(run).exists():
-                with claimed(file_of(run)) as ours:
-                    if ours and not file_of(run).exists(): work(run)
-            if file_of(run).exists():
-                left.remove(run)
-                bar.update()
-        if len(left) == before: time.sleep(2)
+    with track(desc=desc, total=len(left)) as bar:
+        while left:
+            before = len(left)
+            for run in list(left):
+                if not file_of(run).exists():
+                    with claimed(file_of(run)) as ours:
+                        if ours and not file_of(run).exists(): work(run)
+                if file_of(run).exists():
+                    left.remove(run)
+                    bar.update()
+            if len(left) == before: time.sleep(2)
 
-def _read_scores(runs, file_of):
+def score_run(file: Path,       # CSV to write: one row an image; the log is written beside it
+              split: Split,     # the labelled pairs
+              tests: dict,      # name -> list of `Pair`
+              arm: Arm,         # what is added
+              metrics: Sequence[str], # names in `evaluate.overlap.METRICS`
+              **kw              # of `train_segmenter`
+             ):
+    "One run: its log, then its scores, which vouch for the run."
+    learn = train_segmenter(split, arm, **kw)
+    write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
+    scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics)
+    write_atomic(file, scores.to_csv(index=False))
+    del learn                   # learner and callbacks refer to each other: each network would stay in memory
+    gc.collect()
+
+def read_scores(runs: Sequence,     # of `Run`
+                file_of: Callable   # run -> its file
+               ) -> pd.DataFrame:   # one row an image and run
     "The scores of all runs as one table; factors with one level only are left out."
     frames = []
     for run in runs:
@@ -407,28 +463,31 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     subsets = {'': train} if subsets is None else subsets
     splits = {str(k): split_once(v) for k, v in _some('subsets', subsets).items()}
     tests = {k: list(v) if isinstance(v, (list, tuple)) else find_pairs(v) for k, v in _some('tests', tests).items()}
-    for split in splits.values(): _check_apart(split, tests)
+    unlabelled = unlabelled_images(unlabelled)
+    for split in splits.values():
+        _check_apart(split, tests)
+        check_unlabelled(unlabelled, split.pairs, 'labelled')
+    for name, pairs in tests.items(): check_unlabelled(unlabelled, pairs, f'test ({name})')
     baseline = baseline_of(_some('arms', arms), baseline)
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema, curve_every=curve_every)
-    plan = _Plan(splits, tests, networks, runs, _resolved_arms(runs, arms, splits, list(unlabelled)), list(metrics), options)
+    plan = _Plan(splits, tests, networks, runs, _resolved_arms(runs, arms, splits, unlabelled), list(metrics), options)
 
     out = open_run(out, plan.config(), 'compare')
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
-    with track(desc='compare', total=len(runs)) as bar:
-        if jobs > 1: run_jobs(request, out, jobs)
-        _share(runs, file_of, lambda run: plan.train_and_score(run, file_of(run)), bar)
+    if jobs > 1: run_jobs(request, out, jobs)
+    share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
     about = dict(command=shlex.join(sys.argv), hardware=hardware(), versions=versions(), jobs=jobs,
                  seconds=round(time.time() - started), tests={k: len(v) for k, v in tests.items()},
                  train={k: dict(training=len(s.train), held_out=len(s.held)) for k, s in splits.items()},
                  added=plan.by_cell(lambda arm: len(arm.pairs) + len(arm.synthetic)))
     save_json(out/'run.json', about)
-    return report(_read_scores(runs, file_of), out, baseline, metric)
+    return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #ce7a2b2b
+# %% ../nbs/api/70_experiment.ipynb #ed1397af
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])
@@ -477,13 +536,6 @@ def run_jobs(request: dict,     # keywords of `compare`
             raise MedsynError(f"a process of the comparison failed ({lines[-1]}): its whole output is in {log}")
 
 # %% ../nbs/api/70_experiment.ipynb #8aa94f01
-def _one_seed_column(scores):
-    "Runs numbered by subset, generator and seed together, where these are factors."
-    factors = [k for k in ('subset', 'generator', 'seed') if k in scores]
-    if factors == ['seed']: return scores
-    runs = scores[factors].fillna('').astype(str).agg('/'.join, axis=1)
-    return scores.assign(seed=runs)
-
 def report(scores: pd.DataFrame,  # arm, segmenter, seed, testset, name, metrics; subset and generator where they vary
            out: str | Path,       # folder to write
            baseline: str = None,  # the arm the others are compared with (default real, or the first)
@@ -495,12 +547,11 @@ def report(scores: pd.DataFrame,  # arm, segmenter, seed, testset, name, metrics
     columns = [m for m in scores if m not in (*FACTORS, 'testset', 'name')]
     per_image = scores.groupby(['arm', 'segmenter', 'testset', 'name'], sort=False)[columns].mean().reset_index()
     means = summarise(per_image, by=('arm', 'segmenter'))
-    runs = _one_seed_column(scores)
-    differences = compare_arms(runs, baseline, metric)
+    differences = compare_arms(scores, baseline, metric)
     write_atomic(out/'scores.csv', scores.to_csv(index=False))
     write_atomic(out/'table.csv', means.to_csv())
     write_atomic(out/'differences.csv', differences.to_csv(index=False))
-    write_atomic(out/'table.md', table_text(means, differences, metric, runs.seed.nunique(), baseline) + '\n')
+    write_atomic(out/'table.md', table_text(means, differences, metric, scores.seed.nunique(), baseline) + '\n')
     if len(differences): save_png(plot_differences(differences).figure, out/'figure.png')
     return out
 
@@ -569,6 +620,16 @@ def images_of(images: Sequence,     # `Pair`s, or image files
     return stacked
 
 # %% ../nbs/api/70_experiment.ipynb #8d33f2ca
+def generator_dls(split: Split,         # the labelled pairs
+                  size: int,            # side in pixels
+                  bs: int,              # batch size
+                  seed: int,            # of order and augmentation
+                  augment: str | bool   # as in `pair_dls`
+                 ) -> DataLoaders:      # validation: the held-out pairs
+    "The loaders of a generator or backbone; fewer than 8 training pairs are repeated."
+    copies = -(-LEAST_PAIRS//len(split.train))
+    return pair_dls(split.train*copies, size, bs, valid=split.held, seed=seed, augment=augment)
+
 def make_backbone(pairs: 'list | Split',  # training `Pair`s, their masks are not looked at; or their split, made once
                   out: str | Path,        # folder to write: a backbone
                   size: int = 64,         # side in pixels
@@ -577,16 +638,23 @@ def make_backbone(pairs: 'list | Split',  # training `Pair`s, their masks are no
                   lr: float = 1e-3,       # peak learning rate
                   channels: Sequence[int] = (64, 128, 192), # U-Net channels per level
                   prompt: str = None,     # the prompt it will know (default "A photo of a polyp.")
-                  seed: int = 0           # of weights, order and noise
+                  seed: int = 0,          # of weights, order and noise
+                  unlabelled: Sequence = () # further images without masks to learn from
                  ) -> Backbone:           # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already (not needed with Stable Diffusion)."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     split = split_once(pairs)
     given_prompt = dict(prompt=prompt) if prompt else {}
-    config = dict(given_prompt, pairs=pairs_digest(split.pairs), size=size, steps=steps, bs=bs, lr=lr,
+    config = dict(given_prompt, pairs=pairs_hash(split.pairs), size=size, steps=steps, bs=bs, lr=lr,
                   channels=list(channels), seed=seed)
-    backbone = Backbone.tiny(images_of(split.train, size), size, channels, seed=seed, **given_prompt)
-    dls = pair_dls(split.train, size, bs, valid=split.held, seed=seed, augment='flip')
+    frames = unlabelled_images(unlabelled)
+    check_unlabelled(frames, split.held, 'held-out')
+    if frames: config['unlabelled'] = [file_hash(f) for f in frames]
+    everything = [*split.train, *frames]
+    backbone = Backbone.tiny(images_of(everything, size), size, channels, seed=seed, **given_prompt)
+    dls = generator_dls(split, size, bs, seed, augment='flip')
+    if frames: dls = DataLoaders(image_dls(everything, size, bs, seed, 'flip'), dls.valid)
+    dls.size = size
     out = open_run(out, config, 'pretrain')
     if (out/'backbone.json').exists(): return Backbone.from_pretrained(out)
     learn = pretrain_backbone(dls, backbone, steps, lr, seed)
@@ -630,10 +698,10 @@ def make_generator(pairs: 'list | Split', # training `Pair`s, or their split, ma
     tiny = backbone is None or backbone.is_tiny
     size, lr = size or (backbone.size if backbone else 64), lr or (entry.tiny_lr if tiny else 1e-5)
     if backbone: backbone.check_size(size)
-    config = dict(pairs=pairs_digest(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr,
+    config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr,
                   size=size, seed=seed)
     if settings: config['settings'] = settings
-    dls = pair_dls(split.train, size, bs, valid=split.held, seed=seed, augment='flip' if tiny else False)
+    dls = generator_dls(split, size, bs, seed, augment='flip' if tiny else 'none')
     make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe, **settings)
     if backbone is None: make()         # what does not fit shows before anything is written
     out = open_run(out, config, 'train')
@@ -646,8 +714,9 @@ def make_generator(pairs: 'list | Split', # training `Pair`s, or their split, ma
     return _finish(learners, model, out, entry.networks)
 
 # %% ../nbs/api/70_experiment.ipynb #e1583845
-def _draws_pairs(generator):
-    "Whether a generator draws image and mask together."
+def draws_pairs(generator: nn.Module    # any generator
+               ) -> bool:               # whether it draws image and mask together
+    "Whether a generator needs no masks to draw under."
     return getattr(generator, 'own_masks', False)
 
 def _with_lesion(pairs, size, n, seed):
@@ -678,7 +747,7 @@ def picture(out: str | Path,    # folder of a quickstart, with generator/probe.c
             n: int = 8          # columns
            ) -> Path:           # pairs.png
     "real | mask | synthetic, and random mask | synthetic, as pairs.png; the probe's curves as probe.png."
-    out, own_masks = Path(out), _draws_pairs(generator)
+    out, own_masks = Path(out), draws_pairs(generator)
     size = generator.size if own_masks else generator.backbone.size
     images, masks = _with_lesion(pairs, size, min(n, len(pairs), len(synthetic)), seed)
     drawn_images, drawn_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)

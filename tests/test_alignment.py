@@ -1,19 +1,19 @@
-"""Free Lunch's generator against a naive reference: every loss term and gradient; what is saved, and what stock diffusers makes of it."""
+"""Free Lunch's generator against a naive reference: every loss term and gradient; what is saved; stock diffusers."""
 import shutil
 import tempfile
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from fastai.callback.core import Callback
+from learners import check_two_steps, small_backbone, small_loaders
 
 from medsyn.core import MedsynError, seed_of, seeded
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import denoising_learner
-from medsyn.diffusion.sample import sample
+from medsyn.diffusion.sample import defaults_of, sample
 from medsyn.generate.alignment import AlignmentCB, AlignmentGenerator, Encoded, alignment_learner, stock_unet
 from medsyn.generate.catalog import METHODS, load_generator
 from medsyn.synth import synthesize
@@ -67,8 +67,9 @@ class Compare(Callback):
         want = naive(self.model, self.learn.noised, self.stop)
         ps = [p for p in self.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(want['loss'] + self.alpha*want['L_al'], ps)
-        rel = lambda a, b: ((a - b).norm()/b.norm().clamp_min(1e-12)).item()
-        self.off = max(self.off, rel(self.learn.loss, want['loss']), rel(self.learn.terms['L_al'], want['L_al']), *[rel(p.grad, g) for p, g in zip(ps, grads)])
+        def off(a, b): return ((a - b).norm()/b.norm().clamp_min(1e-12)).item()
+        self.off = max(self.off, off(self.learn.loss, want['loss']), off(self.learn.terms['L_al'], want['L_al']))
+        self.off = max(self.off, *[off(p.grad, g) for p, g in zip(ps, grads)])
         assert all(p.grad is None for p in self.model.parameters() if not p.requires_grad)
         self.learn.loss, self.steps = self.learn.loss.float(), self.steps + 1
 
@@ -95,8 +96,9 @@ def test_alpha_zero_is_plain_fine_tuning(pairs):
     def run(cbs):
         with seeded(seed_of(0, 'lora')): model = AlignmentGenerator(backbone())
         return fit_steps(denoising_learner(batches(pairs), model, cbs=cbs), 4)
-    plain, zero, some = run([]), fit_steps(alignment_learner(batches(pairs), backbone(), alpha=0., lr=5e-4), 4), run([AlignmentCB()])
-    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    def same(a, b): return all(map(torch.equal, a.model.parameters(), b.model.parameters()))
+    plain, some = run([]), run([AlignmentCB()])
+    zero = fit_steps(alignment_learner(batches(pairs), backbone(), alpha=0., lr=5e-4), 4)
     assert same(plain, zero) and plain.history.frame().equals(zero.history.frame())
     assert not same(plain, some) and 'L_al' in some.history.frame()
 
@@ -118,10 +120,40 @@ def test_kept_latent_is_never_stale():
     zt, t, mask = torch.randn(2, 8, 4, 4), torch.tensor([10, 900]), (torch.rand(2, 1, 16, 16) > 0.5).float()
     with torch.no_grad():
         for m in (mask, 1 - mask, mask[:1].expand(2, -1, -1, -1), mask):
-            fresh = gen(zt, t, Encoded(m, gen.condition(m).text, latent=gen.backbone.codec.encode(m.expand(-1, 3, -1, -1)*2 - 1)))
+            latent = gen.backbone.codec.encode(m.expand(-1, 3, -1, -1)*2 - 1)
+            fresh = gen(zt, t, Encoded(m, gen.condition(m).text, latent=latent))
             assert torch.equal(gen(zt, t, gen.condition(m)), fresh)
         gen(zt, t, gen.condition(mask)); mask.mul_(0)                                      # changed in place
         assert torch.equal(gen(zt, t, gen.condition(mask)), gen(zt, t, gen.condition(mask.clone())))
+
+@pytest.mark.parametrize('share', [0., .5, 1.])
+def test_dropped_masks_do_not_count(tmp_path, share):
+    "A sample whose mask was dropped is denoised under an empty mask, and has no part in L_al."
+    learn = alignment_learner(small_loaders(tmp_path), small_backbone('epsilon'), drop_mask=share, lr=1e-3)
+    n = fit_steps(stirred(learn), 1).noised
+    given = n.cond.has_mask.bool()
+    distance = ((n.eps_z - n.eps_h)**2).mean((1, 2, 3))
+    assert learn.terms['L_al'].item() == pytest.approx((distance*given).sum().item()/len(given), rel=1e-5)
+    assert n.cond.mask[~given].abs().sum() == 0 and (given.all() if share == 0 else not given.all())
+    assert share == 1. or distance[given].min() > 0
+
+def stirred(learn):
+    stir(learn.model)
+    return learn
+
+def test_guidance_is_the_papers(stable):
+    "Sec. 4.2: 7 on Stable Diffusion, the prompt left out; by the mask on a tiny backbone."
+    assert defaults_of(stable[1]) == (7., 'prompt') and defaults_of(AlignmentGenerator(backbone())) == (2., 'mask')
+
+# Two training steps, as they were before the code was rewritten ------------------------------------------------------
+
+@pytest.mark.parametrize('prediction, settings, losses, weights', [
+    ('v_prediction', {}, dict(loss=[1.077425241, 1.224690557], L_al=[0.83309561, 1.219623566]), 1865.8646808459926),
+    ('epsilon', dict(stop='mask', rank=4),
+     dict(loss=[1.050173163, 1.10832274], L_al=[0.064584322, 0.061574489]), 929.3016007622427)])
+def test_two_steps(tmp_path, prediction, settings, losses, weights):
+    learn = alignment_learner(small_loaders(tmp_path), small_backbone(prediction), lr=1e-3, **settings)
+    check_two_steps(learn, losses, weights)
 
 # On disk -------------------------------------------------------------------------------------------------------------
 
@@ -141,11 +173,13 @@ def answer(gen):
 
 def test_saves_the_adapters_alone(saved):
     d, gen = saved
-    assert sorted(p.name for p in (d/'generator').iterdir()) == ['generator.json', 'mask_in.safetensors', 'pytorch_lora_weights.safetensors']
+    names = ['generator.json', 'mask_in.safetensors', 'pytorch_lora_weights.safetensors']
+    assert sorted(p.name for p in (d/'generator').iterdir()) == names
     n = sum(p.numel() for m in gen.trainable() for p in m.parameters())
     assert sum(p.stat().st_size for p in (d/'generator').iterdir()) < 4*n + 30_000
     back = load_generator(d/'generator')
-    assert type(back) is AlignmentGenerator and back.config['rank'] == 4 and back.backbone.size == 32 and torch.equal(answer(back), answer(gen))
+    assert type(back) is AlignmentGenerator and back.config['rank'] == 4 and back.backbone.size == 32
+    assert torch.equal(answer(back), answer(gen))
 
 def test_moved_folders(saved, tmp_path):
     "The two folders moved together are found; the adapters alone are not, unless they are told where the backbone is."
@@ -155,7 +189,8 @@ def test_moved_folders(saved, tmp_path):
     shutil.move(d/'backbone', d/'gone')
     try:
         assert torch.equal(answer(load_generator(tmp_path/'both'/'generator')), answer(gen))
-        with pytest.raises(MedsynError, match='belong on a backbone that was in .*backbone, which is not there'): load_generator(moved)
+        with pytest.raises(MedsynError, match='belong on a backbone that was in .*backbone, which is not there'):
+            load_generator(moved)
         assert torch.equal(answer(AlignmentGenerator.from_pretrained(moved, Backbone.from_pretrained(d/'gone'))), answer(gen))
     finally: shutil.move(d/'gone', d/'backbone')
 
@@ -177,7 +212,8 @@ def test_another_backbone_is_refused(saved, tmp_path):
     other = backbone()
     with torch.no_grad(): next(other.unet.parameters()).add_(0.01)
     other.save_pretrained(tmp_path/'s'/'backbone')
-    with pytest.raises(MedsynError, match='is not the one that the adapters were trained on'): load_generator(tmp_path/'s'/'generator')
+    with pytest.raises(MedsynError, match='is not the one that the adapters were trained on'):
+        load_generator(tmp_path/'s'/'generator')
 
 @pytest.mark.parametrize('name', ['mask_in.safetensors', 'pytorch_lora_weights.safetensors'])
 def test_damaged_files_are_named(saved, tmp_path, name):
@@ -198,7 +234,8 @@ def test_adapters_of_another_network_are_refused(saved, tmp_path):
 def test_synthesis(saved, pairs, tmp_path):
     "A generator that was opened draws the same pairs, and the masks matter."
     d, gen = saved
-    made = [synthesize(g, pairs, tmp_path/n, 3, steps=2, size=16) for n, g in (('a', gen), ('b', load_generator(d/'generator')))]
+    generators = dict(a=gen, b=load_generator(d/'generator'))
+    made = [synthesize(g, pairs, tmp_path/name, 3, steps=2, size=16) for name, g in generators.items()]
     assert all(p.image.read_bytes() == q.image.read_bytes() for p, q in zip(*made, strict=True))
     masks = torch.zeros(2, 1, 16, 16); masks[1, :, 4:12, 4:12] = 1
     a, b = sample(gen, masks, steps=3, seeds=[5, 5])
@@ -221,7 +258,8 @@ def test_stock_pipeline_loads_the_adapters(stable):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         bb = Backbone.from_pretrained(d/'sd')
-        pipe = StableDiffusionPipeline(bb.codec.vae, bb.text.encoder, bb.text.tokenizer, bb.unet, bb.schedule.sampler('ddim'), None, None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(bb.codec.vae, bb.text.encoder, bb.text.tokenizer, bb.unet,
+                                       bb.schedule.sampler('ddim'), None, None, requires_safety_checker=False)
         pipe.load_lora_weights(d/'gen')
     kept = gen.backbone.unet.conv_in.mask.weight.clone()
     with torch.no_grad():
@@ -240,13 +278,16 @@ def test_stock_unet_is_the_generator(stable, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(tmp_path/'unet').eval()
     assert unet.config.in_channels == 8
     zt, t, mask, text = before[1]
-    with torch.no_grad(): out = unet(torch.cat([zt, gen.backbone.codec.encode(mask.expand(-1, 3, -1, -1)*2 - 1)], 1), t, text).sample
+    with torch.no_grad():
+        latent = gen.backbone.codec.encode(mask.expand(-1, 3, -1, -1)*2 - 1)
+        out = unet(torch.cat([zt, latent], 1), t, text).sample
     torch.testing.assert_close(out, before[0], rtol=1e-3, atol=1e-4)
     assert torch.equal(answer_sd(gen)[0], before[0])                                       # exporting changed nothing
 
 def answer_sd(gen):
     g = torch.Generator().manual_seed(0)
-    zt, t, mask = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([5, 700]), (torch.rand(2, 1, 64, 64, generator=g) > 0.5).float()
+    zt, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([5, 700])
+    mask = (torch.rand(2, 1, 64, 64, generator=g) > 0.5).float()
     cond = gen.condition(mask)
     with torch.no_grad(): return gen(zt, t, cond), (zt, t, mask, cond.text)
 

@@ -1,6 +1,7 @@
 "The command line as a stranger uses it: every command end to end at its smallest, and every wrong input."
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medsyn.cli import main
+from medsyn.cli import COMMANDS, main, parser_of
 from medsyn.data.lesions import lesion_folder
 
 warnings.filterwarnings('ignore')
@@ -200,6 +201,50 @@ def test_checkpoint_of_another_architecture(made, tmp_path, capsys):
     assert 'belongs to another model' in fails(capsys, 'synth', tmp_path/'gen', '--data', made/'train', '--out', tmp_path/'o', '-n', 1)
     assert not (tmp_path/'o').exists()
 
-def test_help_needs_nothing_heavy():
-    code = "import sys; from medsyn.cli import main; main(['--help']); sys.exit(any(m in sys.modules for m in ('torch', 'pandas', 'matplotlib')))"
+HEAVY = ('torch', 'numpy', 'pandas', 'matplotlib', 'fastai', 'diffusers')
+
+@pytest.mark.parametrize('argv', [['--help'], *[[name, '--help'] for name in COMMANDS]], ids=' '.join)
+def test_help_needs_nothing_heavy(argv):
+    "What makes help quick: it imports no heavy library. (Seconds depend on the machine.)"
+    code = f"""import sys
+from medsyn.cli import COMMANDS, main, parser_of
+try: main({argv!r})
+except SystemExit: pass
+sys.exit(any(m in sys.modules for m in {HEAVY}))"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_fits_one_screen(name):
+    "Every option has a sentence, what is required comes first, and an example ends the page."
+    lines = parser_of(name).format_help().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+    assert lines[0].startswith(f'usage: medsyn {name}') and lines[-1].startswith(f'Example: medsyn {name}')
+    options = COMMANDS[name].options.values()
+    assert all(o.about for o in options), [o.name for o in options if not o.about]
+    required = [o.required for o in options]
+    assert required == sorted(required, reverse=True)
+
+# What makes an example small enough to be run here.
+SMALL = dict(quickstart='--n-train 12 --n-test 4 --size 32 --pretrain-steps 1 --train-steps 1 --segment-steps 1 --n-synth 4'
+                        ' --sample-steps 1 --channels 16 32 --seeds 0',
+             pretrain='--size 32 --steps 1 --channels 16 32', train='--steps 2 --bs 4', synth='-n 4 --steps 1 --sampler dpm++',
+             segment='--size 32 --steps 1 --bs 4', compare='--size 32 --steps 1 --bs 4 --seeds 0')
+NOT_RUN = {'bench'}     # a benchmark has no small size; nbs/api/71_bench runs each with one
+
+def test_every_example_runs(tmp_path, monkeypatch, capsys):
+    "In the order of the overview, in one folder: what one command makes is the input of another."
+    lesion_folder(tmp_path/'data', 16, size=32, seed=0)
+    lesion_folder(tmp_path/'test', 4, size=32, seed=1)
+    monkeypatch.chdir(tmp_path)
+    for name, command in COMMANDS.items():
+        if name in NOT_RUN: continue
+        argv = shlex.split(f"{command.example} {SMALL.get(name, '')}")
+        assert argv[:2] == ['medsyn', name]
+        assert main(argv[1:]) == 0, (name, capsys.readouterr().err)
+
+def test_settings_reach_the_method(made, tmp_path, capsys):
+    train = 'train', made/'train', '--backbone', made/'bb', '--method', 'siamese', '--steps', 2, '--bs', 4
+    assert main([str(a) for a in (*train, '--out', tmp_path/'gen', '--set', 'w_c=0.5')]) == 0
+    assert json.loads((tmp_path/'gen'/'train.json').read_text())['settings'] == {'w_c': .5}
+    assert 'not of the form name=value' in fails(capsys, *train, '--out', tmp_path/'x', '--set', 'w_c')
+    assert not (tmp_path/'x').exists()

@@ -99,6 +99,20 @@ def test_weight_zero_is_plain_training(pairs):
     a, b = run([]), run([GenerativeFeedbackCB(judge(), weight=0.)])
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
 
+def test_averaged_weights(pairs):
+    "With an average of the weights the judge still sees the raw network, gets no gradient and is not averaged; the evaluated network has the averaged weights and the statistics that belong to them."
+    gen = judge()
+    before = {k: v.clone() for k, v in gen.state_dict().items()}
+    def run(ema): return fit_steps(segment_learner(batches(pairs), net(), ema=ema, lr=1e-2, cbs=[GenerativeFeedbackCB(gen)]), 6)
+    plain, averaged = run(None), run(0.8)
+    assert plain.history.frame().L_fb.tolist() == averaged.history.frame().L_fb.tolist()
+    assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items()) and all(p.grad is None for p in gen.parameters())
+    assert len(averaged.ema.params()) == len(list(averaged.model.parameters()))
+    end, raw = averaged.model.state_dict(), plain.model.state_dict()
+    assert any(not torch.equal(end[k], raw[k]) for k in end if k.endswith('weight'))
+    statistics = [k for k in end if k.endswith('running_mean')]
+    for k, average in zip(statistics, averaged.ema.avg_statistics[::2], strict=True): assert torch.equal(end[k], average)
+
 def test_mask_and_image_generator():
     "A generator that also sees the image (M+I) is given it."
     gen, x = judge(image=True), torch.rand(2, 3, 32, 32)

@@ -210,6 +210,19 @@ def test_feedback_beside_learned_gates(tmp_path):
     assert log.L_fb.notna().sum() == 2 and log.L_mix.notna().all() and log.force_s.notna().all()
     assert not torch.equal(with_fb, without) and all(p.grad is None for p in g.parameters())
 
+@pytest.mark.parametrize('order', ['feedback first', 'mixing first'])
+def test_feedback_beside_one_pass(tmp_path, order):
+    "The judge is shown the real half of a batch of both: the same feedback as beside two passes, for a network without batch normalisation."
+    pairs, g = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0)), ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64)))
+    with torch.no_grad(): [p.add_(.05*torch.randn_like(p)) for p in g.control.parameters()]
+    def log(passes):
+        dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), {p.name: [q] for p, q in zip(pairs, pairs[1:] + pairs[:1], strict=True)})
+        with seeded(0): model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+        cbs = [PairedMixCB(.7, passes=passes), GenerativeFeedbackCB(g, every=2)]
+        learn = segment_learner(dls, model, cbs=cbs if order == 'mixing first' else cbs[::-1])
+        return fit_steps(learn, 3, 1e-3).history.frame()[['loss', 'L_mix', 'L_fb']].to_numpy()
+    np.testing.assert_allclose(log(1), log(2), rtol=1e-4)
+
 @pytest.mark.parametrize('cb', [MixUpCB, CutMixCB])
 def test_rivals_train_and_repeat(discs, cb):
     a, b = (train(discs, None, [cb()], 4) for _ in range(2))

@@ -3,6 +3,7 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -111,6 +112,22 @@ def test_hardly_any_line_is_wide():
     n_wide = sum(len(wide_lines(p)) for p in files)
     n_lines = sum(len(p.read_text(encoding='utf-8').splitlines()) for p in files)
     assert n_wide < 0.01*n_lines, f"{n_wide} of {n_lines} lines are wider than {WIDEST}"
+
+def commands_in(text):
+    "The `medsyn` command lines of a markdown text, each as a list of words."
+    blocks = re.findall(r'^```bash\n(.*?)^```', text, re.M | re.S)
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    calls = [shlex.split(part, comments=True) for line in lines for part in line.split('&&')]
+    return [words for words in calls if words and words[0].split('/')[-1] == 'medsyn']
+
+@pytest.mark.parametrize('path', [ROOT/'CONTRIBUTING.md', *NOTEBOOKS], ids=lambda p: p.stem)
+def test_command_lines_are_accepted(path):
+    "Every `medsyn` command that a page shows is one that the parser accepts."
+    from medsyn.cli import parser_of
+    texts = [path.read_text(encoding='utf-8')] if path.suffix == '.md' else [
+        source(c) for c in load(path)['cells'] if c['cell_type'] == 'markdown']
+    for _, *words in commands_in('\n'.join(texts)):
+        if words and not words[0].startswith('-'): parser_of(words[0]).parse_args(words[1:])
 
 # Notebooks ----------------------------------------------------------------------------------------
 

@@ -143,6 +143,24 @@ def test_report_takes_a_comparison_and_readers(made, tmp_path):
     n = pd.DataFrame(json.loads((tmp_path/'r'/'report.json').read_text())['numbers']).set_index(['section', 'metric'])
     assert n.value['differences', 'mine, unet, Overall'] == pytest.approx(10) and n.value['readers', 'MOS'] == 1 and n.lo['readers', 'MOS'] == pytest.approx(wilson(1, 5)[0])
 
+def test_report_on_a_comparison_without_an_arm_called_real(made, tmp_path):
+    "The first arm is the baseline and is named; another can be chosen; one that is not there is refused before anything is written."
+    from medsyn.evaluate.report import report
+    rng = np.random.default_rng(0)
+    rows = [(arm, 'unet', 0, 'C5', str(i), rng.uniform(.3, .8)) for arm in ('control', 'siamese') for i in range(8)]
+    scores = pd.DataFrame(rows, columns=['arm', 'segmenter', 'seed', 'testset', 'name', 'dice@0.5'])
+    scores.to_csv(tmp_path/'scores.csv', index=False)
+    mean = scores.groupby('arm')['dice@0.5'].mean()
+    for baseline, arm, expected in ((None, 'siamese', mean.siamese - mean.control), ('siamese', 'control', mean.control - mean.siamese)):
+        report(made/'syn', made/'train', tmp_path/f'{arm}', scores=tmp_path/'scores.csv', baseline=baseline, device='cpu')
+        numbers = json.loads((tmp_path/arm/'report.json').read_text())['numbers']
+        row = next(r for r in numbers if r['section'] == 'differences')
+        assert row['metric'] == f'{arm}, unet, only' and row['value'] == pytest.approx(100*expected)
+        assert row['note'].startswith(f'against {baseline or "control"}: ')
+    with pytest.raises(MedsynError, match="unknown baseline arm 'real'"):
+        report(made/'syn', made/'train', tmp_path/'no', scores=tmp_path/'scores.csv', baseline='real', device='cpu')
+    assert not (tmp_path/'no').exists()
+
 def test_what_the_report_refuses(made, tmp_path, capsys):
     out = tmp_path/'r'
     (tmp_path/'empty').mkdir(); (tmp_path/'one').mkdir(); (tmp_path/'mixed').mkdir()

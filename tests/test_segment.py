@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from PIL import Image
 from safetensors.torch import save_file
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls, read_pair
-from medsyn.segment.learner import LOSSES, cross_entropy, foreground, predict, segment_learner, structure_loss
-from medsyn.segment.models import NETWORKS, Segmenter, encoder_name, segmenter
-from medsyn.train import fit_steps
+from medsyn.segment.learner import LOSSES, cross_entropy, flip_averaged, foreground, predict, segment_learner, structure_loss
+from medsyn.segment.models import NETWORKS, Segmenter, encoder_name, normalisation, segmenter
+from medsyn.train import evaluating, fit_steps
 
 TINY = dict(encoder='mobilenetv3_small_050')
 
@@ -79,6 +80,72 @@ def test_timm_files_fit_the_wrapped_encoder(name, tmp_path):
     got = segmenter('unet', name, encoder_weights=tmp_path/'t.safetensors').eval().net.encoder
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad(): assert torch.allclose(got(x)[-1], whole.forward_intermediates(x, intermediates_only=True)[-1], atol=1e-4)
+
+
+# Normalisation --------------------------------------------------------------------------------------------------------
+
+IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+@pytest.fixture
+def lite0(tmp_path):
+    "Random weights of EfficientNet-Lite0 in the layout in which they are published, and the network they belong to."
+    import timm
+    torch.manual_seed(1)
+    whole = timm.create_model('tf_efficientnet_lite0').eval()
+    save_file(whole.state_dict(), tmp_path/'lite0.safetensors')
+    return tmp_path/'lite0.safetensors', whole
+
+@pytest.mark.parametrize('encoder', ['tf_efficientnet_lite0', 'tu-tf_efficientnet_lite0', 'timm-tf_efficientnet_lite0'])
+def test_a_file_brings_its_normalisation(encoder, lite0, tmp_path):
+    file, whole = lite0
+    model = segmenter('unet', encoder, encoder_weights=file).eval()
+    assert model.config['mean'] == model.config['std'] == [0.5]*3
+    received = []
+    model.net.encoder.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(): model(x)
+    assert torch.allclose(received[0], 2*x - 1, atol=1e-6)
+    assert torch.equal(model.net.encoder.state_dict()[next(k for k in model.net.encoder.state_dict() if k.endswith('conv_stem.weight'))], whole.conv_stem.weight)
+    again = Segmenter.from_pretrained(model.save_pretrained(tmp_path/'m'))
+    with torch.no_grad(): assert again.config == model.config and torch.equal(again(x), model(x))
+
+def test_timms_lite0_is_the_published_network(lite0):
+    "From an image in [0,1] to the deepest features, with the file alone to say how to normalise."
+    file, whole = lite0
+    model = segmenter('unet', 'tf_efficientnet_lite0', encoder_weights=file).eval()
+    features = []
+    model.net.encoder.register_forward_hook(lambda module, args, out: features.extend(out))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+        want = whole.forward_intermediates((x - 0.5)/0.5, intermediates_only=True)[-1]
+    assert torch.allclose(features[-1], want, atol=1e-5)
+
+def test_random_and_other_weights_get_imagenets(tmp_path):
+    for model in (segmenter(**TINY), segmenter('unet', 'tf_efficientnet_lite0')):
+        assert {k: model.config[k] for k in IMAGENET} == IMAGENET
+    assert normalisation('efficientnet-b0', tmp_path/'w.pth') == (IMAGENET['mean'], IMAGENET['std'])
+
+def test_published_weights_bring_smps_values(monkeypatch):
+    import segmentation_models_pytorch as smp
+    monkeypatch.setattr(smp.encoders, 'get_preprocessing_params', lambda encoder, weights: dict(mean=[.1, .2, .3], std=[.4, .5, .6]))
+    monkeypatch.setattr(smp.encoders, 'get_encoder', lambda encoder, weights: smp.Unet(encoder, encoder_weights=None).encoder)
+    model = segmenter('unet', 'resnet18', encoder_weights='imagenet')
+    assert model.config['mean'] == [.1, .2, .3] and model.std.flatten().tolist() == pytest.approx([.4, .5, .6])
+
+def test_old_folders_keep_the_old_normalisation(lite0, tmp_path):
+    "A folder whose config.json says nothing was trained with ImageNet's values, whatever its encoder's weights expected."
+    model = segmenter('unet', 'tf_efficientnet_lite0', encoder_weights=lite0[0], **IMAGENET).eval()
+    model.save_pretrained(tmp_path/'m')
+    config = json.loads((tmp_path/'m'/'config.json').read_text())
+    for key in IMAGENET: del config[key]
+    (tmp_path/'m'/'config.json').write_text(json.dumps(config))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.equal(Segmenter.from_pretrained(tmp_path/'m')(x), model(x))
+
+@pytest.mark.parametrize('kw', [dict(mean=[.5]), dict(std=[1, 1, 0])])
+def test_wrong_normalisation(kw):
+    with pytest.raises(MedsynError, match='give three numbers each, the std above 0'): segmenter(**TINY, **kw)
 
 
 def test_unreachable_hub_is_one_sentence(monkeypatch):
@@ -186,6 +253,84 @@ def test_predict_says_what_it_needs():
     model = segmenter(**TINY)
     with pytest.raises(MedsynError, match='give pairs, or uint8 arrays'): predict(model, np.zeros((2, 32, 32), np.uint8))
     assert predict(model, []) == [] and model.training
+
+
+# Memory format, averaged weights, flips ------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name,encoder', [('unet', 'mobilenetv3_small_050'), ('unet', 'resnet18'), ('segformer', 'mit_b0')])
+def test_channels_last_changes_rounding_alone(pairs, name, encoder):
+    "The first steps' losses and gradients agree; the default is channels last, and a saved file does not show it."
+    class Keep(Callback):
+        order = 5
+        def before_batch(self): self.learn.xb = (self.x.double(),)
+        def after_backward(self): self.learn.first = {k: p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None}
+    def run(channels_last):
+        dls = pair_dls(pairs[:16], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
+        torch.manual_seed(5)
+        learn = segment_learner(dls, segmenter(name, encoder, size=32).double(), channels_last=channels_last, cbs=[Keep()])
+        return fit_steps(learn, 1)
+    plain, default = run(False), run(None)
+    four = [p for p in default.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and p.shape[-1] > 1]
+    assert four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four)
+    assert not any(p.is_contiguous(memory_format=torch.channels_last) for p in plain.model.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and p.shape[-1] > 1)
+    assert default.history.frame().loss[0] == pytest.approx(plain.history.frame().loss[0], rel=1e-6)
+    for key, grad in plain.first.items(): assert torch.allclose(grad, default.first[key], rtol=1e-4, atol=1e-7), key
+    for p, q in zip(plain.model.parameters(), default.model.parameters(), strict=True): assert p.shape == q.shape
+
+@pytest.mark.parametrize('decay', [0.5, 0.98])
+def test_averaged_statistics(pairs, decay):
+    "The evaluated weights are the exponential averages; the statistics look back as far, and are the raw ones where batch normalisation's ten steps suffice."
+    class Naive(Callback):
+        order = 56
+        def before_fit(self): self.k, self.weights, self.statistics = 0, *self.values()
+        def values(self):
+            state = {k: v.detach().double().clone() for k, v in self.model.state_dict().items()}
+            return ({k: v for k, v in state.items() if k in dict(self.model.named_parameters())}, {k: v for k, v in state.items() if 'running' in k})
+        def after_step(self):
+            self.k += 1
+            d = min(decay, self.k/(9 + self.k)) if self.k > 1 else 0.
+            share = 1/max(1/(1 - d) - 10, 1)
+            weights, statistics = self.values()
+            self.weights = {k: d*v + (1 - d)*weights[k] for k, v in self.weights.items()}
+            self.statistics = {k: (1 - share)*v + share*statistics[k] for k, v in self.statistics.items()}
+        def check(self, values):
+            for got, want in zip(values, (self.weights, self.statistics), strict=True):
+                for k in want: assert torch.allclose(got[k], want[k], atol=1e-5, rtol=1e-4), k
+        def after_batch(self):
+            if not self.training or self.k % 40: return
+            raw = self.values()
+            with evaluating(self.learn): self.check(self.values())
+            for before, now in zip(raw, self.values(), strict=True): assert all(torch.equal(before[k], now[k]) for k in before)     # restored
+    dls = pair_dls(pairs[:16], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 1, 3, padding=1))
+    naive = Naive()
+    learn = fit_steps(segment_learner(dls, model, ema=decay, lr=1e-2, cbs=[naive]), 160)
+    naive.check(naive.values())
+    fit_steps(learn, 3)                                                                                # a second fit begins where the first ended
+    naive.check(naive.values())
+
+def test_averaging_does_not_touch_training(pairs):
+    "The raw weights of a run with an average are those of a run without."
+    def losses(ema):
+        dls = pair_dls(pairs[:16], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
+        torch.manual_seed(5)
+        return fit_steps(segment_learner(dls, segmenter(size=32, **TINY), ema=ema), 4).history.frame().loss.tolist()
+    assert losses(None) == losses(0.9)
+
+def test_flips(pairs):
+    model = segmenter(**TINY).eval()
+    images = np.stack([read_pair(p)[0] for p in pairs[:3]])
+    x = torch.tensor(images).permute(0, 3, 1, 2)/255
+    with torch.no_grad():
+        want = (model(x) + model(x.flip(3)).flip(3) + model(x.flip(2)).flip(2) + model(x.flip(2, 3)).flip(2, 3))/4
+        assert torch.allclose(flip_averaged(model, x), want, atol=1e-6)
+    got = predict(model, images, size=32, flips=True, bs=2)
+    np.testing.assert_allclose(np.stack(got), want[:, 0].sigmoid(), atol=1e-5)
+    for axis in (1, 2):                                                                                # mirrored in, mirrored out
+        mirrored = predict(model, np.flip(images, axis).copy(), size=32, flips=True)
+        np.testing.assert_allclose(np.flip(np.stack(mirrored), axis), np.stack(got), atol=1e-5)
+    assert not np.allclose(np.stack(predict(model, images, size=32)), np.stack(got), atol=1e-4)        # off by default
 
 
 @pytest.mark.data

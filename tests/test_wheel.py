@@ -1,4 +1,5 @@
 "The wheel as a user gets it: its contents, its requirements, and one training step beside the newest fastai."
+import os
 import re
 import shutil
 import subprocess
@@ -35,8 +36,9 @@ print('one step on fastai', version('fastai'), 'and fastcore', version('fastcore
 """
 
 def call(*cmd, **kw):
-    "Run a command; its output, or a failed test that shows it."
-    r = subprocess.run([str(c) for c in cmd], capture_output=True, text=True, **kw)
+    "Run a command away from the checkout's own package; its output, or a failed test that shows it."
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    r = subprocess.run([str(c) for c in cmd], capture_output=True, text=True, env=env, **kw)
     assert r.returncode == 0, f"{' '.join(map(str, cmd))}\n{r.stdout[-2000:]}\n{r.stderr[-4000:]}"
     return r.stdout
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIX_ARMS', 'ARMS', 'Arm', 'callbacks_of', 'Given', 'ArmMethod', 'combine', 'as_arm', 'mixing_arms']
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #b54aa94b
-from dataclasses import dataclass, field, fields
+# %% ../../nbs/api/59_segment.catalog.ipynb #6a0919e4
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
@@ -15,8 +15,10 @@ from ..data.pairs import find_pairs
 from .annealing import RealAnchorCB
 from .feedback import GenerativeFeedbackCB
 from .mixing import CutMixCB, MixUpCB, PairedMixCB, find_partners
+from .semi import TeacherCB, UnlabelledCB
+from .streams import CopyPasteCB, PasteOntoCB, RealAgainCB, SynthTermCB, read_ignored
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #f1ab874a
+# %% ../../nbs/api/59_segment.catalog.ipynb #dbafd9cc
 @dataclass
 class Arm:
     "What one arm of a comparison adds to the real training pairs."
@@ -27,16 +29,22 @@ class Arm:
     synthetic: list = field(default_factory=list)   # `Pair`s of a second stream: `L_real + w * L_syn`
     w: float = 1.                                   # weight of the second stream, 0 or more
     schedule: str = 'fixed'                         # of that weight: fixed, cosine or first
+    ignored: Path = None                            # folder of masks of ignored pixels, see `save_ignored`
     passes: int = 1                                 # 2: a second, independent real batch in every step
     unlabelled: list = field(default_factory=list)  # image files without masks that the arm uses
     init: Path = None                               # folder of a backbone that the network starts from
 
 def callbacks_of(arm: Arm   # any arm
                 ) -> list:  # fresh callbacks for one run
-    "The callbacks of one run."
-    return list(arm.cbs())
+    "The callbacks of one run: what `cbs` makes, the second stream, and the second pass over real pairs."
+    out = list(arm.cbs())
+    if arm.synthetic:
+        ignore = read_ignored(arm.ignored, arm.synthetic) if arm.ignored else None
+        out.append(SynthTermCB(arm.synthetic, arm.w, arm.schedule, ignore=ignore))
+    if arm.passes == 2: out.append(RealAgainCB())
+    return out
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #1d0b8620
+# %% ../../nbs/api/59_segment.catalog.ipynb #e712168f
 @dataclass(frozen=True)
 class Given:
     "What an arm can be made from."
@@ -68,19 +76,47 @@ def _feedback(given):
     generator = given.load_generator(given.path)
     return Arm(cbs=lambda: [GenerativeFeedbackCB(generator)])
 
+def _stream(schedule):
+    "The recipe of a second stream of synthetic pairs; masks of ignored pixels beside them are used."
+    def make(given):
+        ignored = Path(given.path)/'ignored'
+        return Arm(synthetic=find_pairs(given.path), schedule=schedule, ignored=ignored if ignored.is_dir() else None)
+    return make
+
+def _paste_onto(given):
+    "Real lesions pasted into frames without masks."
+    frames = list(given.unlabelled)
+    return Arm(cbs=lambda: [PasteOntoCB(frames)], unlabelled=frames)
+
+def _from_unlabelled(method):
+    "The recipe of a teacher and a term on frames without masks."
+    def make(given):
+        frames = list(given.unlabelled)
+        return Arm(cbs=lambda: [TeacherCB(), UnlabelledCB(frames, method)], unlabelled=frames)
+    return make
+
 ARMS = {
     'real': ArmMethod(lambda g: Arm(), "real pairs alone: the baseline"),
     'real-twice': ArmMethod(lambda g: Arm(copies=2), "every real pair twice in the training set: more pairs, nothing new"),
+    'two-passes': ArmMethod(lambda g: Arm(passes=2), "a second real batch in every step: the control with equal compute"),
+    'copy-paste': ArmMethod(lambda g: Arm(cbs=lambda: [CopyPasteCB()]), "lesions of other real images, moved and pasted with a soft border"),
+    'paste-onto': ArmMethod(_paste_onto, "the same, pasted into frames without masks, as a second stream", unlabelled=True),
     'mixup': ArmMethod(lambda g: Arm(cbs=lambda: [MixUpCB()]), "two real images and their masks, blended"),
     'cutmix': ArmMethod(lambda g: Arm(cbs=lambda: [CutMixCB()]), "a box of another real image with its mask"),
     'pooled': ArmMethod(lambda g: Arm(find_pairs(g.path)), "synthetic pairs among the real ones: they replace real ones in a batch", 'pairs'),
+    'stream': ArmMethod(_stream('fixed'), "a synthetic batch beside the real one: L_real + L_syn", 'pairs'),
+    'stream-annealed': ArmMethod(_stream('cosine'), "the same, the weight of L_syn falling to 0 on a cosine", 'pairs'),
+    'stream-first': ArmMethod(_stream('first'), "synthetic pairs in the first half of the run, real ones in the second", 'pairs'),
     'mcpmix-fixed': ArmMethod(_mixing('mcpmix-fixed'), "mixing with a partner under the same mask, at a fixed strength", 'pairs'),
     'mcpmix-scheduled': ArmMethod(_mixing('mcpmix-scheduled'), "the same, strength and weight falling on a cosine", 'pairs'),
     'mcpmix-learned': ArmMethod(_mixing('mcpmix-learned'), "the same, strength and weight learned (RLA)", 'pairs'),
+    'mean-teacher': ArmMethod(_from_unlabelled('mean-teacher'), "agrees with its own moving average on frames without masks", unlabelled=True),
+    'fixmatch': ArmMethod(_from_unlabelled('fixmatch'), "learns the moving average's confident pixels on strongly augmented frames", unlabelled=True),
+    'diffusion-init': ArmMethod(lambda g: Arm(init=Path(g.path)), "the network is a diffusion U-Net, see `semi.diffusion_segmenter`", 'backbone'),
     'feedback': ArmMethod(_feedback, "a frozen generator judges the predicted masks", 'generator'),
 }
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #c92aac3e
+# %% ../../nbs/api/59_segment.catalog.ipynb #f0647402
 def _split(text):
     "The parts of a combination; a `+` inside a folder's name does not divide."
     parts = []
@@ -105,17 +141,20 @@ def _one(text, train, unlabelled, load_generator):
 def combine(arms: list  # of `Arm`, one or more
            ) -> Arm:    # all of them at once
     "Put arms together; `MedsynError` where two of them contradict each other."
-    default, out = Arm(), Arm()
-    for f in fields(Arm):
-        if f.name == 'cbs': continue
-        values = [v for a in arms if (v := getattr(a, f.name)) != getattr(default, f.name)]
-        if not values: continue
-        if f.name == 'pairs': values = [[p for v in values for p in v]]
-        if any(v != values[0] for v in values[1:]):
-            raise MedsynError(f"two of the combined arms set {f.name!r} differently: leave one of them out")
-        setattr(out, f.name, values[0])
-    out.cbs = lambda: [c for a in arms for c in a.cbs()]
-    return out
+    def the_only(name, what):
+        "The arm that sets this field, or one that does not if none does."
+        having = [a for a in arms if getattr(a, name)]
+        if len(having) > 1: raise MedsynError(f"two of the combined arms bring {what}: leave one of them out")
+        return having[0] if having else Arm()
+    stream = the_only('synthetic', 'a second stream of synthetic pairs')
+    return Arm(pairs=[p for a in arms for p in a.pairs],
+               copies=max(a.copies for a in arms),
+               cbs=lambda: [c for a in arms for c in a.cbs()],
+               partners=the_only('partners', 'partners under the real masks').partners,
+               synthetic=stream.synthetic, w=stream.w, schedule=stream.schedule, ignored=stream.ignored,
+               passes=max(a.passes for a in arms),
+               unlabelled=sorted({f for a in arms for f in a.unlabelled}),
+               init=the_only('init', 'a backbone to start from').init)
 
 def as_arm(what,                            # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
            train: list = (),                # the real training `Pair`s, to look for their partners
