@@ -112,7 +112,7 @@ class AlignmentGenerator(MaskGenerator):
         if isinstance(cond, Encoded): return cond.latent
         mask, codec = cond.mask, self.backbone.codec
         if mask is None:
-            raise MedsynError("this generator is told what to draw by a mask and got none: pass masks")
+            raise MedsynError("this generator needs a mask and got none: pass masks")
         if torch.is_grad_enabled(): return mask_latent(codec, mask)
         last_mask, _ = self._last
         is_same = last_mask is not None and last_mask.device == mask.device and torch.equal(last_mask, mask)
@@ -124,9 +124,9 @@ class AlignmentGenerator(MaskGenerator):
         t: Tensor,      # (B,) timesteps
         cond: Cond      # mask and embedded prompt
     ) -> Tensor:        # (B,K,h,w) noise or velocity
-        "The network's answer."
-        both = torch.cat([zt, self.latent(cond).to(zt)], 1)
-        return self.backbone.unet(both, t, cond.text).sample
+        "The output of the network."
+        inputs = torch.cat([zt, self.latent(cond).to(zt)], 1)
+        return self.backbone.unet(inputs, t, cond.text).sample
 
 def _weights_hash(module):
     "The weights of a module as a short name; on the meta device, of their shapes."

@@ -40,7 +40,7 @@ from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs
 class GuidedNet(nn.Module):
     "A network that denoises one thing while it is shown another."
     def __init__(self,
-        net: nn.Module  # called with (B,K+G,h,w) and t (B,); answers with `.sample` (B,K,h,w)
+        net: nn.Module  # called with (B,K+G,h,w) and t (B,); its output has `.sample` (B,K,h,w)
     ):
         super().__init__()
         self.net = net
@@ -50,7 +50,7 @@ class GuidedNet(nn.Module):
         t: Tensor,      # (B,) timesteps
         guide: Tensor   # (B,G,h,w) what guides
     ) -> Tensor:        # (B,K,h,w) noise or velocity
-        "The network's answer."
+        "The output of the network."
         return self.net(torch.cat([zt, guide], 1), t).sample
 
 def guided_net(
@@ -173,11 +173,11 @@ class PairedGenerator(PairGenerator):
                           f"use {smaller} or {smaller + self.stride} px")
 
     def estimate(self,
-        out: Tensor,    # (B,K,h,w) a network's answer
-        zt: Tensor,     # (B,K,h,w) what it was asked about
+        out: Tensor,    # (B,K,h,w) output of a network
+        zt: Tensor,     # (B,K,h,w) its noised input
         t: Tensor       # (B,) timesteps
     ) -> Tensor:        # (B,K,h,w)
-        "The clean latent that an answer stands for: x0^ or y0^."
+        "The clean latent that an output stands for: x0^ or y0^."
         return self.schedule.z0_from_eps(self.schedule.to_eps(out, zt, t), zt, t)
 
     def forward(self,
@@ -185,7 +185,7 @@ class PairedGenerator(PairGenerator):
         t: Tensor,      # (B,) timesteps
         guide: Tensor   # (B,G,h,w) from `guidance`
     ) -> Tensor:        # (B,K,h,w) noise or velocity
-        "The generator's answer."
+        "The output of the generator."
         return self.generator(yt, t, guide)
 
 # %% ../../nbs/api/33_generate.paired.ipynb #42df08b7
@@ -394,7 +394,7 @@ def _training_set(dls):
     "At most 2,000 training images (N,3,H,W) and masks (N,1,H,W) in [-1,1], and whether all images are grey."
     data = dls.train.dataset
     if not len(data) or not isinstance(data[0], tuple) or len(data[0]) < 2:
-        raise MedsynError("the loaders give no pairs of image and mask, and both are drawn: use pair_dls")
+        raise MedsynError("the loaders give no pairs of image and mask, and PIG needs both: use pair_dls")
     every_image = (data[i][0] for i in range(len(data)))
     grey = all(bool((image[:1] == image).all()) for image in every_image)
     at_most = range(0, len(data), -(-len(data)//2000))

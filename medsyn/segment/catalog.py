@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIX_ARMS', 'ARMS', 'Arm', 'callbacks_of', 'Given', 'ArmMethod', 'combine', 'as_arm', 'mixing_arms']
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #ab875434
+# %% ../../nbs/api/59_segment.catalog.ipynb #6a0919e4
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -15,6 +15,7 @@ from ..data.pairs import find_pairs
 from .annealing import RealAnchorCB
 from .feedback import GenerativeFeedbackCB
 from .mixing import CutMixCB, MixUpCB, PairedMixCB, find_partners
+from .semi import TeacherCB, UnlabelledCB
 from .streams import CopyPasteCB, PasteOntoCB, RealAgainCB, SynthTermCB, read_ignored
 
 # %% ../../nbs/api/59_segment.catalog.ipynb #dbafd9cc
@@ -43,7 +44,7 @@ def callbacks_of(arm: Arm   # any arm
     if arm.passes == 2: out.append(RealAgainCB())
     return out
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #709d1ee3
+# %% ../../nbs/api/59_segment.catalog.ipynb #e712168f
 @dataclass(frozen=True)
 class Given:
     "What an arm can be made from."
@@ -87,6 +88,13 @@ def _paste_onto(given):
     frames = list(given.unlabelled)
     return Arm(cbs=lambda: [PasteOntoCB(frames)], unlabelled=frames)
 
+def _from_unlabelled(method):
+    "The recipe of a teacher and a term on frames without masks."
+    def make(given):
+        frames = list(given.unlabelled)
+        return Arm(cbs=lambda: [TeacherCB(), UnlabelledCB(frames, method)], unlabelled=frames)
+    return make
+
 ARMS = {
     'real': ArmMethod(lambda g: Arm(), "real pairs alone: the baseline"),
     'real-twice': ArmMethod(lambda g: Arm(copies=2), "every real pair twice in the training set: more pairs, nothing new"),
@@ -102,6 +110,9 @@ ARMS = {
     'mcpmix-fixed': ArmMethod(_mixing('mcpmix-fixed'), "mixing with a partner under the same mask, at a fixed strength", 'pairs'),
     'mcpmix-scheduled': ArmMethod(_mixing('mcpmix-scheduled'), "the same, strength and weight falling on a cosine", 'pairs'),
     'mcpmix-learned': ArmMethod(_mixing('mcpmix-learned'), "the same, strength and weight learned (RLA)", 'pairs'),
+    'mean-teacher': ArmMethod(_from_unlabelled('mean-teacher'), "agrees with its own moving average on frames without masks", unlabelled=True),
+    'fixmatch': ArmMethod(_from_unlabelled('fixmatch'), "learns the moving average's confident pixels on strongly augmented frames", unlabelled=True),
+    'diffusion-init': ArmMethod(lambda g: Arm(init=Path(g.path)), "the network is a diffusion U-Net, see `semi.diffusion_segmenter`", 'backbone'),
     'feedback': ArmMethod(_feedback, "a frozen generator judges the predicted masks", 'generator'),
 }
 

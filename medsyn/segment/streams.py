@@ -112,7 +112,7 @@ def forever(loader  # any data loader
     "The batches of a loader without an end."
     while True: yield from loader
 
-# %% ../../nbs/api/56_segment.streams.ipynb #f34e7320
+# %% ../../nbs/api/56_segment.streams.ipynb #b12bdc2b
 class SynthTermCB(LossTermCB):
     "Adds `w` times the mean loss of a batch of synthetic pairs, from a loader of their own."
     name, stream = 'L_syn', 'synthetic'
@@ -162,7 +162,8 @@ class SynthTermCB(LossTermCB):
     def draw(self):
         "The next images (B,3,H,W) in [0,1] and labels (B,H,W) of the stream."
         with random_stream(self.stream_seed('loader'), self.dls.device): batch = next(self.batches)
-        return to_device(batch, self.dls.device)
+        x, y = to_device(batch, self.dls.device)
+        return x, torch.where(y > 1, IGNORE, y)     # an interpolated label between 1 and 255 is not known
 
     def weights(self):
         "Weights of the real and of the synthetic loss in this step."
