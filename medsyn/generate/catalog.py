@@ -22,6 +22,7 @@ from ..core import MedsynError, load_json, pick
 from ..diffusion.backbone import Backbone
 from ..diffusion.learner import Denoiser, denoising_learner
 from .alignment import TINY_LR, AlignmentCB, AlignmentGenerator, alignment_learner
+from .concat import ConcatGenerator, concat_learner
 from .control import ControlGenerator, control_learner
 from .paired import PairedGenerator, paired_learners
 from .siamese import SiameseGenerator, siamese_cbs, siamese_learner
@@ -60,6 +61,9 @@ METHODS = {
         alignment_learner, AlignmentGenerator,
         "Free Lunch: adapters (LoRA) and the mask's latent; in training the mask is denoised too",
         lambda: [AlignmentCB()], TINY_LR),
+    'concat': Method(
+        concat_learner, ConcatGenerator,
+        "SegGuidedDiff: the mask as input channels; every weight is trained, on unlabelled images too"),
     'paired': Method(
         paired_learners, PairedGenerator,
         "PIG: image and mask are generated together, by a guider and a generator; needs no backbone",
