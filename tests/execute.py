@@ -1,5 +1,6 @@
-"""Execute notebooks in place and keep their outputs: `python tests/execute.py nbs/api/31_generate.siamese.ipynb`.
+"""Execute notebooks in place and keep their outputs.
 
+`python tests/execute.py nbs/api/31_generate.siamese.ipynb` runs one; several paths run one after the other.
 Cells with `#| eval: false` keep the outputs that they have. nbdev_clean then removes the metadata."""
 import subprocess
 import sys

@@ -5,6 +5,7 @@ takes the features of mask and image one after the other, and weights each sampl
 """
 import copy
 import tempfile
+from types import UnionType
 
 import pytest
 import torch
@@ -185,7 +186,8 @@ def test_settings_are_the_signatures(method):
     "Every setting has a type and a line of documentation; a misspelt one is named with its neighbour."
     settings = settings_of(method)
     for name, (kind, default, doc) in settings.items():
-        assert isinstance(kind, type) and doc and (default is None or isinstance(default, kind)), (name, kind, default)
+        assert isinstance(kind, type | UnionType) and doc, (name, kind, default)
+        assert default is None or isinstance(default, kind), (name, kind, default)
     assert not {'dls', 'backbone', 'model', 'lr', 'seed', 'probe', 'cbs', 'kwargs'} & set(settings)
     if METHODS[method].backbone: assert {'drop_mask', 'min_snr', 'drop_prompt'} <= set(settings)
     check_settings(method, {name: default for name, (_, default, _) in settings.items()})
