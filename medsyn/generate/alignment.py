@@ -218,7 +218,8 @@ def find_backbone(
         if (folder/'unet').is_dir(): return folder
     if beside:
         raise MedsynError(f"the adapters in {path} belong on a backbone that was in {at}, "
-                          "which is not there: put it back, or pass backbone= to AlignmentGenerator.from_pretrained")
+                          "which is not there: put it back, or pass backbone= to "
+                          "AlignmentGenerator.from_pretrained")
     return at
 
 def _load_tensors(path, expected):
