@@ -1,7 +1,6 @@
-"What the tests of several methods share: small data, the digest of two training steps, and fastai's own ways to fit."
+"What the tests of several methods share: small data, and the digest of two training steps."
 import pytest
 import torch
-from fastai.callback.schedule import Learner  # noqa: F401  (adds fit_one_cycle and lr_find to Learner)
 
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls
@@ -25,26 +24,3 @@ def check_two_steps(learn, losses, weights):
     for name, values in losses.items(): assert frame[name].tolist() == pytest.approx(values, abs=1e-6), name
     trained = [p.double().abs().sum() for p in learn.model.parameters() if p.requires_grad]
     assert sum(trained).item() == pytest.approx(weights, rel=1e-6)
-
-FITS = ('fit', 'fit_one_cycle', 'lr_find')
-
-def check_fits(make, fit, folder):
-    """fastai's own calls run on the learner that `make()` returns. Their first loss is that of `fit_steps`, the steps are
-    counted, and a search for the learning rate leaves weights and log as they were."""
-    learn, reference = make(), make()
-    first = fit_steps(reference, 1).history.frame().loss[0]
-    learn.path = folder
-    before = {name: p.clone() for name, p in learn.model.named_parameters()}
-    with learn.no_bar(), learn.no_logging():
-        if fit == 'lr_find': learn.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
-        else: getattr(learn, fit)(1)
-    losses = [float(loss) for loss in learn.recorder.losses]
-    assert losses[0] == pytest.approx(first, abs=1e-6)
-    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
-    log = learn.history.frame()
-    if fit == 'lr_find':
-        assert not len(log) and all(torch.equal(p, before[name]) for name, p in learn.model.named_parameters())
-    else:
-        assert len(log) == len(learn.dls.train) == learn.steps.done == learn.steps.total
-        assert log.loss[0] == pytest.approx(first, abs=1e-6) and len(learn.history.evals())
-    return learn

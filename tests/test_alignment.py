@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from fastai.callback.core import Callback
-from learners import FITS, check_fits, check_two_steps, small_backbone, small_loaders
+from learners import check_two_steps, small_backbone, small_loaders
 
 from medsyn.core import MedsynError, seed_of, seeded
 from medsyn.data.lesions import draw_lesions, lesion_folder
@@ -154,10 +154,6 @@ def test_guidance_is_the_papers(stable):
 def test_two_steps(tmp_path, prediction, settings, losses, weights):
     learn = alignment_learner(small_loaders(tmp_path), small_backbone(prediction), lr=1e-3, **settings)
     check_two_steps(learn, losses, weights)
-
-@pytest.mark.parametrize('fit', FITS)
-def test_fastai_fits(tmp_path, fit):
-    check_fits(lambda: alignment_learner(small_loaders(tmp_path/'data'), small_backbone()), fit, tmp_path)
 
 # On disk -------------------------------------------------------------------------------------------------------------
 

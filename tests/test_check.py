@@ -1,58 +1,110 @@
 "A folder with every fault that `check_pairs` knows: each is listed once, and nothing else is."
+import struct
+import zlib
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions
-from medsyn.data.pairs import Pair, check_pairs, find_pairs, read_pair
+from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_pairs, fitting_size, pair_dls,
+                               read_image, read_pair)
 
 N = 24
 
-def _faults(images, masks, x, m):
-    "Spoil pairs; name of the fault -> (file, words in the problem, severity)."
-    img, msk = (lambda i: images/f'{i:02d}.png'), (lambda i: masks/f'{i:02d}.png')
-    grey = lambda i: Image.fromarray(m[i]*255)
-    out = {}
-    def fault(name, file, words, severity='error'): out[name] = f'{file.parent.name}/{file.name}', words, severity
+class Spoiler:
+    "Spoils pairs of a folder one by one; `faults`: name of the fault -> (file, words in the problem, severity)."
+    def __init__(self, root, x, m):
+        self.images, self.masks, self.x, self.m, self.faults = root/'images', root/'masks', x, m, {}
 
-    img(1).write_bytes(img(1).read_bytes()[:1500]);                                     fault('truncated image', img(1), 'unreadable')
-    msk(2).write_text('this is no picture');                                            fault('unreadable mask', msk(2), 'unreadable')
-    grey(3).resize((48, 48), 0).save(msk(3));                                           fault('size mismatch', msk(3), 'size mismatch: image 64x64, mask 48x48')
-    msk(4).unlink(); grey(4).save(masks/'04.jpg', quality=70);                          fault('JPEG mask', masks/'04.jpg', 'likely JPEG artefacts')
-    classes = Image.fromarray(np.where(np.arange(64) < 32, m[5], m[5]*2)); classes = classes.convert('P'); classes.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
-    classes.save(msk(5));                                                               fault('palette of classes', msk(5), 'several classes (0, 1, 2)')
-    rgba = grey(6).convert('RGBA'); rgba.putalpha(grey(6)); rgba.save(msk(6));          fault('transparent mask', msk(6), 'transparency (RGBA)')
-    Image.fromarray(m[7].astype(np.uint16)*np.linspace(9e3, 6e4, 64).astype(np.uint16)).save(msk(7)); fault('16-bit mask', msk(7), 'likely 16-bit values')
-    Image.fromarray(m[8]).save(msk(8));                                                 fault('0/1 mask', msk(8), 'holds 0 and 1 instead of 0 and 255', 'warning')
-    Image.fromarray(m[9]*0).save(msk(9));                                               fault('empty mask', msk(9), 'empty mask')
-    Image.fromarray(m[10]*0 + 255).save(msk(10));                                       fault('full mask', msk(10), 'full mask')
-    Image.fromarray(x[20]).save(img(11).with_suffix('.jpg'), quality=50); img(11).unlink(); fault('near-duplicate', images/'20.png', 'near-duplicate of images/11.jpg', 'warning')
-    msk(12).unlink();                                                                   fault('unpaired image', img(12), 'unpaired image')
-    img(13).unlink();                                                                   fault('unpaired mask', msk(13), 'unpaired mask')
-    Image.fromarray(x[14]).save(images/'14.tif');                                       fault('duplicate stem', images/'14.tif', "2 images are called '14'")
-    Image.fromarray(x[15]).resize((20, 20)).save(img(15)); grey(15).resize((20, 20), 0).save(msk(15)); fault('too small', img(15), "smaller than the network's stride 32")
-    Image.fromarray(x[16]).convert('CMYK').save(images/'16.tif'); img(16).unlink();     fault('CMYK image', images/'16.tif', 'image is CMYK', 'warning')
-    Image.fromarray(x[17][..., 0].astype(np.uint16)*200).save(img(17));                 fault('16-bit image', img(17), 'more than 8 bits')
-    grey(18).resize((57, 57), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BICUBIC).save(msk(18)); fault('soft mask', msk(18), 'a soft edge')
-    grey(19).convert('RGBA').save(msk(19));                                             fault('opaque RGBA mask', msk(19), 'alpha channel (RGBA)', 'warning')
-    (images/'scan.dcm').write_bytes(b'DICM');                                           fault('unknown type', images/'scan.dcm', 'file type .dcm is not read')
-    frames = [Image.fromarray(a) for a in x[21:23]]; frames[0].save(images/'21.tif', save_all=True, append_images=frames[1:]); img(21).unlink()
-    fault('several frames', images/'21.tif', 'image holds 2 frames', 'warning')
-    return out
+    def image(self, i): return self.images/f'{i:02d}.png'
+    def mask(self, i): return self.masks/f'{i:02d}.png'
+    def grey(self, i): return Image.fromarray(self.m[i]*255)
+    def picture(self, i): return Image.fromarray(self.x[i])
+    def fault(self, name, file, words, severity='error'):
+        self.faults[name] = f'{file.parent.name}/{file.name}', words, severity
+
+    def damage(self):
+        "Files that cannot be read, or do not pair up."
+        self.image(1).write_bytes(self.image(1).read_bytes()[:1500])
+        self.fault('truncated image', self.image(1), 'unreadable')
+        self.mask(2).write_text('this is no picture')
+        self.fault('unreadable mask', self.mask(2), 'unreadable')
+        self.mask(12).unlink()
+        self.fault('unpaired image', self.image(12), 'unpaired image')
+        self.image(13).unlink()
+        self.fault('unpaired mask', self.mask(13), 'unpaired mask')
+        self.picture(14).save(self.images/'14.tif')
+        self.fault('duplicate stem', self.images/'14.tif', "2 images are called '14'")
+        (self.images/'scan.dcm').write_bytes(b'DICM')
+        self.fault('unknown type', self.images/'scan.dcm', 'file type .dcm is not read')
+
+    def spoil_masks(self):
+        "Masks that are not two-valued, or unusual."
+        self.grey(3).resize((48, 48), 0).save(self.mask(3))
+        self.fault('size mismatch', self.mask(3), 'size mismatch: image 64x64, mask 48x48')
+        self.mask(4).unlink()
+        self.grey(4).save(self.masks/'04.jpg', quality=70)
+        self.fault('JPEG mask', self.masks/'04.jpg', 'likely JPEG artefacts')
+        classes = Image.fromarray(np.where(np.arange(64) < 32, self.m[5], self.m[5]*2)).convert('P')
+        classes.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+        classes.save(self.mask(5))
+        self.fault('palette of classes', self.mask(5), 'several classes (0, 1, 2)')
+        transparent = self.grey(6).convert('RGBA')
+        transparent.putalpha(self.grey(6))
+        transparent.save(self.mask(6))
+        self.fault('transparent mask', self.mask(6), 'transparency (RGBA)')
+        deep = self.m[7].astype(np.uint16)*np.linspace(9e3, 6e4, 64).astype(np.uint16)
+        Image.fromarray(deep).save(self.mask(7))
+        self.fault('16-bit mask', self.mask(7), 'likely 16-bit values')
+        Image.fromarray(self.m[8]).save(self.mask(8))
+        self.fault('0/1 mask', self.mask(8), 'holds 0 and 1 instead of 0 and 255', 'warning')
+        Image.fromarray(self.m[9]*0).save(self.mask(9))
+        self.fault('empty mask', self.mask(9), 'empty mask', 'warning')
+        Image.fromarray(self.m[10]*0 + 255).save(self.mask(10))
+        self.fault('full mask', self.mask(10), 'full mask')
+        soft = self.grey(18).resize((57, 57), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BICUBIC)
+        soft.save(self.mask(18))
+        self.fault('soft mask', self.mask(18), 'a soft edge')
+        self.grey(19).convert('RGBA').save(self.mask(19))
+        self.fault('opaque RGBA mask', self.mask(19), 'alpha channel (RGBA)', 'warning')
+
+    def spoil_images(self):
+        "Images that are copies, too small, or not 8-bit RGB."
+        self.picture(20).save(self.image(11).with_suffix('.jpg'), quality=50)
+        self.image(11).unlink()
+        self.fault('near-duplicate', self.image(20), 'near-duplicate of images/11.jpg', 'warning')
+        self.picture(15).resize((20, 20)).save(self.image(15))
+        self.grey(15).resize((20, 20), 0).save(self.mask(15))
+        self.fault('too small', self.image(15), "smaller than the network's stride 32")
+        self.picture(16).convert('CMYK').save(self.images/'16.tif')
+        self.image(16).unlink()
+        self.fault('CMYK image', self.images/'16.tif', 'image is CMYK', 'warning')
+        Image.fromarray(self.x[17][..., 0].astype(np.uint16)*200).save(self.image(17))
+        self.fault('16-bit image', self.image(17), 'more than 8 bits')
+        self.picture(21).save(self.images/'21.tif', save_all=True, append_images=[self.picture(22)])
+        self.image(21).unlink()
+        self.fault('several frames', self.images/'21.tif', 'image holds 2 frames')
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "The spoilt folder, its faults, and the report on it."
     root = tmp_path_factory.mktemp('faults')
-    images, masks = root/'images', root/'masks'
-    images.mkdir(); masks.mkdir()
-    x, m = draw_lesions(N, 64, seed=11)
+    spoiler = Spoiler(root, *draw_lesions(N, 64, seed=11))
+    spoiler.images.mkdir()
+    spoiler.masks.mkdir()
     for i in range(N):
-        Image.fromarray(x[i]).save(images/f'{i:02d}.png'); Image.fromarray(m[i]*255).save(masks/f'{i:02d}.png')
-    for junk in ['.DS_Store', '._00.png', 'Thumbs.db']: (images/junk).write_bytes(b'junk')
-    (root/'manifest.csv').write_text('id\n'); (root/'__MACOSX').mkdir()
-    return root, _faults(images, masks, x, m), check_pairs(root)
+        spoiler.picture(i).save(spoiler.image(i))
+        spoiler.grey(i).save(spoiler.mask(i))
+    for junk in ['.DS_Store', '._00.png', 'Thumbs.db']: (spoiler.images/junk).write_bytes(b'junk')
+    (root/'manifest.csv').write_text('id\n')
+    (root/'__MACOSX').mkdir()
+    spoiler.damage()
+    spoiler.spoil_masks()
+    spoiler.spoil_images()
+    return root, spoiler.faults, check_pairs(root)
 
 def test_at_least_twelve(folder): assert len(folder[1]) >= 12
 
@@ -82,7 +134,8 @@ def test_find_refuses_and_strict_false_leaves_out(folder):
 def test_reading_agrees_with_the_report(folder):
     "What is an error in a file is a `MedsynError` with that file's name when it is read; a warning is not; near-duplicates and sizes apart."
     root, faults, report = folder
-    errors = {f.split('/')[1].split('.')[0] for f, w, s in faults.values() if s == 'error' and 'empty' not in w and 'full' not in w and 'stride' not in w}
+    errors = {file.split('/')[1].split('.')[0] for file, words, severity in faults.values()
+              if severity == 'error' and 'full' not in words and 'stride' not in words}
     for p in find_pairs(root, strict=False):
         if p.name not in errors:
             image, mask = read_pair(p, 32)
@@ -108,3 +161,182 @@ def test_no_pairs_at_all(tmp_path):
 def test_good_folder_is_clean(tmp_path):
     from medsyn.data.lesions import lesion_folder
     assert len(check_pairs(lesion_folder(tmp_path/'a', 12, 64))) == 0
+
+# Inputs that are easily misread ---------------------------------------------------------------------------------------
+
+def png_of_16_bit_colours(values):
+    "A PNG file of 16-bit RGB, which pillow can read but not write."
+    height, width, _ = values.shape
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+def folder_of(path, images, masks):
+    "A folder of pairs from bytes or pictures."
+    for kind, files in (('images', images), ('masks', masks)):
+        (path/kind).mkdir(parents=True)
+        for name, content in files.items():
+            if isinstance(content, bytes): (path/kind/name).write_bytes(content)
+            else: content.save(path/kind/name)
+    return path
+
+LESION = np.zeros((48, 64), np.uint8)
+LESION[10:30, 12:40] = 1
+def noise(i): return Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+def mask_of(value): return Image.fromarray(LESION*value)
+
+def test_16_bit_colours_are_not_cut_to_8_bits(tmp_path):
+    values = np.random.default_rng(0).integers(0, 5000, (48, 64, 3)).astype(np.uint16)
+    folder_of(tmp_path/'a', {'a.png': png_of_16_bit_colours(values)}, {'a.png': mask_of(255)})
+    pair, = find_pairs(tmp_path/'a')
+    with pytest.raises(MedsynError, match='more than 8 bits per channel'): read_pair(pair)
+    image, _ = read_pair(pair, window=(1000, 4000))
+    want = ((values.astype(float) - 1000)/3000).clip(0, 1)*255
+    assert abs(image - want).max() <= .5
+    report = check_pairs([pair], least=1)
+    assert report.problem.tolist() == ['image has more than 8 bits per channel'] and 'window=(' in report.remedy.item()
+    assert not len(check_pairs([pair], least=1, window='auto'))
+
+@pytest.mark.parametrize('order', ['II', 'MM'])
+def test_a_16_bit_tiff_of_colours(tmp_path, order):
+    "Classic TIFF of either byte order, one strip, 16 bits for each of three samples."
+    h = w = 40
+    end = '<' if order == 'II' else '>'
+    values = np.random.default_rng(1).integers(0, 60000, (h, w, 3)).astype(np.uint16)
+    tags = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, 3, 8), (259, 4, 1, 1), (262, 4, 1, 2), (273, 4, 1, 200),
+            (277, 4, 1, 3), (278, 4, 1, h), (279, 4, 1, h*w*6)]
+    head = order.encode() + struct.pack(end + 'HIHHHH', 42, 16, 16, 16, 16, 0)
+    directory = struct.pack(end + 'H', len(tags)) + b''.join(struct.pack(end + 'HHII', *t) for t in tags)
+    data = values.astype(end + 'u2').tobytes()
+    (tmp_path/'a.tif').write_bytes((head + directory + struct.pack(end + 'I', 0)).ljust(200, b'\0') + data)
+    with pytest.raises(MedsynError, match='more than 8 bits'): read_image(tmp_path/'a.tif')
+    image = read_image(tmp_path/'a.tif', window=(0, 60000))
+    assert abs(image - values/60000*255).max() <= .5
+
+@pytest.mark.parametrize('ending,dtype', [('png', np.uint16), ('tif', np.uint16), ('tif', np.float32), ('tif', np.int32)])
+def test_deep_grey_images(tmp_path, ending, dtype):
+    values = np.linspace(-500 if dtype in (np.float32, np.int32) else 0, 3000, 48*64).reshape(48, 64).astype(dtype)
+    path = tmp_path/f'a.{ending}'
+    Image.fromarray(values).save(path)
+    with pytest.raises(MedsynError, match='more than 8 bits'): read_image(path)
+    image = read_image(path, window=(0, 2000))
+    assert abs(image[..., 1] - (values.astype(float)/2000).clip(0, 1)*255).max() <= .5
+
+def test_not_a_number_becomes_black(tmp_path):
+    values = np.full((40, 40), 5., np.float32)
+    values[:20] = np.nan
+    Image.fromarray(values).save(tmp_path/'a.tif')
+    assert read_image(tmp_path/'a.tif', window=(0, 5))[[0, 39], 0, 0].tolist() == [0, 255]
+    read_image(tmp_path/'a.tif', window='auto')
+
+def test_a_16_bit_bitmap_has_8_bits_per_channel(tmp_path):
+    "A width of 16 or 160 pixels, and grey images, are not taken for 16 bits per channel."
+    for size in ((16, 16), (160, 160)):
+        for ending in ('bmp', 'tif', 'png', 'gif', 'webp', 'jpg'):
+            Image.new('RGB', size, (9, 9, 9)).save(tmp_path/f'a.{ending}')
+            assert read_image(tmp_path/f'a.{ending}').shape == (*size, 3)
+
+def test_one_class_per_file_is_not_merged(tmp_path):
+    values = [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(9)}, {f'{i}.png': mask_of(v) for i, v in enumerate(values)})
+    pairs = find_pairs(tmp_path/'a')
+    words = r'several classes \(1 in 3 files, 2 in 3 files, 3 in 3 files\)'
+    with pytest.raises(MedsynError, match=words): pair_dls(pairs, 32, device='cpu')
+    assert check_pairs(tmp_path/'a').problem.str.contains(words).sum() == 1
+    y = torch.cat([y for _, y in pair_dls(pairs, 32, bs=4, valid=.5, label=[2, 3], augment=False, device='cpu').valid])
+    held_out = pair_dls(pairs, 32, bs=4, valid=.5, device='cpu', label=2).pairs_valid
+    assert y.flatten(1).any(1).tolist() == [values[int(p.name)] in (2, 3) for p in held_out]
+
+def test_one_colour_per_file_is_not_merged(tmp_path):
+    "Red for one kind of polyp, green for another: each file alone is two-valued."
+    def coloured(i):
+        rgb = np.zeros((48, 64, 3), np.uint8)
+        rgb[..., i % 2] = LESION*255
+        return Image.fromarray(rgb)
+    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': coloured(i) for i in range(8)})
+    pairs = find_pairs(tmp_path/'a')
+    with pytest.raises(MedsynError, match='#00ff00 in 4 files, #ff0000 in 4 files'): pair_dls(pairs, 32, device='cpu')
+    assert [read_pair(p, label='#ff0000')[1].any() for p in pairs] == [True, False]*4
+
+def test_lesion_free_images_are_legal(tmp_path):
+    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': mask_of(255*(i > 2)) for i in range(8)})
+    report = check_pairs(tmp_path/'a')
+    assert report.severity.tolist() == ['warning']*3 and report.problem.str.contains('empty mask').all()
+    pair_dls(find_pairs(tmp_path/'a'), 32, device='cpu').one_batch()
+
+def test_volumes_are_named_wherever_they_lie(tmp_path):
+    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': mask_of(255) for i in range(8)})
+    for name in ('ct.nii.gz', 'images/scan.nii', 'masks/IM0001.dcm'): (tmp_path/'a'/name).touch()
+    problems = check_pairs(tmp_path/'a').set_index('file').problem
+    assert problems.index.tolist() == ['images/scan.nii', 'masks/IM0001.dcm', 'ct.nii.gz']
+    with pytest.raises(MedsynError, match=r'3 file\(s\) in .* do not pair up'): find_pairs(tmp_path/'a')
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b'/'ct.nii.gz').touch()
+    for f in (check_pairs, find_pairs):
+        with pytest.raises(MedsynError, match=r'but 1 volume\(s\) \(ct.nii.gz\)'): f(tmp_path/'b')
+
+def test_several_pages_need_a_choice(tmp_path):
+    pages = [noise(i) for i in range(3)]
+    folder_of(tmp_path/'a', {}, {'a.png': mask_of(255)})
+    pages[0].save(tmp_path/'a'/'images'/'a.tif', save_all=True, append_images=pages[1:])
+    pair, = find_pairs(tmp_path/'a')
+    with pytest.raises(MedsynError, match='holds 3 frames: choose one with page='): read_pair(pair)
+    assert (read_pair(pair, page=2)[0] == np.asarray(pages[2])).all()
+    table = clean_masks(tmp_path/'a', tmp_path/'clean', page=1)
+    assert (read_pair(*find_pairs(tmp_path/'clean'))[0] == np.asarray(pages[1])).all() and table.masks.tolist() == [1]
+
+def test_several_masks_of_an_image_are_united_and_said(tmp_path):
+    parts = [LESION.copy() for _ in range(3)]
+    for i, part in enumerate(parts): part[np.arange(48) % 3 != i] = 0
+    masks = {f'a_mask{i}.png': Image.fromarray(part*255) for i, part in enumerate(parts)}
+    folder_of(tmp_path/'a', {'a.png': noise(0)}, masks)
+    with pytest.raises(MedsynError, match="3 masks of one image 'a'"): find_pairs(tmp_path/'a')
+    assert check_pairs(tmp_path/'a').remedy.str.contains('clean_masks').sum() == 1
+    assert clean_masks(tmp_path/'a', tmp_path/'b').masks.tolist() == [3]
+    assert (read_pair(*find_pairs(tmp_path/'b'))[1] == LESION).all()
+
+# The way to the network's size and back -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('fit', FITS)
+@pytest.mark.parametrize('size', [64, (48, 96), (33, 17)])
+@pytest.mark.parametrize('shape', [(48, 64), (64, 48), (50, 50), (7, 90)])
+def test_geometry_is_inverted_up_to_the_resolution(fit, size, shape):
+    "Each pixel comes back from the pixel of the result that covers it, and what was not shown comes back empty."
+    geometry = Geometry(shape, size, fit)
+    (top, left, height, width), (ptop, pleft, pheight, pwidth) = geometry.boxes
+    numbers = np.arange(geometry.size[0]*geometry.size[1], dtype=np.int32).reshape(geometry.size) + 1
+    back = geometry.to_original(numbers)
+    assert back.shape == shape
+    shown = back[top:top + height, left:left + width]
+    assert (shown > 0).all() and (back > 0).sum() == shown.size
+    row, column = np.divmod(shown - 1, geometry.size[1])
+    want_row = ptop + (np.arange(height) + .5)*pheight/height
+    want_column = pleft + (np.arange(width) + .5)*pwidth/width
+    assert abs(row + .5 - want_row[:, None]).max() < .51
+    assert abs(column + .5 - want_column).max() < .51
+    if fit != 'crop': assert (top, left, height, width) == (0, 0, *shape)
+    if fit != 'pad': assert (pheight, pwidth) == geometry.size
+
+@pytest.mark.parametrize('fit', FITS)
+@pytest.mark.parametrize('factor', [1, 2, 3])
+def test_a_mask_comes_back_to_the_pixel(fit, factor):
+    mask = np.random.default_rng(0).integers(0, 2, (20, 30), dtype=np.uint8)
+    geometry = Geometry((20, 30), (20*factor, 30*factor), fit)
+    assert (geometry.to_original(geometry.mask(mask)) == mask).all()
+
+def test_image_and_mask_share_the_geometry():
+    image = np.repeat(LESION[..., None]*255, 3, 2)
+    for fit in FITS:
+        geometry = Geometry(LESION.shape, (96, 96), fit)
+        small, mask = geometry.image(image), geometry.mask(LESION)
+        assert ((small[..., 0] > 127) != mask).mean() < .02, fit
+
+def test_training_on_sizes_that_are_not_square(tmp_path):
+    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': mask_of(255) for i in range(8)})
+    size = fitting_size((48, 64), 64)
+    assert size == (64, 96)
+    for augment in ('full', 'strong'):
+        x, y = pair_dls(find_pairs(tmp_path/'a'), size, bs=4, fit='pad', augment=augment, device='cpu').one_batch()
+        assert x.shape == (4, 3, *size) and y.shape == (4, *size)

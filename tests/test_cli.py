@@ -136,7 +136,7 @@ def test_size_that_does_not_fit_the_network(made, data, tmp_path, capsys):
 
 def test_masks_without_a_lesion(made, data, tmp_path, capsys):
     for f in (data/'masks').iterdir(): Image.new('L', (32, 32)).save(f)
-    assert 'none of the 10 masks has a lesion' in fails(capsys, 'synth', made/'gen', '--data', data, '--out', tmp_path/'o', '-n', 2)
+    assert 'none of the 9 masks has a lesion' in fails(capsys, 'synth', made/'gen', '--data', data, '--out', tmp_path/'o', '-n', 2)
     assert not (tmp_path/'o').exists()
 
 def test_output_folder_of_another_run(made, capsys):
@@ -228,7 +228,9 @@ def test_help_fits_one_screen(name):
 SMALL = dict(quickstart='--n-train 12 --n-test 4 --size 32 --pretrain-steps 1 --train-steps 1 --segment-steps 1 --n-synth 4'
                         ' --sample-steps 1 --channels 16 32 --seeds 0',
              pretrain='--size 32 --steps 1 --channels 16 32', train='--steps 2 --bs 4', synth='-n 4 --steps 1 --sampler dpm++',
-             segment='--size 32 --steps 1 --bs 4', compare='--size 32 --steps 1 --bs 4 --seeds 0')
+             segment='--size 32 --steps 1 --bs 4',
+             fit='--size 32 --bs 4 --minutes 5 --least-steps 1 --most-steps 1 --most-folds 2 --arms real two-passes'
+                 ' --encoder mobilenetv3_small_050', compare='--size 32 --steps 1 --bs 4 --seeds 0')
 NOT_RUN = {'bench'}     # a benchmark has no small size; nbs/api/71_bench runs each with one
 
 def test_every_example_runs(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 from fastai.callback.core import Callback
-from learners import FITS, check_fits, check_two_steps, small_backbone, small_loaders
+from learners import check_two_steps, small_backbone, small_loaders
 
 from medsyn.core import MedsynError
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
@@ -155,14 +155,6 @@ def test_two_steps_of_setting_5_on_noise(tmp_path):
         'loss': [1.050173163, 1.107873559], 'w_i': [0., .5], 'augmented': [2/6, 3/6],
         'L_i': [1.050173163, 1.107862592], 'L_c': [0., 1.1e-08], "L_m'": [0.339731812, 0.54116267]}
     check_two_steps(learn, losses, 15788.819889668524)
-
-# fastai's own calls --------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('fit', FITS)
-@pytest.mark.parametrize('make', [control_learner, siamese_learner], ids=['control', 'siamese'])
-def test_fastai_fits(tmp_path, make, fit):
-    learn = check_fits(lambda: make(small_loaders(tmp_path/'data'), small_backbone()), fit, tmp_path)
-    if make is siamese_learner and fit != 'lr_find': assert learn.history.frame().w_i.tolist() == [0., .5]
 
 # Settings ------------------------------------------------------------------------------------------------------------
 

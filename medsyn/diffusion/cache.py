@@ -7,8 +7,8 @@ __all__ = ['module_hash', 'entries', 'remember', 'latent_moments', 'cached_text'
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #47ba9cea
 import copy
-import hashlib
 from pathlib import Path
+from typing import Callable
 
 import torch
 from fastai.data.core import DataLoaders
@@ -17,76 +17,82 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..core import MedsynError, file_hash, track, write_atomic
+from ..core import MedsynError, content_hash, file_hash, track, write_atomic
 from .backbone import Backbone, ClipText
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #b33dcc61
+_ABOUT_THE_FILE = ('transformers_version', 'dtype', 'torch_dtype')
+
+def _settings(config):
+    "The settings that determine a computation, without where the configuration came from and which version wrote it."
+    settings = config.to_dict() if hasattr(config, 'to_dict') else dict(config or {})
+    return {k: str(v) for k, v in settings.items() if not k.startswith('_') and k not in _ABOUT_THE_FILE}
+
 def module_hash(module: nn.Module   # a codec or text encoder
                ) -> str:            # 16 hexadecimal digits
     "The class, configuration and weights of a module as a short name."
-    h = hashlib.sha256(type(module).__name__.encode())
-    for m in module.modules(): h.update(repr(_settings(getattr(m, 'config', None))).encode())
-    for k, v in sorted(module.state_dict().items()):
-        h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
+    settings = [_settings(getattr(m, 'config', None)) for m in module.modules()]
+    return content_hash(type(module).__name__, *settings, module.state_dict())
 
-def _settings(config):
-    "What a configuration says of the computation, without where it came from and which version wrote it."
-    c = config.to_dict() if hasattr(config, 'to_dict') else dict(config or {})
-    return sorted((k, str(v)) for k, v in c.items() if not k.startswith('_') and k not in ('transformers_version', 'dtype', 'torch_dtype'))
-
-def entries(file,           # a file that `remember` wrote, or none
-            made_with: dict # what its entries must have been made with
-           ) -> dict:       # name -> tensor; empty if there is no such file, or it is stale or damaged
+def entries(file: Path,         # a file that `remember` wrote, or none
+            made_with: dict     # what its entries must have been made with
+           ) -> dict:           # name -> tensor; empty if there is no such file, or it is stale or damaged
     "The entries of a cache file that can be trusted."
     try:
         with safe_open(file, 'pt') as f:
-            return {k: f.get_tensor(k) for k in f.keys()} if f.metadata() == made_with else {}
+            if f.metadata() != made_with: return {}
+            return {name: f.get_tensor(name) for name in f.keys()}
     except (OSError, SafetensorError): return {}
 
-def remember(file,              # the cache file
+def remember(file: Path,        # the cache file
              made_with: dict,   # str -> str: everything that determines an entry besides its name
-             names,             # the entries that are wanted
-             make               # list of missing names -> list of tensors
+             names: list,       # the entries that are wanted
+             make: Callable     # list of missing names -> list of tensors
             ) -> dict:          # name -> tensor, for exactly the names asked for
     "Entries from a cache file; what it lacks is made and added."
-    have = entries(file, made_with)
-    missing = [n for n in dict.fromkeys(names) if n not in have]
+    known = entries(file, made_with)
+    missing = [n for n in dict.fromkeys(names) if n not in known]
     if missing:
-        have.update((n, v.contiguous()) for n, v in zip(missing, make(missing), strict=True))
-        write_atomic(file, save(have, made_with))
-    return {n: have[n] for n in names}
+        known.update((n, v.contiguous()) for n, v in zip(missing, make(missing), strict=True))
+        write_atomic(file, save(known, made_with))
+    return {n: known[n] for n in names}
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #d3a663fa
 @torch.no_grad()
-def latent_moments(file,                    # the cache file
+def latent_moments(file: Path,              # the cache file
                    dataset,                 # a `PairDataset`
                    codec: nn.Module,        # `PatchPCA` or `KLCodec`
-                   dtype=torch.float32,     # how they are stored
+                   dtype: torch.dtype = torch.float32,  # how they are stored
                    bs: int = 8              # images encoded together
                   ) -> list:                # of (C,h,w) moments, one an item of the dataset
-    "What the codec says of every image of a dataset."
+    "The codec's moments of every image of a dataset."
     names = [file_hash(p.image, 64) for p in dataset.pairs]
-    where, dev = dict(zip(names, range(len(names)), strict=True)), next(iter(codec.state_dict().values())).device
-    def make(missing):
+    index = {name: i for i, name in enumerate(names)}
+    device = next(iter(codec.state_dict().values())).device
+
+    def encode(missing):
         out = []
         for i in track(range(0, len(missing), bs), 'encoding'):
-            x = torch.stack([dataset[where[n]][0].as_subclass(Tensor) for n in missing[i:i + bs]]).to(dev)
-            out += codec.moments(x.float().div(255)*2 - 1).to(dtype).cpu()
+            images = [dataset[index[name]][0].as_subclass(Tensor) for name in missing[i:i + bs]]
+            x0 = torch.stack(images).to(device).float().div(255)*2 - 1
+            out += codec.moments(x0).to(dtype).cpu()
         return out
-    made_with = dict(what='latents', size=str(dataset.size), codec=module_hash(codec), dtype=str(dtype))
-    got = remember(file, made_with, names, make)
-    return [got[n] for n in names]
 
-def cached_text(file,                   # the cache file
+    made_with = dict(what='latents', size=str(dataset.size), codec=module_hash(codec), dtype=str(dtype))
+    stored = remember(file, made_with, names, encode)
+    return [stored[name] for name in names]
+
+def cached_text(file: Path,             # the cache file
                 text: ClipText,         # a text encoder; its `known` prompts are filled
-                prompts                 # list of str
+                prompts: list           # of str
                ):
     "The embeddings of prompts from a file, computed where it lacks them."
-    got = remember(file, dict(what='text', encoder=module_hash(text.encoder)), [p or ' ' for p in prompts],
-                   lambda ps: [text.embed('' if p == ' ' else p).cpu() for p in ps])
-    dev = next(text.encoder.parameters()).device
-    text.known.update({p: got[p or ' '].to(dev) for p in prompts})
+    def name_of(prompt): return prompt or ' '       # an entry must have a name
+    def embed(names): return [text.embed(name if name != ' ' else '').cpu() for name in names]
+    made_with = dict(what='text', encoder=module_hash(text.encoder))
+    stored = remember(file, made_with, [name_of(p) for p in prompts], embed)
+    device = next(text.encoder.parameters()).device
+    text.known.update({p: stored[name_of(p)].to(device) for p in prompts})
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #3d1428c8
 class WithMoments:
@@ -95,20 +101,24 @@ class WithMoments:
     def __init__(self,
         dataset,        # a `PairDataset`
         moments: list   # of (C,h,w), one an item
-    ): self.dataset, self.moments, self.pairs, self.size = dataset, moments, dataset.pairs, dataset.size
+    ):
+        self.dataset, self.moments = dataset, moments
+        self.pairs, self.size = dataset.pairs, dataset.size
     def __len__(self): return len(self.dataset)
     def __getitem__(self, i):
-        x, m = self.dataset[i]
-        return x, self.moments[i].float(), m
+        image, mask = self.dataset[i]
+        return image, self.moments[i].float(), mask
 
 def cached_dls(dls: DataLoaders,        # from `pair_dls(..., augment=False)`
                backbone: Backbone,      # whose codec encodes; codec and text encoder are moved to the device of `dls`
-               folder,                  # where latents.safetensors and text.safetensors are kept
-               dtype=torch.float32      # how latents are stored; float16 halves the file and rounds
+               folder: str | Path,      # where latents.safetensors and text.safetensors are kept
+               dtype: torch.dtype = torch.float32   # how latents are stored; float16 halves the file and rounds
               ) -> DataLoaders:         # the same batches in the same order, with the moments as a second input
     "DataLoaders whose training batches bring the codec's moments; `MedsynError` if images are augmented at random."
-    tfms = [t for t in dls.train.after_batch.fs if not isinstance(t, IntToFloatTensor)]
-    if tfms: raise MedsynError(f"the images are augmented at random ({', '.join(type(t).__name__ for t in tfms)}), so their latents cannot be kept: use augment=False with a cache")
+    random = [type(t).__name__ for t in dls.train.after_batch.fs if not isinstance(t, IntToFloatTensor)]
+    if random:
+        raise MedsynError(f"the images are augmented at random ({', '.join(random)}), so their latents cannot be kept: "
+                          "use augment=False with a cache")
     folder = Path(folder)
     backbone.codec.to(dls.device); backbone.text.to(dls.device)
     moments = latent_moments(folder/'latents.safetensors', dls.train.dataset, backbone.codec, dtype)

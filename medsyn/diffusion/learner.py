@@ -16,14 +16,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
-from .backbone import Backbone, load_part
+from .backbone import Backbone
 from .schedule import min_snr_weight
-from ..train import EvalCB, LossTermCB, common_cbs, fit_steps
+from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs, fit_steps
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #f74e8e31
 @dataclass
@@ -32,7 +33,7 @@ class Cond:
     mask: Tensor = None     # (B,1,H,W) in [0,1]
     text: Tensor = None     # (B,L,D) embedded prompts
     image: Tensor = None    # (B,3,H,W) in [-1,1], for generators that also see the image
-    has_mask: Tensor = field(default=None, kw_only=True)    # (B,) 1 where a mask is given, else 0; `None`: all are given
+    has_mask: Tensor = field(default=None, kw_only=True)    # (B,) 1 where a mask is given, else 0; `None`: all
 
     def map(self, f) -> 'Cond':
         "A condition with `f` applied to every part that is there."
@@ -180,19 +181,19 @@ class PairGenerator(nn.Module):
         bs: int = 8             # pairs drawn together; does not change them
     ) -> tuple:                 # images (N,H,W,3) uint8, soft masks (N,H,W) float in about [-1,1]
         "Draw images with their masks; pair i depends on `seeds[i]` alone."
-        raise TypeError(f"{type(self).__name__} has no sample_pairs(): define one that returns images and soft masks")
+        raise TypeError(f"{type(self).__name__} has no sample_pairs(): define one that returns images and masks")
 
     def clean_mask(self,
         soft        # (H,W) one drawn mask, about [-1,1]
     ) -> tuple:     # mask uint8 (H,W) in {0,1}; what was done, a dict; why it is refused, or `None`
         "Threshold a drawn mask and say whether it can be used."
-        raise TypeError(f"{type(self).__name__} has no clean_mask(): define one that returns mask, what was done, reason")
+        raise TypeError(f"{type(self).__name__} has no clean_mask(): define one that thresholds a drawn mask")
 
     def check_size(self,
         size: int   # side of images, pixels
     ):
         "`MedsynError` unless images of this side fit the networks."
-        raise TypeError(f"{type(self).__name__} has no check_size(): define one that raises a MedsynError for a wrong size")
+        raise TypeError(f"{type(self).__name__} has no check_size(): define one that refuses wrong sizes")
 
     def draw(self, seeds, steps=None, sampler='ddim', **kw):
         "The earlier name of `sample_pairs`."
@@ -223,7 +224,7 @@ def _at_least_float32(x):
 
 class DiffusionCB(Callback):
     "Turns (image, mask) into `(zt, t, cond)` and the target; `learn.noised` holds the batch, see `Noised`."
-    order, name = 12, 'diffusion'       # after CastToTensor (9) and MixedPrecision (10)
+    order, name = ORDER['diffusion'], 'diffusion'
     def __init__(self,
         seed: int = 0,              # of timesteps, noise and dropping
         drop_prompt: float = 0.05,  # share of samples trained without the prompt, [0,1]
@@ -288,9 +289,8 @@ def lesion_weights(mask: Tensor,    # (B,1,H,W) in {0,1}
     weights, mean = m*(1 - r) + (1 - m)*r, 2*r*(1 - r)
     return torch.where(mean > 0, weights/mean.clamp_min(1e-12), torch.ones_like(weights))
 
-class DenoisingWeightCB(LossTermCB):
+class DenoisingWeightCB(WeightedLossCB):
     "Weights the denoising loss by timestep (min-SNR), by pixel (lesion weight), or by both."
-    name = 'L_weighted'
     def __init__(self,
         min_snr: float = None,  # gamma of min-SNR, 5 in the paper; `None`: no weighting by timestep
         lesion: bool = False    # weight lesion and background equally
@@ -307,11 +307,6 @@ class DenoisingWeightCB(LossTermCB):
         if self.min_snr is None: return torch.ones_like(n.t, dtype=torch.float32) if by_pixel is None else by_pixel
         by_time = min_snr_weight(schedule, n.t, self.min_snr)
         return by_time if by_pixel is None else by_time.reshape(-1, 1, 1, 1)*by_pixel
-
-    def term(self):
-        w = self.weights()
-        w = w.reshape(-1, 1, 1, 1) if w.dim() == 1 else w
-        return ((w - 1)*denoising_loss(self.pred, *self.yb, reduction='none')).mean()
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #e762e122
 def _shift(m): return m.roll((m.shape[-2]//4, m.shape[-1]//4), (-2, -1))
@@ -382,19 +377,20 @@ def denoising_loss(pred: Tensor,            # (B,K,h,w) the network's answer; bf
     "The mean squared error, reduced in the target's precision."
     return F.mse_loss(pred.to(target.dtype), target, reduction=reduction)
 
-def denoising_learner(dls,                      # fastai DataLoaders of (image in [0,1], mask in {0,1}); see `pair_dls`
-                      model: Denoiser,          # the generator
-                      lr: float = None,         # `None`: 1e-5 on Stable Diffusion (both papers), 5e-4 on a tiny backbone
-                      wd: float = 1e-2,         # AdamW's weight decay (Siamese-Diffusion, Sec. 4.2)
-                      drop_prompt: float = 0.05,# share of samples trained without the prompt
-                      drop_mask: float = 0.,    # share of samples trained without the mask; 0.1 to 0.2 for guidance by the mask
-                      min_snr: float = None,    # gamma of min-SNR weighting, 5 in its paper; `None`: all timesteps alike
-                      lesion_weight: bool = False,  # weight lesion and background equally, after ArSDM
-                      seed: int = 0,            # of noise, timesteps and dropping
-                      ema='auto',               # decay of the averaged weights, see `EMACB`; `None` for none
-                      probe: int = None,        # steps between obedience probes; `None`: ten in a run
-                      cbs=()                    # what the method adds
-                     ) -> Learner:              # train it with `fit_steps`
+def denoising_learner(
+    dls: DataLoaders,               # of (image in [0,1], mask in {0,1}); see `pair_dls`
+    model: Denoiser,                # the generator
+    lr: float = None,               # `None`: 1e-5 on Stable Diffusion (both papers), 5e-4 on a tiny backbone
+    wd: float = 1e-2,               # AdamW's weight decay (Siamese-Diffusion, Sec. 4.2)
+    drop_prompt: float = 0.05,      # share of samples trained without the prompt, [0,1]
+    drop_mask: float = 0.,          # share trained without the mask, [0,1]; 0.1 to 0.2 for guidance by it
+    min_snr: float = None,          # gamma of min-SNR weighting, 5 in its paper; `None`: all timesteps alike
+    lesion_weight: bool = False,    # weight lesion and background equally, after ArSDM
+    seed: int = 0,                  # of noise, timesteps and dropping
+    ema: float | str = 'auto',      # decay of the averaged weights, see `EMACB`; `None` for none
+    probe: int = None,              # steps between obedience probes; `None`: ten in a run
+    cbs: list = ()                  # what the method adds
+) -> Learner:                       # train it with `fit_steps`
     "A fastai Learner with the plain denoising loss; `MedsynError` if the image size does not fit the network."
     model.backbone.check_size(dls.size)
     lr = lr or (5e-4 if model.backbone.is_tiny else 1e-5)
@@ -421,13 +417,14 @@ def _groups(model):
 class _Pretraining(Denoiser):
     def trainable(self): return [self.backbone.unet, self.backbone.text]
 
-def pretrain_backbone(dls,                      # DataLoaders of (image, mask); the masks are not looked at
-                      backbone: Backbone,       # a tiny backbone, changed in place
-                      steps: int = 1500,        # optimiser steps
-                      lr: float = 1e-3,         # peak learning rate
-                      seed: int = 0,            # of noise and timesteps
-                      cbs=()                    # further callbacks
-                     ) -> Learner:              # the finished learner: `.history` holds the loss
+def pretrain_backbone(
+    dls: DataLoaders,       # of (image, mask); the masks are not used
+    backbone: Backbone,     # a tiny backbone, changed in place
+    steps: int = 1500,      # optimiser steps
+    lr: float = 1e-3,       # peak learning rate
+    seed: int = 0,          # of noise and timesteps
+    cbs: list = ()          # further callbacks
+) -> Learner:               # the finished learner: `.history` holds the loss
     "Fit the U-Net and the prompts of a tiny backbone on images alone."
     if not backbone.is_tiny:
         raise MedsynError("pretraining is for tiny backbones: Stable Diffusion's is already trained, give it to medsyn train")

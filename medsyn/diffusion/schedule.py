@@ -7,13 +7,13 @@ __all__ = ['KINDS', 'SAMPLERS', 'alphas_bar', 'Schedule', 'min_snr_weight']
 
 # %% ../../nbs/api/20_diffusion.schedule.ipynb #a8e44fd6
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from ..core import MedsynError, pick
 
 # %% ../../nbs/api/20_diffusion.schedule.ipynb #33d7ef1c
-KINDS = ('scaled_linear', 'linear', 'squaredcos_cap_v2')    # diffusers' names
+KINDS = ('scaled_linear', 'linear', 'squaredcos_cap_v2')    # Stable Diffusion; DDPM and PIG; cosine (diffusers' names)
 
 def _cosine_betas(T):
     "The cosine schedule's betas (Nichol & Dhariwal 2021, Eq. 17), (T,) float64."
@@ -24,7 +24,7 @@ def _cosine_betas(T):
 def alphas_bar(T: int = 1000,                   # number of timesteps
                beta_start: float = 0.00085,     # noise added in the first step (variance); the cosine schedule ignores it
                beta_end: float = 0.012,         # noise added in the last step (variance); the cosine schedule ignores it
-               kind: str = 'scaled_linear'      # scaled_linear (Stable Diffusion), linear (DDPM, PIG) or squaredcos_cap_v2 (cosine)
+               kind: str = 'scaled_linear'      # one of `KINDS`
               ) -> Tensor:                      # (T,) float64, falling from almost 1 to almost 0
     "The share of signal power left at each timestep (Ho et al. 2020, Eq. 4)."
     pick(kind, KINDS, 'beta schedule')
@@ -43,7 +43,7 @@ class Schedule:
         kind: str = 'scaled_linear',        # one of `KINDS`: scaled_linear, linear or squaredcos_cap_v2 (cosine)
         prediction: str = 'epsilon',        # what the network predicts: epsilon or v_prediction
         spacing: str = 'trailing',          # which timesteps a sampler visits: trailing or leading
-        steps_offset: int = 0               # added to every visited timestep when spacing is leading (1 in Stable Diffusion)
+        steps_offset: int = 0               # added to each visited timestep if spacing is leading; 1 in Stable Diffusion
     ):
         self.T, self.prediction = T, pick(prediction, ['epsilon', 'v_prediction'], 'prediction type')
         self.abar = alphas_bar(T, beta_start, beta_end, kind)       # stays on the CPU
@@ -60,11 +60,14 @@ class Schedule:
         if config.get('trained_betas') is not None or config.get('rescale_betas_zero_snr'):
             raise MedsynError("this scheduler has trained betas or a zero terminal signal: "
                               f"only the schedules {', '.join(KINDS)} are supported")
-        return cls(config['num_train_timesteps'], config['beta_start'], config['beta_end'], config['beta_schedule'],
-                   config.get('prediction_type', 'epsilon'), config.get('timestep_spacing', 'leading'), config.get('steps_offset', 0))
+        return cls(
+            config['num_train_timesteps'], config['beta_start'], config['beta_end'], config['beta_schedule'],
+            prediction=config.get('prediction_type', 'epsilon'),
+            spacing=config.get('timestep_spacing', 'leading'),
+            steps_offset=config.get('steps_offset', 0))
 
     def _amplitudes(self, device, dtype):
-        "Both amplitudes at every timestep, (T,): computed in float64 on the CPU, moved once in the type they are used in."
+        "Both amplitudes at every timestep, (T,): computed in float64 on the CPU, rounded, and moved once."
         key = str(device), dtype
         if key not in self._tables:
             signal, noise = self.abar.sqrt(), (1 - self.abar).sqrt()

@@ -22,6 +22,7 @@ from ..core import MedsynError, load_json, pick
 from ..diffusion.backbone import Backbone
 from ..diffusion.learner import Denoiser, denoising_learner
 from .alignment import TINY_LR, AlignmentCB, AlignmentGenerator, alignment_learner
+from .concat import ConcatGenerator, concat_learner
 from .control import ControlGenerator, control_learner
 from .paired import PairedGenerator, paired_learners
 from .siamese import SiameseGenerator, siamese_cbs, siamese_learner
@@ -60,6 +61,9 @@ METHODS = {
         alignment_learner, AlignmentGenerator,
         "Free Lunch: adapters (LoRA) and the mask's latent; in training the mask is denoised too",
         lambda: [AlignmentCB()], TINY_LR),
+    'concat': Method(
+        concat_learner, ConcatGenerator,
+        "SegGuidedDiff: the mask as input channels; every weight is trained, on unlabelled images too"),
     'paired': Method(
         paired_learners, PairedGenerator,
         "PIG: image and mask are generated together, by a guider and a generator; needs no backbone",
@@ -87,13 +91,22 @@ def settings_of(
     return {name: MethodSetting(p['anno'], p['default'], p['docment'])
             for name, p in parameters.items() if name not in (*RUN_OPTIONS, *fixed)}
 
-# %% ../../nbs/api/39_generate.catalog.ipynb #56fe04e5
+# %% ../../nbs/api/39_generate.catalog.ipynb #dd9f764f
+def _is_possible(value, setting):
+    "Whether a value can be meant: for a number only numbers, and `None` if that is the default."
+    if setting.type not in (float, int) or (value is None and setting.default is None): return True
+    return isinstance(value, (int, setting.type)) and not isinstance(value, bool)
+
 def check_settings(
     method: str,        # a key of `METHODS`
     settings: dict      # name -> value, as they will be passed to the learner
 ):
-    "`MedsynError` if the method has no setting of such a name."
+    "`MedsynError` if the method has no setting of such a name, or a value is not the number it has to be."
     own = settings_of(method)
+    for name, value in settings.items():
+        if name in own and not _is_possible(value, own[name]):
+            kind = own[name].type.__name__
+            raise MedsynError(f"setting {name!r} of method {method!r} is {value!r}: give a number ({kind})")
     unknown = [name for name in settings if name not in own and name not in RUN_OPTIONS]
     if not unknown: return
     near = get_close_matches(unknown[0], own, n=1)

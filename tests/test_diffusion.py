@@ -1,0 +1,257 @@
+"The denoising loss and the sampler: precision, devices, dropped masks, weights, defaults, kept regions."
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from fastai.callback.core import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from medsyn.core import MedsynError
+from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls
+from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
+from medsyn.diffusion.cache import cached_dls
+from medsyn.diffusion.learner import (Cond, Denoiser, DenoisingWeightCB, MaskGenerator, Noised, PairGenerator,
+                                      denoising_learner, denoising_loss, lesion_weights)
+from medsyn.diffusion.sample import defaults_of, latent_region, sample, to_uint8
+from medsyn.diffusion.schedule import SAMPLERS, Schedule, min_snr_weight
+from medsyn.generate.alignment import AlignmentGenerator
+from medsyn.generate.catalog import METHODS
+from medsyn.generate.control import ControlGenerator
+from medsyn.generate.siamese import SiameseGenerator
+from medsyn.train import ORDER, fit_steps
+
+class Masked(MaskGenerator):
+    "A U-Net whose input has the lesion painted in: it depends on the mask."
+    def forward(self, zt, t, cond):
+        lesion = F.adaptive_avg_pool2d(cond.mask, zt.shape[-2:])
+        return super().forward(zt + lesion, t, cond)
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return lesion_folder(tmp_path_factory.mktemp('lesions'), 16, size=32, seed=0)
+
+def loaders(folder): return pair_dls(find_pairs(folder), size=32, bs=4, valid=.25, seed=0, augment=False, device='cpu')
+
+@pytest.fixture(scope='module')
+def backbone(): return Backbone.tiny(as_x0(*draw_lesions(8, 32, seed=0))[0], 32, channels=(16, 32))
+
+@pytest.fixture(scope='module')
+def stable_diffusion(tmp_path_factory):
+    return Backbone.from_pretrained(random_stable_diffusion(tmp_path_factory.mktemp('sd')), size=64)
+
+def as_x0(images, masks):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1, torch.from_numpy(masks)[:, None].float()
+
+def learner(folder, backbone, **kw): return denoising_learner(loaders(folder), Masked(copy.deepcopy(backbone)), **kw)
+def losses(learn, steps=4): return fit_steps(learn, steps).history.frame().loss.tolist()
+
+# defaults of sampling belong to the class
+
+def test_each_paper_has_its_guidance(stable_diffusion):
+    "Free Lunch is sampled with 7 (Sec. 4.2), Siamese-Diffusion and ControlNet with 9."
+    for kind, guidance in ((ControlGenerator, 9.), (SiameseGenerator, 9.), (AlignmentGenerator, 7.)):
+        assert defaults_of(kind(stable_diffusion)) == (guidance, 'prompt')
+
+def test_tiny_backbones_are_guided_by_the_mask(backbone):
+    assert defaults_of(AlignmentGenerator(backbone)) == (2., 'mask') and defaults_of(Denoiser(backbone)) == (1., 'prompt')
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_generator_is_of_one_kind(method):
+    kind = METHODS[method].opens
+    assert issubclass(kind, PairGenerator) or issubclass(kind, MaskGenerator) or kind is Denoiser
+    if issubclass(kind, PairGenerator):
+        for name in ('sample_pairs', 'clean_mask', 'check_size'): assert getattr(kind, name) is not getattr(PairGenerator, name)
+
+# devices and precision
+
+class NoFloat64(TorchDispatchMode):
+    "Stands for a device without float64: whatever is moved to `meta` may not be float64."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for v in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(v, torch.Tensor) and v.device.type == 'meta': assert v.dtype != torch.float64, func
+        return out
+
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+def test_no_float64_on_the_device(prediction):
+    s = Schedule(prediction=prediction)
+    z, t = torch.zeros(3, 8, 4, 4, device='meta'), torch.tensor([0, 500, 999], device='meta')
+    with NoFloat64():
+        for method in (s.noise, s.target, s.to_eps, s.z0_from_eps): assert method(z, z, t).shape == z.shape
+        assert min_snr_weight(s, t).shape == (3,)
+
+def test_amplitudes_are_rounded_once():
+    s, t = Schedule(), torch.arange(1000)
+    for dtype in (torch.float32, torch.float64):
+        a, b = s.coefs(t, torch.zeros(1000, 1, 1, 1, dtype=dtype))
+        assert torch.equal(a.flatten(), s.abar.sqrt().to(dtype)) and torch.equal(b.flatten(), (1 - s.abar).sqrt().to(dtype))
+
+class Autocast(Callback):
+    "bf16 on the CPU, for the part of a step that fastai's MixedPrecision covers."
+    order = ORDER['precision']
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.autocast.__enter__()
+    def after_loss(self): self.autocast.__exit__(None, None, None)
+
+class Keep(Callback):
+    "Keeps the noised batch, the type of the prediction, and the loss."
+    order = ORDER['weighted_loss']
+    def before_fit(self): self.kept = []
+    def after_loss(self): self.kept.append((self.learn.noised, self.pred.dtype, self.learn.loss.detach()))
+
+def batches(learn, bf16):
+    learn.add_cbs([Keep(), *([Autocast()] if bf16 else [])])
+    return fit_steps(learn, 2).keep.kept
+
+def test_float32_under_autocast(folder, backbone):
+    "Latents, noise, noised latents, targets and losses are float32, the first three the same as without autocast."
+    plain, low = (batches(learner(folder, backbone), bf16) for bf16 in (False, True))
+    for (a, a_type, a_loss), (b, b_type, b_loss) in zip(plain, low, strict=True):
+        assert (a_type, b_type) == (torch.float32, torch.bfloat16)
+        for name in ('z0', 'eps', 'zt', 'target'):
+            assert getattr(b, name).dtype == torch.float32 and torch.equal(getattr(a, name), getattr(b, name)), name
+        assert b_loss.dtype == torch.float32 and abs(a_loss - b_loss) < .03*a_loss
+
+def test_cached_and_uncached_agree_under_autocast(folder, backbone, tmp_path):
+    plain = batches(learner(folder, backbone), True)
+    bb = copy.deepcopy(backbone)
+    cached = batches(denoising_learner(cached_dls(loaders(folder), bb, tmp_path), Masked(bb)), True)
+    for (a, _, a_loss), (b, _, b_loss) in zip(plain, cached, strict=True):
+        assert torch.allclose(a.zt, b.zt, atol=1e-6) and torch.allclose(a_loss, b_loss, rtol=1e-2)
+
+def test_the_loss_is_reduced_in_float32():
+    target = torch.randn(4, 8, 16, 16)
+    pred = (target + .01*torch.randn_like(target)).bfloat16()
+    exact = (pred.double() - target.double()).square().mean()
+    assert abs(denoising_loss(pred, target) - exact) < 1e-6*exact
+    assert denoising_loss(pred.double(), target.double()).dtype == torch.float64
+
+# dropped masks and weights
+
+def test_drop_0_is_the_old_loss(folder, backbone):
+    assert losses(learner(folder, backbone)) == losses(learner(folder, backbone, drop_mask=0., min_snr=None, lesion_weight=False))
+
+def test_everything_dropped_is_no_mask(folder, backbone):
+    "With drop_mask=1 the loss is that of a network without a mask, on the same noise."
+    dropped = losses(learner(folder, backbone, drop_mask=1.), 1)
+    assert dropped == losses(denoising_learner(loaders(folder), Denoiser(copy.deepcopy(backbone))), 1)
+    assert dropped != losses(learner(folder, backbone), 1)
+
+def test_noised_is_documented(folder, backbone):
+    learn = fit_steps(learner(folder, backbone, drop_mask=.5), 1)
+    n = learn.noised
+    assert isinstance(n, Noised) and set(vars(n)) == {'x0', 'mask', 'z0', 'eps', 't', 't_cpu', 'zt', 'cond', 'target'}
+    assert torch.equal(n.cond.mask, n.mask*n.cond.has_mask.reshape(-1, 1, 1, 1))
+
+class ValidBatches(Callback):
+    "Which masks validation is given."
+    order = ORDER['weighted_loss']
+    def before_fit(self): self.has_mask = []
+    def after_loss(self):
+        if not self.training: self.has_mask += self.learn.noised.cond.has_mask.tolist()
+
+def test_validation_drops_nothing(folder, backbone):
+    learn = learner(folder, backbone, drop_mask=1., cbs=[ValidBatches()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.valid_batches.has_mask == [1.]*4
+
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('kind', ['scaled_linear', 'squaredcos_cap_v2'])
+def test_min_snr_against_diffusers(prediction, kind):
+    oracle = compute_snr(DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule=kind), t := torch.arange(1000))
+    want = oracle.clamp(max=5)/(oracle if prediction == 'epsilon' else oracle + 1)
+    weights = min_snr_weight(Schedule(kind=kind, prediction=prediction), t, 5.)
+    assert torch.allclose(weights[:990], want[:990], rtol=2e-3, atol=1e-6)
+
+def test_weighted_gradient_by_hand(folder, backbone):
+    "One step of plain gradient descent on the weighted loss, written out."
+    learn = learner(folder, backbone, min_snr=5., lesion_weight=True)
+    fit_steps(learn, 1)
+    n, model = learn.noised, learn.model
+    pred = model(n.zt, n.t, n.cond)
+    w = min_snr_weight(model.backbone.schedule, n.t, 5.)[:, None, None, None]*lesion_weights(n.mask, n.zt.shape[-2:])
+    learn.pred, learn.yb = pred, (n.target,)
+    cb = next(c for c in learn.cbs if isinstance(c, DenoisingWeightCB))
+    assert torch.allclose(denoising_loss(pred, n.target) + cb.term(), (w*(pred - n.target)**2).mean(), rtol=1e-5)
+
+def test_lesion_weights_never_vanish():
+    mask = torch.zeros(3, 1, 32, 32); mask[0, :, :3, :3] = 1; mask[1] = 1
+    w = lesion_weights(mask, (8, 8))
+    assert (w > 0).all() and torch.allclose(w.mean((1, 2, 3)), torch.ones(3))
+    m = F.avg_pool2d(mask[:1], 4); r = m.mean()
+    assert torch.allclose(w[:1]*(2*r*(1 - r)), m*(1 - r) + (1 - m)*r)            # ArSDM's W, divided by its mean
+
+def test_conditions_in_one_batch():
+    a = Cond(torch.ones(2, 1, 4, 4), torch.zeros(2, 3, 5))
+    both = a.without_mask().cat(a)
+    assert both.has_mask.tolist() == both.mask.mean((1, 2, 3)).tolist() == [0, 0, 1, 1]
+    assert a.cat(a).has_mask is None
+
+# a region that is kept
+
+@pytest.fixture(scope='module')
+def scene(): return as_x0(*draw_lesions(3, 32, seed=5))
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
+def test_outside_the_region_the_frame_is_kept(scene, sampler, prediction):
+    x0, masks = scene
+    bb = Backbone.tiny(x0, 32, channels=(16, 32), prediction=prediction).requires_grad_(False)
+    keep = 1 - F.max_pool2d(masks, 5, 1, 2)
+    round_trip = to_uint8(bb.codec.decode(bb.codec.encode(x0)))
+    inside = F.interpolate(latent_region(keep, 4).float(), scale_factor=4)[:, 0].bool().numpy()
+    for kw in (dict(), dict(strength=.5)) + ((dict(resample=2),) if sampler == 'ddim' else ()):
+        out = sample(Masked(bb), masks, steps=4, init=x0, keep=keep, sampler=sampler, **kw)
+        assert (out[inside] == round_trip[inside]).all() and (out[~inside] != round_trip[~inside]).any()
+        assert inside.any() and (~inside).any()
+
+def test_a_latent_pixel_is_kept_only_whole():
+    keep = torch.ones(1, 1, 8, 8); keep[..., 5, 2] = 0
+    assert latent_region(keep, 4)[0, 0].tolist() == [[True, True], [False, True]]
+
+def test_strength_0_gives_the_image_back(scene, backbone):
+    x0, masks = scene
+    round_trip = to_uint8(backbone.codec.decode(backbone.codec.encode(x0)).detach())
+    assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=0.) == round_trip).all()
+    assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=0., keep=masks) == round_trip).all()
+    assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=.01) != round_trip).any()
+
+def test_keeping_nothing_or_everything(scene, backbone):
+    x0, masks = scene
+    kw = dict(steps=4, init=x0, strength=.7)
+    assert (sample(Masked(backbone), masks, keep=masks*0, **kw) == sample(Masked(backbone), masks, **kw)).all()
+    round_trip = to_uint8(backbone.codec.decode(backbone.codec.encode(x0)).detach())
+    assert (sample(Masked(backbone), masks, keep=masks*0 + 1, **kw) == round_trip).all()
+
+def test_kept_regions_do_not_depend_on_the_batch(scene, backbone):
+    x0, masks = scene
+    one, three = (sample(Masked(backbone), masks, steps=4, init=x0, keep=1 - masks, resample=2, bs=bs) for bs in (1, 3))
+    assert np.abs(one.astype(int) - three).max() <= 1
+
+def test_errors_of_a_kept_region(scene, backbone):
+    x0, masks = scene
+    gen = Masked(backbone)
+    with pytest.raises(MedsynError, match='pass init'): sample(gen, masks, keep=masks)
+    with pytest.raises(MedsynError, match='2 keep for 3 masks'): sample(gen, masks, init=x0, keep=masks[:2])
+    with pytest.raises(MedsynError, match="sampler='ddim' alone"):
+        sample(gen, masks, init=x0, keep=masks, resample=2, sampler='dpm++')
+    with pytest.raises(MedsynError, match='strength in'): sample(gen, masks, init=x0, strength=-.1)
+    gen.train()
+    class Breaks(Masked):
+        def forward(self, zt, t, cond): raise RuntimeError('stop')
+    broken = Breaks(backbone).train()
+    with pytest.raises(RuntimeError): sample(broken, masks, steps=1)
+    assert broken.training and gen.training
+
+def test_cosine_schedule_is_kept_on_disk(scene, tmp_path):
+    bb = Backbone.tiny(scene[0], 32, channels=(16, 32), schedule='squaredcos_cap_v2')
+    Denoiser(bb).save_pretrained(tmp_path)
+    back = Denoiser.from_pretrained(tmp_path).backbone.schedule
+    oracle = DDPMScheduler(beta_schedule='squaredcos_cap_v2').alphas_cumprod
+    assert torch.equal(back.abar, bb.schedule.abar) and torch.allclose(back.abar.float(), oracle, rtol=1e-4, atol=1e-6)
+    for sampler in SAMPLERS: assert np.isfinite(sample(Denoiser(bb), scene[1], steps=5, sampler=sampler)).all()
