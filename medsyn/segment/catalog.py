@@ -131,7 +131,7 @@ ARMS = {
     'feedback': ArmMethod(_feedback, "a frozen generator judges the predicted masks", 'generator'),
 }
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #9ffd6c41
+# %% ../../nbs/api/59_segment.catalog.ipynb #997b2d64
 def _split(text):
     "The parts of a combination; a `+` inside a folder's name does not divide."
     parts = []
@@ -189,6 +189,6 @@ def as_arm(what,                            # a short form, an `Arm`, a list of 
 
 def mixing_arms(folder: str     # synthetic pairs under the real masks
                ) -> dict:       # name -> short form, for `compare`
-    "The ablation of MCPMix: real, pooled, MixUp, CutMix, and mixing with fixed, scheduled and learned strength."
+    "The ablation of MCPMix: real, pooled, MixUp, CutMix, and mixing with three kinds of strength."
     rivals = {'real': 'real', 'synthetic': str(folder), 'mixup': 'mixup', 'cutmix': 'cutmix'}
     return rivals | {name: f'{name}:{folder}' for name in MIX_ARMS}
