@@ -124,6 +124,18 @@ def test_cached_and_uncached_agree_under_autocast(folder, backbone, tmp_path):
     for (a, _, a_loss), (b, _, b_loss) in zip(plain, cached, strict=True):
         assert torch.allclose(a.zt, b.zt, atol=1e-6) and torch.allclose(a_loss, b_loss, rtol=1e-2)
 
+def test_both_branches_of_alignment_are_float32_under_autocast(folder, backbone):
+    "The latents of image and mask are encoded and noised as they are without autocast."
+    make = METHODS['alignment'].learner
+    plain, low = (batches(make(loaders(folder), backbone), bf16)[0][0] for bf16 in (False, True))
+    for name in ('h0', 'ht', 'zt'): assert torch.equal(getattr(plain, name), getattr(low, name)), name
+
+@pytest.mark.parametrize('scale', ['tiny', 'stable diffusion'])
+def test_encoding_ignores_autocast(scale, backbone, stable_diffusion):
+    codec, x0 = (backbone if scale == 'tiny' else stable_diffusion).codec, torch.rand(2, 3, 64, 64)*2 - 1
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): low = codec.encode(x0)
+    assert torch.equal(low, codec.encode(x0).detach())
+
 def test_the_loss_is_reduced_in_float32():
     target = torch.randn(4, 8, 16, 16)
     pred = (target + .01*torch.randn_like(target)).bfloat16()

@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
-from .backbone import Backbone
+from .backbone import Backbone, full_precision
 from .schedule import min_snr_weight
 from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs, fit_steps
 
@@ -161,11 +161,11 @@ class Denoiser(nn.Module):
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #a4b07c92
 class MaskGenerator(Denoiser):
-    "Base class of generators that draw images under given masks; a subclass defines `forward` and `trainable`."
+    "Base class of generators that sample images under given masks; a subclass defines `forward` and `trainable`."
     needs_mask = True
 
 class PairGenerator(nn.Module):
-    "Base class of generators that draw images and masks together."
+    "Base class of generators that sample images and masks together."
     needs_mask, needs_image, own_masks = False, False, True     # own_masks: `isinstance(g, PairGenerator)` says the same
     size: int           # side of the images it was trained on, pixels
     steps: int = 50     # sampler steps unless told otherwise
@@ -178,16 +178,16 @@ class PairGenerator(nn.Module):
         steps: int = None,      # sampler steps; `None`: the generator's own
         sampler: str = 'ddim',  # ddim, dpm++ or unipc
         size: int = None,       # side in pixels; `None`: the one it was trained at
-        bs: int = 8             # pairs drawn together; does not change them
+        bs: int = 8             # pairs sampled together; does not change them
     ) -> tuple:                 # images (N,H,W,3) uint8, soft masks (N,H,W) float in about [-1,1]
-        "Draw images with their masks; pair i depends on `seeds[i]` alone."
+        "Sample images with their masks; pair i depends on `seeds[i]` alone."
         raise TypeError(f"{type(self).__name__} has no sample_pairs(): define one that returns images and masks")
 
     def clean_mask(self,
-        soft        # (H,W) one drawn mask, about [-1,1]
+        soft        # (H,W) one sampled mask, about [-1,1]
     ) -> tuple:     # mask uint8 (H,W) in {0,1}; what was done, a dict; why it is refused, or `None`
-        "Threshold a drawn mask and say whether it can be used."
-        raise TypeError(f"{type(self).__name__} has no clean_mask(): define one that thresholds a drawn mask")
+        "Threshold a sampled mask and decide whether it can be used."
+        raise TypeError(f"{type(self).__name__} has no clean_mask(): define one that thresholds a sampled mask")
 
     def check_size(self,
         size: int   # side of images, pixels
@@ -244,9 +244,9 @@ class DiffusionCB(Callback):
         bb = self.model.backbone
         x0 = self.xb[0].as_subclass(Tensor)*2 - 1
         mask, shown, has_mask = self.masks()
-        with torch.autocast(x0.device.type, enabled=False):
-            text = bb.text(self.prompts(len(x0), bb.prompt if self.prompt is None else self.prompt))
-            z0 = self.latents(x0)
+        prompts = self.prompts(len(x0), bb.prompt if self.prompt is None else self.prompt)
+        with full_precision(x0): text = bb.text(prompts)
+        z0 = self.latents(x0)
         t_cpu = torch.randint(bb.schedule.T, (len(z0),), generator=self.rng)
         t = t_cpu.to(bb.device)
         eps = torch.randn(z0.shape, generator=self.rng).to(z0)
