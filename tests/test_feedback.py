@@ -1,4 +1,4 @@
-"""Generative feedback: its gradient against plain differentiation, who gets it and who does not, its switches, and that it pulls a wrong mask to the right one."""
+"""Generative feedback: its gradient against plain differentiation, who gets it, its switches, where it pulls a mask."""
 import tempfile
 from contextlib import nullcontext
 
@@ -72,7 +72,7 @@ def test_gradient_is_plain_differentiation(kind, classes):
     want = ((gen.eps(zt, n.t, Cond(soft, text)) - n.eps)**2).mean()
     torch.testing.assert_close(v, want.detach().to(v), rtol=1e-5, atol=0)
     grads = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
-    top = max(b_.norm() for b_ in grads if b_ is not None)                                  # the mask is float32, all else float64
+    top = max(b_.norm() for b_ in grads if b_ is not None)                      # the mask is float32, all else float64
     for a_, b_ in zip(got, grads, strict=True):
         if b_ is not None: assert (a_ - b_).norm() <= 1e-4*b_.norm() + 1e-4*top
     assert [p.requires_grad for p in gen.parameters()] == flags and all(p.grad is None for p in gen.parameters())
@@ -89,7 +89,8 @@ def test_only_the_segmenter_learns(kind, pairs):
     before = {k: v.clone() for k, v in gen.state_dict().items()}
     def run(cbs): return fit_steps(segment_learner(batches(pairs), net(), cbs=[Spy(), *cbs], clip=None), 1)
     plain, fed = run([]), run([GenerativeFeedbackCB(gen, weight=10.)])
-    assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items()) and all(p.requires_grad for p in gen.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items())
+    assert all(p.requires_grad for p in gen.parameters())
     assert any((a - b).abs().max() > 1e-6 for a, b in zip(plain.moved, fed.moved, strict=True))
     log = fed.history.frame()
     assert log.loss[0] == plain.history.frame().loss[0] and log.L_fb[0] > 0                  # the plain loss stays readable
@@ -100,7 +101,7 @@ def test_weight_zero_is_plain_training(pairs):
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
 
 def test_averaged_weights(pairs):
-    "With an average of the weights the judge still sees the raw network, gets no gradient and is not averaged; the evaluated network has the averaged weights and the statistics that belong to them."
+    "The judge still sees the raw network and is not averaged; the evaluated network has the averages."
     gen = judge()
     before = {k: v.clone() for k, v in gen.state_dict().items()}
     def run(ema): return fit_steps(segment_learner(batches(pairs), net(), ema=ema, lr=1e-2, cbs=[GenerativeFeedbackCB(gen)]), 6)
@@ -120,6 +121,30 @@ def test_mask_and_image_generator():
     assert torch.equal(n.cond.image, x*2 - 1)
     v, g = feedback(gen, [n], torch.rand(2, 1, 32, 32))
     assert torch.isfinite(v) and g.abs().sum() > 0
+
+def test_a_certain_segmenter_gets_no_pull():
+    "Saturated logits: the soft mask is two-valued, and neither the temperature nor the judge can move it."
+    gen, x = judge(), torch.rand(2, 3, 32, 32)
+    n, = draws(gen, x)
+    out = torch.full((2, 1, 32, 32), 200.)
+    out[..., 16:] *= -1
+    values = []
+    for temperature in (1., 0.5, 0.1):
+        logits = out.clone().requires_grad_()
+        mask = soft_mask(logits, temperature)
+        v, g = feedback(gen, [n], mask)
+        pulled(v, mask, g).backward()
+        assert logits.grad.abs().max() == 0
+        values.append(v)
+    assert values[0] == values[1] == values[2] == judged(gen, n, (out > 0).float()).mean()
+
+def test_one_timestep(pairs):
+    "The shortest range there is."
+    gen, x = judge(), torch.rand(4, 3, 32, 32)
+    n, = draws(gen, x, t_range=(0, 1))
+    assert n.t.tolist() == [0]*4
+    learn = segment_learner(batches(pairs), net(), cbs=[GenerativeFeedbackCB(gen, t_range=(999, 1000))])
+    assert fit_steps(learn, 1).history.frame().L_fb[0] > 0
 
 # Precision -----------------------------------------------------------------------------------------------------------
 
@@ -149,7 +174,8 @@ def test_n_t_is_the_mean_of_draws():
     ns = draws(gen, x, n_t=3)
     one = [feedback(gen, [n], mask) for n in ns]
     v, g = feedback(gen, ns, mask)
-    torch.testing.assert_close(v, torch.stack([o[0] for o in one]).mean()); torch.testing.assert_close(g, torch.stack([o[1] for o in one]).mean(0))
+    torch.testing.assert_close(v, torch.stack([o[0] for o in one]).mean())
+    torch.testing.assert_close(g, torch.stack([o[1] for o in one]).mean(0))
     assert len({o[0].item() for o in one}) == 3
 
 def test_trunk_is_computed_once_for_many_masks(monkeypatch):
@@ -160,21 +186,26 @@ def test_trunk_is_computed_once_for_many_masks(monkeypatch):
     masks = [torch.rand(2, 1, 32, 32) for _ in range(3)]
     got = [judged(gen, n, m) for m in masks]
     assert len(calls) == 1
-    for m, v in zip(masks, got): torch.testing.assert_close(v, (gen.eps(n.zt, n.t, gen.condition(m)) - n.eps).square().mean((1, 2, 3)))
+    for m, v in zip(masks, got):
+        whole = gen.eps(n.zt, n.t, gen.condition(m))
+        torch.testing.assert_close(v, (whole - n.eps).square().mean((1, 2, 3)))
 
 def test_lower_resolution_judge(dls):
     gen, x = judge(size=16), torch.rand(2, 3, 32, 32)
     v, g = feedback(gen, draws(gen, x), torch.rand(2, 1, 32, 32))
-    assert g.shape == (2, 1, 32, 32) and (g != 0).float().mean() > 0.9                      # every pixel of the large mask has a say
+    assert g.shape == (2, 1, 32, 32) and (g != 0).float().mean() > 0.9          # every pixel of the large mask counts
     log = fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, resize=True)]), 2).history.frame()
     assert (log.L_fb > 0).all()
-    with pytest.raises(MedsynError, match='draws 16x16 px and the segmenter sees 32x32'): fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen)]), 1)
+    with pytest.raises(MedsynError, match='draws 16x16 px and the segmenter sees 32x32'):
+        fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen)]), 1)
 
 def test_timesteps_and_seeds(pairs):
     gen, x = judge(), torch.rand(64, 3, 32, 32)
     n, = draws(gen, x, t_range=(300, 310))
     assert n.t.min() >= 300 and n.t.max() < 310 and len(set(n.t.tolist())) > 5
-    run = lambda seed: fit_steps(segment_learner(batches(pairs), net(), cbs=[GenerativeFeedbackCB(gen, seed=seed)]), 2).history.frame().L_fb.tolist()
+    def run(seed):
+        learn = segment_learner(batches(pairs), net(), cbs=[GenerativeFeedbackCB(gen, seed=seed)])
+        return fit_steps(learn, 2).history.frame().L_fb.tolist()
     assert run(0) == run(0) != run(1)
 
 # The pull ------------------------------------------------------------------------------------------------------------
@@ -203,7 +234,8 @@ def dice(a, b): return 2*(a*b).sum((1, 2))/(a.sum((1, 2)) + b.sum((1, 2)))
 def ended(gen, x, wrong, steps=40):
     "The mask after descent on the feedback alone, the learner's plain loss being nothing; it never sees the right mask."
     dl = DataLoader(list(zip(x, wrong, strict=True)), bs=len(x), device='cpu')
-    learn = segment_learner(DataLoaders(dl, dl), Free(wrong), loss=lambda out, y: 0*out.sum(), wd=0, clip=None, cbs=[GenerativeFeedbackCB(gen)])
+    def nothing(out, y): return 0*out.sum()
+    learn = segment_learner(DataLoaders(dl, dl), Free(wrong), loss=nothing, wd=0, clip=None, cbs=[GenerativeFeedbackCB(gen)])
     return (fit_steps(learn, steps, 0.2).model.logits[:, 0] > 0).float()
 
 def test_pulls_a_wrong_mask_to_the_right_one(trained):
@@ -214,7 +246,7 @@ def test_pulls_a_wrong_mask_to_the_right_one(trained):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_an_untrained_judge_does_not(trained, kind):
-    "As it is built, its loss is the same under every mask and nothing moves; with random weights the mask moves, and not to the lesion."
+    "As it is built, nothing moves; with random weights the mask moves, and not to the lesion."
     gen, x, mask = trained
     wrong = MASKS['shifted'](mask[:, None])[:, 0]
     assert torch.equal(ended(METHODS[kind].opens(judge().backbone), x, wrong, 3), wrong)
@@ -225,13 +257,17 @@ def test_an_untrained_judge_does_not(trained, kind):
 
 def test_bad_input(dls):
     gen = judge()
-    for kw, said in ((dict(temperature=0), r'temperature 0: choose one in \(0, 1\]'), (dict(temperature=1.01), r'temperature 1.01'), (dict(t_range=(0, 1001)), 't_range 0, 1001'),
-                     (dict(t_range=(500, 500)), 't_range'), (dict(every=0), 'every 0'), (dict(n_t=0), 'n_t 0')):
+    refused = ((dict(temperature=0), r'temperature 0: choose one in \(0, 1\]'), (dict(temperature=1.01), r'temperature 1.01'),
+               (dict(t_range=(0, 1001)), 't_range 0, 1001'), (dict(t_range=(500, 500)), 't_range'),
+               (dict(every=0), 'every 0'), (dict(n_t=0), 'n_t 0'))
+    for kw, said in refused:
         with pytest.raises(MedsynError, match=said): GenerativeFeedbackCB(gen, **kw)
-    with pytest.raises(MedsynError, match='Denoiser takes no mask, so it cannot judge one'): GenerativeFeedbackCB(Denoiser(gen.backbone))
+    with pytest.raises(MedsynError, match='Denoiser takes no mask, so it cannot judge one'):
+        GenerativeFeedbackCB(Denoiser(gen.backbone))
     class Three(torch.nn.Module):
         def __init__(self): super().__init__(); self.net = torch.nn.Conv2d(3, 3, 1)
         def forward(self, x): return self.net(x.as_subclass(torch.Tensor))
     with pytest.raises(MedsynError, match=r'shape \(4, 3, 32, 32\): \(B,1,H,W\) or \(B,2,H,W\) is needed'):
         fit_steps(segment_learner(dls, Three(), loss=lambda out, y: out.mean(), cbs=[GenerativeFeedbackCB(gen)]), 1)
-    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen), GenerativeFeedbackCB(gen)]), 1)
+    twice = [GenerativeFeedbackCB(gen), GenerativeFeedbackCB(gen)]
+    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(segment_learner(dls, net(), cbs=twice), 1)
