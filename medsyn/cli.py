@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
 
-# %% ../nbs/api/80_cli.ipynb #b8c65540
+# %% ../nbs/api/80_cli.ipynb #6baf5f31
 @dataclass(frozen=True)
 class Option:
     "A parameter of a function, as the command line sees it."
@@ -94,11 +94,6 @@ class Command:
     late: tuple = field(default_factory=tuple)  # own parameters that are listed last
 
     @property
-    def about(self) -> str:
-        "One sentence: the command's own docstring, else that of the function it faces."
-        return self.run.__doc__ or about(self.faces[0])
-
-    @property
     def options(self) -> dict:
         "Own parameters first, then those of the functions it faces."
         own = options_of(f'cli.{self.run.__name__}')
@@ -115,6 +110,7 @@ def command(*faces,             # functions below medsyn whose parameters the co
            ) -> Callable:       # a decorator
     "Register a command."
     def register(f):
+        f.__doc__ = f.__doc__ or about(faces[0])
         COMMANDS[f.__name__] = Command(f, faces, tuple(leave.split()), example, tuple(late.split()))
         return f
     return register
@@ -250,7 +246,7 @@ def _obedient(segmenter, least):
     from medsyn.segment.models import Segmenter
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
-# %% ../nbs/api/80_cli.ipynb #f36b87b4
+# %% ../nbs/api/80_cli.ipynb #50c2597d
 @command('experiment.train_segmenter', leave='pairs device', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -279,7 +275,7 @@ def segment(data: str,             # folder or list of real pairs
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
-# %% ../nbs/api/80_cli.ipynb #09001ee3
+# %% ../nbs/api/80_cli.ipynb #a64c9f38
 @command('fit.fit', leave='labelled synthesis', example='medsyn fit data --out fitted --minutes 60')
 def fit(data: str,              # folder or list of labelled pairs, 8 or more
         out: str,               # folder to write: model/, report.md, cv/; the same command resumes
@@ -428,7 +424,7 @@ def bench(out: str = None,  # also write the table here, as CSV
 def usage() -> str:
     "The overview that `medsyn --help` prints."
     width = max(map(len, COMMANDS))
-    lines = [f'  {name:{width}}  {one.about.split("; `MedsynError`")[0]}' for name, one in COMMANDS.items()]
+    lines = [f'  {name:{width}}  {one.run.__doc__}' for name, one in COMMANDS.items()]
     return '\n'.join(['usage: medsyn COMMAND [options]', '',
                       'From a few labelled images to a better segmentation model,'
                       ' by way of synthetic image-mask pairs.', '',
@@ -489,9 +485,9 @@ def parser_of(name: str     # a command
     needed = [o for o in options.values() if o.required]
     positional = [o.name for i, o in enumerate(needed) if i == 0 or o.name == 'images']
     words = [o.name.upper() if o.name in positional else f'--{o.name} {_placeholder(o)}' for o in needed]
-    parser = argparse.ArgumentParser(prog=f'medsyn {name}', description=one.about, formatter_class=_OneLine,
-                                     usage=' '.join(['medsyn', name, *words, '[options]']),
-                                     epilog=f'Example: {one.example}', allow_abbrev=False)
+    usage = ' '.join(['medsyn', name, *words, '[options]'])
+    parser = argparse.ArgumentParser(prog=f'medsyn {name}', usage=usage, description=one.run.__doc__,
+                                     epilog=f'Example: {one.example}', formatter_class=_OneLine, allow_abbrev=False)
     for option in options.values(): _add(parser, option, option.name in positional)
     return parser
 

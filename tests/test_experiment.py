@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,10 +12,9 @@ from fastai.callback.core import Callback
 from medsyn import experiment
 from medsyn.core import MedsynError
 from medsyn.data.lesions import lesion_folder
-from medsyn.data.pairs import find_pairs
-from medsyn.experiment import HeldOutCurveCB, compare, quickstart, run_log, split_once, train_segmenter
+from medsyn.data.pairs import find_images, find_pairs
+from medsyn.experiment import HeldOutCurveCB, compare, open_arm, quickstart, run_log, split_once, train_segmenter
 from medsyn.segment.catalog import Arm
-from medsyn.train import LossTermCB
 
 SMALL = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], size=32, bs=4)
 
@@ -58,22 +58,22 @@ def test_nothing_learns_from_the_held_out_pairs(tmp_path, monkeypatch):
 
 class _Batches(Callback):
     "Keeps the real images of every step."
-    order = 100
+    order = -100            # before anything could change them
     def __init__(self): self.kept = []
     def before_batch(self):
         if self.training: self.kept.append(self.x.clone())
 
-class _Constant(LossTermCB):
-    name = 'L_constant'
-    def term(self): return self.pred.mean()*0
-
-def test_arms_get_the_same_real_stream(train):
-    "What an arm adds does not change the real batches."
-    def batches(*cbs):
-        kept = _Batches()
-        train_segmenter(train, Arm(cbs=lambda: [kept, *cbs]), encoder='mobilenetv3_small_050', size=32, steps=6, bs=4)
+def test_arms_get_the_same_real_stream(train, folders):
+    "What an arm adds does not change the real batches: not their order, and not their augmentation."
+    frames = find_images(folders/'extra'/'images')
+    split = split_once(train)
+    def batches(form):
+        kept, arm = _Batches(), open_arm(form, split, frames)
+        with_batches = replace(arm, cbs=lambda: [kept, *arm.cbs()])
+        train_segmenter(split, with_batches, encoder='mobilenetv3_small_050', size=32, steps=6, bs=4)
         return torch.stack(kept.kept)
-    assert torch.equal(batches(), batches(_Constant()))
+    real = batches('real')
+    for form in ('two-passes', f"stream:{folders}/extra", 'fixmatch'): assert torch.equal(batches(form), real), form
 
 def test_the_held_out_curve_changes_nothing(train):
     "Measured twice or six times, the run is the same; the log has the measured steps."
