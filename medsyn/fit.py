@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_
            'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
            'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
 
-# %% ../nbs/api/72_fit.ipynb #63b92f70
+# %% ../nbs/api/72_fit.ipynb #372606f0
 import csv
 import io
 import math
@@ -36,7 +36,7 @@ from .segment.models import Segmenter, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
 
-# %% ../nbs/api/72_fit.ipynb #6839e751
+# %% ../nbs/api/72_fit.ipynb #1093e2cf
 def make_folds(pairs: Sequence,     # labelled `Pair`s
                k: int,              # folds, 2 or more
                seed: int = 0        # another seed, other folds
@@ -50,7 +50,7 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
     held_parts.append(remaining)
     return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
 
-# %% ../nbs/api/72_fit.ipynb #08b42b4f
+# %% ../nbs/api/72_fit.ipynb #a21bdbff
 SPARE = .9              # share of the minutes that is planned with
 GENERATOR_SHARE = .3    # share of it that generators may take
 WORTH_STEPS = 400       # a further arm is tried only if every run gets so many steps
@@ -142,7 +142,7 @@ def _choose_folds(arms, budget, most, enough_steps, generator_steps):
     possible = [k for k in (5, 3) if k <= most and run_seconds(enough_steps, arms, k) <= budget]
     return possible[0] if possible else 2
 
-# %% ../nbs/api/72_fit.ipynb #0603205e
+# %% ../nbs/api/72_fit.ipynb #6507b230
 class ClockCB(Callback):
     "Notes when each training step ends."
     order = 99
@@ -166,7 +166,7 @@ def seconds_a_step(split: Split,    # the labelled pairs
     train_segmenter(split, replace(arm, cbs=lambda: [*arm.cbs(), clock]), steps=steps, **kw)
     return clock.step_seconds
 
-# %% ../nbs/api/72_fit.ipynb #a4adb8a6
+# %% ../nbs/api/72_fit.ipynb #4f75ac18
 def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row a labelled image and arm
                order: Sequence[str],        # names of arms; of equal ones the first wins
                metric: str = 'dice@0.5'     # what is compared
@@ -191,7 +191,7 @@ def verdict(winner: str,                # the chosen arm
         f"{winner} is best in cross-validation, as far as can be told: {which}."
     return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
-# %% ../nbs/api/72_fit.ipynb #3107b424
+# %% ../nbs/api/72_fit.ipynb #ca23909b
 def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
               last: float = .2      # share of the run that is looked at
              ) -> float:            # rise of the mean held-out Dice in it, in points
@@ -201,7 +201,7 @@ def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
     earlier = mean[mean.index <= (1 - last)*mean.index[-1]]
     return float(100*(mean.iloc[-1] - earlier.iloc[-1])) if len(earlier) else float('nan')
 
-# %% ../nbs/api/72_fit.ipynb #6c08fb90
+# %% ../nbs/api/72_fit.ipynb #3c3e9ad7
 SYNTHETIC_ARM = 'stream-annealed'       # a second stream of synthetic pairs whose weight falls to 0
 
 @dataclass
@@ -280,7 +280,7 @@ def default_arms(unlabelled: bool   # whether there are images without masks
     "The arms worth trying: real images alone, the same with twice the compute, semi-supervised, synthetic."
     return ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
 
-# %% ../nbs/api/72_fit.ipynb #794224c2
+# %% ../nbs/api/72_fit.ipynb #92cf8f6d
 def _measured(job, names):
     "Seconds a step of each arm, and of a generator; kept, so that a resumed job keeps its plan."
     file = job.out/'speed.json'
@@ -381,7 +381,7 @@ def _report(job, winner, said, advice):
                          n_unlabelled=len(job.unlabelled), hardware=hardware())
     write_atomic(job.out/'report.md', text)
 
-# %% ../nbs/api/72_fit.ipynb #de31df5c
+# %% ../nbs/api/72_fit.ipynb #631cc8a6
 def fit(
     labelled: 'list | str | Path',  # labelled pairs (8 or more): their folder or list
     out: 'str | Path',             # folder to write; the same call resumes
@@ -432,7 +432,7 @@ def fit(
     _report(job, winner, said, _advice(job, winner, gain))
     return job.out
 
-# %% ../nbs/api/72_fit.ipynb #4ee90e60
+# %% ../nbs/api/72_fit.ipynb #457f262f
 PREDICTED = ['file', 'height', 'width', 'area', 'confidence']
 
 def overlay(image: np.ndarray,      # uint8 (H,W,3)
