@@ -111,6 +111,28 @@ def test_strength_of_each_image(s):
     assert (mixed.flatten(1).std(1) == 0).all()                                         # one strength an image
     if s: assert mixed[:, 0, 0, 0].mean() == pytest.approx(s/2, abs=.1*s) and mixed[:, 0, 0, 0].unique().numel() > 60
 
+@pytest.mark.parametrize('augment', ['none', 'flip', 'full', 'strong'])
+def test_partners_stay_in_register(discs, augment):
+    "The real half is that of a loader without partners; a partner that is the image moves as it does."
+    pairs, partners = discs
+    def make(): return pair_dls(pairs, S, 8, valid=.2, seed=3, augment=augment, device='cpu')
+    itself = {p.name: [p] for p in pairs}
+    loaders = make().train, partner_dls(make(), partners['good']).train, partner_dls(make(), itself).train
+    for (x, y), (real, partner, mask), (_, copied, _) in zip(*loaders, strict=True):
+        assert torch.equal(x, real) and torch.equal(y, mask) and not torch.equal(real, partner)
+        assert torch.equal(real, copied) == (augment != 'full')                         # colours of its own
+
+def test_partners_of_another_shape(tmp_path):
+    "Images that are not square: masks are compared, and pictures read, at height and width."
+    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
+    for p in pairs:
+        for file, resample in ((p.image, Image.Resampling.BILINEAR), (p.mask, Image.Resampling.NEAREST)):
+            Image.open(file).resize((48, 32), resample).save(file)
+    partners = find_partners(synthetic(tmp_path/'s', pairs), pairs)
+    dls = partner_dls(pair_dls(pairs, (32, 64), 4, valid=.25, device='cpu'), partners)
+    real, partner, mask = dls.train.one_batch()
+    assert real.shape == partner.shape == (4, 3, 32, 64) and mask.shape == (4, 32, 64)
+
 def test_no_partners_at_all(discs):
     pairs, _ = discs
     check_partners([], {})
