@@ -38,7 +38,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from .core import default_device, hardware, pick, seed_of, seeded, track
 from .data.pairs import read_image
 from .diffusion.backbone import Backbone, KLCodec, head, trunk
-from .diffusion.learner import Cond
+from .diffusion.learner import Cond, Noised  # noqa: F401 (named in annotations)
 from .diffusion.schedule import Schedule
 from .evaluate.fidelity import Extractor, InceptionFID, fidelity, image_list
 from .generate.catalog import METHODS
@@ -49,7 +49,7 @@ from .segment.models import segmenter
 # %% ../nbs/api/71_bench.ipynb #1713d40e
 def one_step(gen: nn.Module,    # a generator
              cbs: list,         # loss terms, as a method adds them; none: the plain denoising loss
-             n,                 # the batch: a `Noised`, or what has its fields
+             n: 'Noised | SimpleNamespace',  # the batch: a `Noised`, or what has its fields
              k: int,            # the step
              N: int             # of so many
             ) -> Tensor:        # the scalar loss
@@ -110,7 +110,7 @@ def made_up_batch(bb: Backbone,         # gives the shapes
 
 # %% ../nbs/api/71_bench.ipynb #9f3509f6
 def as_released(gen: nn.Module,     # a control generator
-                n,                  # the batch: a `Noised`, or what has its fields
+                n: 'Noised | SimpleNamespace',  # the batch: a `Noised`, or what has its fields
                 k: int,             # the step
                 N: int,             # of so many
                 T_tau: int = 200    # augmentation uses earlier timesteps

@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_
            'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
            'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
 
-# %% ../nbs/api/72_fit.ipynb #e3083060
+# %% ../nbs/api/72_fit.ipynb #53ef0321
 import csv
 import io
 import math
@@ -24,19 +24,20 @@ from PIL import Image
 
 from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
                          pick, save_json, seed_of, track, write_atomic)
-from .data.pairs import group_of, pair_dls, pairs_hash, read_image, split_pairs
+from .data.pairs import group_of, pairs_hash, read_image, split_pairs
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, images_of,
-                               make_backbone, make_generator, open_arm, read_scores, report, score_run,
-                               share_runs, split_once, train_segmenter, unlabelled_images)
-from .generate.catalog import METHODS, generator_learners
-from .segment.catalog import ARMS
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, draws_pairs,
+                               generator_dls, images_of, make_backbone, make_generator, open_arm,
+                               read_scores, report, score_run, share_runs, split_once, train_segmenter,
+                               unlabelled_images)
+from .generate.catalog import METHODS, generator_learners, settings_of
+from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
 from .segment.models import Segmenter, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
 
-# %% ../nbs/api/72_fit.ipynb #2844abb3
+# %% ../nbs/api/72_fit.ipynb #10de5037
 def make_folds(pairs: Sequence,     # labelled `Pair`s
                k: int,              # folds, 2 or more
                seed: int = 0        # another seed, other folds
@@ -50,7 +51,7 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
     held_parts.append(remaining)
     return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
 
-# %% ../nbs/api/72_fit.ipynb #adafc0f9
+# %% ../nbs/api/72_fit.ipynb #134f9505
 SPARE = .9              # share of the minutes that is planned with
 GENERATOR_SHARE = .3    # share of it that generators may take
 WORTH_STEPS = 400       # a further arm is tried only if every run gets so many steps
@@ -142,7 +143,7 @@ def _choose_folds(arms, budget, most, enough_steps, generator_steps):
     possible = [k for k in (5, 3) if k <= most and run_seconds(enough_steps, arms, k) <= budget]
     return possible[0] if possible else 2
 
-# %% ../nbs/api/72_fit.ipynb #87149a51
+# %% ../nbs/api/72_fit.ipynb #7d8f9922
 class ClockCB(Callback):
     "Notes when each training step ends."
     order = 99
@@ -157,7 +158,7 @@ class ClockCB(Callback):
         return statistics.median(gaps)
 
 def seconds_a_step(split: Split,    # the labelled pairs
-                   arm,             # `Arm`
+                   arm: Arm,        # what is added
                    steps: int = 6,  # of the measurement
                    **kw             # of `train_segmenter`
                   ) -> float:       # seconds
@@ -166,7 +167,7 @@ def seconds_a_step(split: Split,    # the labelled pairs
     train_segmenter(split, replace(arm, cbs=lambda: [*arm.cbs(), clock]), steps=steps, **kw)
     return clock.step_seconds
 
-# %% ../nbs/api/72_fit.ipynb #037c02c9
+# %% ../nbs/api/72_fit.ipynb #c1c24c8c
 def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row a labelled image and arm
                order: Sequence[str],        # names of arms; of equal ones the first wins
                metric: str = 'dice@0.5'     # what is compared
@@ -191,7 +192,7 @@ def verdict(winner: str,                # the chosen arm
         f"{winner} is best in cross-validation, as far as can be told: {which}."
     return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
-# %% ../nbs/api/72_fit.ipynb #15ed52d2
+# %% ../nbs/api/72_fit.ipynb #ff31ae68
 def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
               last: float = .2      # share of the run that is looked at
              ) -> float:            # rise of the mean held-out Dice in it, in points
@@ -201,31 +202,44 @@ def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
     earlier = mean[mean.index <= (1 - last)*mean.index[-1]]
     return float(100*(mean.iloc[-1] - earlier.iloc[-1])) if len(earlier) else float('nan')
 
-# %% ../nbs/api/72_fit.ipynb #2f777153
+# %% ../nbs/api/72_fit.ipynb #0dbe5e0b
 SYNTHETIC_ARM = 'stream-annealed'       # a second stream of synthetic pairs whose weight falls to 0
 
 @dataclass
 class Synthesis:
     "How synthetic pairs are made for a fit."
-    method: str = 'control'                         # a key of `generate.catalog.METHODS`
+    method: str = 'concat'                          # a key of `generate.catalog.METHODS`
+    pretrain: bool = False                          # first fit the backbone on images alone
     bs: int = 16                                    # batch size of the generator
     channels: Sequence[int] = (48, 96, 144)         # of its U-Net, per level
     least_steps: int = 1500                         # below which a generator is not worth training
     most_steps: int = 8000                          # beyond which it is not trained
     per_pair: int = 4                               # synthetic pairs per labelled one
     sample_steps: int = 20                          # of the sampler
+    start: str = 'real'                             # what an image starts from, see `synth.STARTS`
+    strength: float = None                          # how far that is noised, in [0,1]; `None`: as usual
 
-    def seconds(self, split: Split, size: int) -> dict:
-        "What a step and the drawing of a set cost on this machine."
-        dls = pair_dls(split.train, size, self.bs, valid=split.held, augment='flip')
-        stands = METHODS[self.method].backbone
-        backbone = Backbone.tiny(images_of(split.train, size), size, self.channels) if stands else None
+    def backbone(self, split, frames, out, size, steps, seed):
+        "The backbone that a generator starts from; `None` for a method with networks of its own."
+        if not METHODS[self.method].backbone: return None
+        if self.pretrain:
+            return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
+                                 seed=seed, unlabelled=frames)
+        return Backbone.tiny(images_of([*split.train, *frames], size), size, self.channels, seed=seed)
+
+    def seconds(self,
+                split: Split,   # the labelled pairs
+                size: int       # side in pixels
+               ) -> dict:       # step, and the drawing of a set
+        "What a generator costs on this machine."
+        dls = generator_dls(split, size, self.bs, 0, 'flip')
+        backbone = replace(self, pretrain=False).backbone(split, [], None, size, 0, 0)
         clock = ClockCB()
         learn = generator_learners(self.method, dls, backbone, probe=10**6)[-1]
         fit_steps(learn, 6, cbs=[clock])
         forward = clock.step_seconds/3/self.bs      # of one image; forward and backward are three times that
         drawing = self.per_pair*len(split.pairs)*self.sample_steps*2*forward
-        return dict(step=clock.step_seconds*(2 if stands else 1), drawing=drawing)
+        return dict(step=clock.step_seconds*(2 if self.pretrain else 1), drawing=drawing)
 
     def draw(self,
              split: Split,      # the pairs that it learns from, and those that its probe is measured on
@@ -236,15 +250,14 @@ class Synthesis:
              seed: int          # of everything
             ) -> Path:          # the folder of the set
         "Train a generator on a split and draw a set of pairs from its training pairs."
-        backbone = None
-        if METHODS[self.method].backbone:
-            backbone = make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
-                                     seed=seed, unlabelled=frames)
+        backbone = self.backbone(split, frames, out, size, steps, seed)
+        learns_from = frames if 'unlabelled' in settings_of(self.method) else []
         generator = make_generator(split, backbone, out/'generator', self.method, steps, self.bs, size=size,
-                                   seed=seed).to(default_device())
+                                   seed=seed, unlabelled=learns_from).to(default_device())
         n = self.per_pair*len(split.pairs)
+        start = {} if draws_pairs(generator) else dict(start=self.start, strength=self.strength)
         synthesize(generator, split.train, out/'synthetic', n, steps=self.sample_steps, sampler='dpm++',
-                   seed=seed)
+                   seed=seed, **start)
         return out/'synthetic'
 
 @dataclass
@@ -269,10 +282,9 @@ class _Job:
 def default_arms(unlabelled: bool   # whether there are images without masks
                 ) -> list:          # names, in the order of preference
     "The arms worth trying: real images alone, the same with twice the compute, semi-supervised, synthetic."
-    names = ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
-    return [n for n in names if n in ARMS]
+    return ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
 
-# %% ../nbs/api/72_fit.ipynb #cf0b33e2
+# %% ../nbs/api/72_fit.ipynb #e429fc77
 def _measured(job, names):
     "Seconds a step of each arm, and of a generator; kept, so that a resumed job keeps its plan."
     file = job.out/'speed.json'
@@ -373,7 +385,7 @@ def _report(job, winner, said, advice):
                          n_unlabelled=len(job.unlabelled), hardware=hardware())
     write_atomic(job.out/'report.md', text)
 
-# %% ../nbs/api/72_fit.ipynb #3e46ca72
+# %% ../nbs/api/72_fit.ipynb #5870e06d
 def fit(
     labelled: 'list | str | Path',  # labelled pairs (8 or more): their folder or list
     out: 'str | Path',             # folder to write; the same call resumes
@@ -424,7 +436,7 @@ def fit(
     _report(job, winner, said, _advice(job, winner, gain))
     return job.out
 
-# %% ../nbs/api/72_fit.ipynb #aa9fb052
+# %% ../nbs/api/72_fit.ipynb #1e232f6a
 PREDICTED = ['file', 'height', 'width', 'area', 'confidence']
 
 def overlay(image: np.ndarray,      # uint8 (H,W,3)
