@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
 
-# %% ../nbs/api/80_cli.ipynb #0d83338e
+# %% ../nbs/api/80_cli.ipynb #d30c3bd8
 @dataclass(frozen=True)
 class Option:
     "A parameter of a function, as the command line sees it."
@@ -44,9 +44,10 @@ def _parsed(module):
     return ast.parse(source), comments
 
 def _constant(tree, node):
-    "The value of a default: a literal, or a name that the module gives to a literal; `None` for anything else."
+    "The value of a default: a literal, or the name of one; `None` for anything else."
     if isinstance(node, ast.Name):
-        named = [n.value for n in tree.body if isinstance(n, ast.Assign) and node.id in map(ast.unparse, n.targets)]
+        assignments = [n for n in tree.body if isinstance(n, ast.Assign)]
+        named = [n.value for n in assignments if node.id in map(ast.unparse, n.targets)]
         node = named[0] if named else node
     try: return ast.literal_eval(node)
     except ValueError: return None
@@ -59,7 +60,8 @@ def _option(tree, comments, argument, default):
     simple = re.search(r'\b(bool|int|float)\b', text)
     kind = dict(bool=bool, int=int, float=float)[simple[1]] if simple else str
     if not text and value is not None: kind = type(value[0] if many and value else value)
-    return Option(argument.arg, comments.get((default or argument).end_lineno, ''), kind, value, default is None, many)
+    comment = comments.get((default or argument).end_lineno, '')
+    return Option(argument.arg, comment, kind, value, default is None, many)
 
 def _definition(dotted):
     "The module's tree and comments, and the function's own node."
@@ -92,11 +94,6 @@ class Command:
     late: tuple = field(default_factory=tuple)  # own parameters that are listed last
 
     @property
-    def about(self) -> str:
-        "One sentence: the command's own docstring, else that of the function it faces."
-        return self.run.__doc__ or about(self.faces[0])
-
-    @property
     def options(self) -> dict:
         "Own parameters first, then those of the functions it faces."
         own = options_of(f'cli.{self.run.__name__}')
@@ -113,6 +110,7 @@ def command(*faces,             # functions below medsyn whose parameters the co
            ) -> Callable:       # a decorator
     "Register a command."
     def register(f):
+        f.__doc__ = f.__doc__ or about(faces[0])
         COMMANDS[f.__name__] = Command(f, faces, tuple(leave.split()), example, tuple(late.split()))
         return f
     return register
@@ -143,7 +141,8 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
     n_errors = int((table.severity == 'error').sum())
     n_warnings = len(table) - n_errors
     counts = f"{n_errors} error{'s'[:n_errors != 1]}, {n_warnings} warning{'s'[:n_warnings != 1]}"
-    print(f"{len(find_pairs(data, strict=False))} pairs, {counts}{'' if n_errors else ': ready for training'}")
+    verdict = '' if n_errors else ': ready for training'
+    print(f"{len(find_pairs(data, strict=False))} pairs, {counts}{verdict}")
     return 2 if n_errors else 0
 
 @command('data.pairs.clean_masks', leave='path', example='medsyn clean data --out clean')
@@ -154,7 +153,7 @@ def clean(data: str,    # folder in a known layout
     "Write a copy of a set of pairs with two-valued masks."
     from medsyn.data.pairs import clean_masks
     table = clean_masks(data, out, **kw)
-    print(f'Made: {len(table)} pairs in {out}; the largest share of unsure pixels in a mask is {table.unsure.max():.1%}')
+    print(f'Made: {len(table)} pairs in {out}; at most {table.unsure.max():.1%} of a mask is unsure')
 
 # %% ../nbs/api/80_cli.ipynb #cf54e2b9
 @command('experiment.quickstart', example='medsyn quickstart --out first')
@@ -170,26 +169,31 @@ def quickstart(**kw     # of `experiment.quickstart`
           'Next: longer training (--pretrain-steps, --train-steps) and more synthetic pairs (--n-synth)')
 
 # %% ../nbs/api/80_cli.ipynb #370539ee
-@command('experiment.make_backbone', leave='pairs', example='medsyn pretrain data --out backbone --steps 1500')
+@command('experiment.make_backbone', leave='pairs',
+         example='medsyn pretrain data --out backbone --steps 1500')
 def pretrain(data: str,     # folder or list of pairs; the masks are not looked at
              out: str,      # folder to write: a backbone
+             unlabelled: str = None, # folder of further images, without masks
              **kw           # of `make_backbone`
             ):
     "Fit a tiny backbone on images alone (not needed with Stable Diffusion)."
     from medsyn.data.pairs import find_pairs
     from medsyn.experiment import make_backbone
-    make_backbone(find_pairs(data), out, **kw)
-    print(f'Made: {out} (a backbone), {out}/log.csv', f'Next: medsyn train {data} --backbone {out} --out generator', sep='\n')
+    make_backbone(find_pairs(data), out, unlabelled=unlabelled or (), **kw)
+    print(f'Made: {out} (a backbone), {out}/log.csv')
+    print(f'Next: medsyn train {data} --backbone {out} --out generator')
 
-@command('experiment.make_generator', leave='pairs source settings', late='prompt set',
+@command('experiment.make_generator', leave='pairs source settings', late='unlabelled prompt set',
          example='medsyn train data --backbone backbone --out generator --method siamese --set w_c=1')
-def train(data: str,             # folder or list of pairs
-          out: str,              # folder to write: a generator
-          backbone: str = None,  # folder of medsyn pretrain, a Stable-Diffusion-1.x folder or hub id; paired needs none
-          prompt: str = None,    # default: the backbone's
-          set: Sequence[str] = (), # settings of the method, as name=value
-          **kw                   # of `make_generator`
-         ):
+def train(
+    data: str,             # folder or list of pairs
+    out: str,              # folder to write: a generator
+    backbone: str = None,  # folder of medsyn pretrain, or Stable Diffusion 1.x; paired needs none
+    unlabelled: str = None,  # folder of images without masks, for a method that learns from them
+    prompt: str = None,    # default: the backbone's
+    set: Sequence[str] = (),  # settings of the method, as name=value
+    **kw                   # of `make_generator`
+):
     "Train a generator on pairs: of images under masks, or of both together."
     from medsyn.data.pairs import find_pairs
     from medsyn.diffusion.backbone import Backbone
@@ -199,23 +203,26 @@ def train(data: str,             # folder or list of pairs
     pairs = find_pairs(data)
     opened = Backbone.from_pretrained(backbone, kw['size'], prompt) if backbone else None
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
-    make_generator(pairs, opened, out, source=source, settings=settings(set), **kw)
+    make_generator(pairs, opened, out, source=source, settings=settings(set),
+                   unlabelled=unlabelled or (), **kw)
     obeyed = 'mask' if method.backbone else 'guidance'
     masks = f' --data {data}' if method.backbone else ''
     print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {obeyed} obeyed?)')
     print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
-@command('synth.synthesize', leave='pairs', late='keep least',
+@command('synth.synthesize', leave='pairs hardness', late='into keep least',
          example='medsyn synth generator --data data --out synthetic -n 200')
-def synth(generator: str,    # folder of medsyn train
-          out: str,          # folder to write: images, masks, manifest.jsonl
-          data: str = None,  # folder or list of pairs that lend their masks, all but the held-out tenth; paired needs none
-          n: int = 200,      # pairs to draw
-          keep: str = None,  # folder of a segmenter (medsyn segment): images that disobey their mask are dropped
-          least: float = 0.5, # with keep: smallest Dice between its prediction and the mask
-          **kw               # of `synthesize`
-         ):
+def synth(
+    generator: str,    # folder of medsyn train
+    out: str,          # folder to write: images, masks, manifest.jsonl
+    data: str = None,  # folder or list of pairs whose masks are used, all but the held-out tenth
+    n: int = 200,      # pairs to draw
+    into: str = None,  # folder of pairs or images that receive the lesions of start paste or inpaint
+    keep: str = None,  # folder of a segmenter (medsyn segment): images that disobey their mask are dropped
+    least: float = 0.5,  # with keep: smallest Dice between its prediction and the mask
+    **kw               # of `synthesize`
+):
     "Draw synthetic pairs; the same command resumes."
     from medsyn.core import default_device
     from medsyn.experiment import draws_pairs, split_once
@@ -225,12 +232,19 @@ def synth(generator: str,    # folder of medsyn train
     if data is None and not draws_pairs(opened):
         raise MedsynError("this generator draws under given masks: say whose with --data")
     pairs = None if draws_pairs(opened) else split_once(data).train
-    made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), **kw)
+    made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into), **kw)
     n_dropped = len(finished(Path(out))) - len(made)
     dropped = f'; {n_dropped} were dropped' if keep or n_dropped else ''
     print(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl{dropped}')
     print(f"Next: medsyn score {out} --real {data or 'REAL_FOLDER'}, then"
           f" medsyn compare {data or 'REAL_FOLDER'} --tests TEST_FOLDER --arms real {out} --out results")
+
+def _receivers(folder):
+    "Pairs, or images without masks; nothing without a folder."
+    if not folder: return None
+    from medsyn.data.pairs import find_images, find_pairs
+    try: return find_pairs(folder)
+    except MedsynError: return find_images(folder)
 
 def _obedient(segmenter, least):
     "What keeps an image that obeys its mask; nothing without a segmenter."
@@ -240,7 +254,7 @@ def _obedient(segmenter, least):
     from medsyn.segment.models import Segmenter
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
-# %% ../nbs/api/80_cli.ipynb #19c32f48
+# %% ../nbs/api/80_cli.ipynb #4b99a333
 @command('experiment.train_segmenter', leave='pairs device', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -269,14 +283,14 @@ def segment(data: str,             # folder or list of real pairs
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
-# %% ../nbs/api/80_cli.ipynb #3362c1de
-@command('fit.fit', leave='labelled synthesis', example='medsyn fit data --out model --minutes 60')
+# %% ../nbs/api/80_cli.ipynb #fafbd5b3
+@command('fit.fit', leave='labelled synthesis', example='medsyn fit data --out fitted --minutes 60')
 def fit(data: str,              # folder or list of labelled pairs, 8 or more
         out: str,               # folder to write: model/, report.md, cv/; the same command resumes
         unlabelled: str = None, # folder of images without masks
         **kw                    # of `fit.fit`
        ):
-    "From a few labelled images to the best model that the minutes allow, chosen by cross-validation: the main job."
+    "From a few labelled images to the best model that the minutes allow: the main job."
     from medsyn.fit import fit as train_best
     out = train_best(data, out, unlabelled or (), **kw)
     found = (out/'report.md').read_text().split('\n\n')[1]
@@ -285,30 +299,34 @@ def fit(data: str,              # folder or list of labelled pairs, 8 or more
 
 @command('fit.predict_images', leave='models images', late='average',
          example='medsyn predict model test/images --out predictions')
-def predict(model: str,                   # folder of medsyn segment, or the model of medsyn fit
-            images: str,                  # folder of images
-            out: str,                     # folder to write: masks, probabilities, overlays, predictions.csv
-            average: Sequence[str] = (),  # folders of further models, whose probabilities are averaged with the first's
-            **kw                          # of `predict_images`
-           ):
+def predict(
+    model: str,                   # folder of medsyn segment, or the model of medsyn fit
+    images: str,                  # folder of images
+    out: str,                     # folder to write: masks, probabilities, overlays, predictions.csv
+    average: Sequence[str] = (),  # folders of further models to average with
+    **kw                          # of `predict_images`
+):
     "Segment the images of a folder, at their own size; the same command resumes."
     from medsyn.fit import predict_images
     out = predict_images([model, *average], images, out, **kw)
-    print(f'Made: {out}/masks, {out}/probabilities, {out}/overlays, {out}/predictions.csv (area and confidence of each)')
+    print(f'Made: {out}/masks, {out}/probabilities, {out}/overlays')
+    print(f'Made: {out}/predictions.csv (area and confidence of each)')
 
 @command('evaluate.overlap.evaluate_segmenter', 'evaluate.report.report',
-         leave='model testsets synthetic extractors lpips_weights device', example='medsyn score model --tests test')
-def score(what: str,       # a segmenter (with --tests), or synthetic images (with --real): a folder or a list
-          tests: Sequence[str] = None, # score a segmenter on these folders or lists of pairs; NAME=FOLDER names one
-          real: str = None, # score images against these real ones, a folder or a list
-          out: str = None, # of --tests: scores as CSV; of --real: folder (default WHAT_report)
-          segmenter: str = None, # with --real: folder of a segmenter trained on real pairs alone
-          generator: str = None, # with --real: folder of the generator
-          extractor: Sequence[str] = (), # with --real: Inception weights (file), a CLIP (folder or hub id), a segmenter
-          lpips: str = None, # with --real: torchvision's alexnet weights (file)
-          bs: int = 16,    # images per batch
-          **kw             # of `evaluate_segmenter` or `report`
-         ):
+         leave='model testsets synthetic extractors lpips_weights device',
+         example='medsyn score model --tests test')
+def score(
+    what: str,             # a segmenter (with --tests), or synthetic images (with --real): a folder or a list
+    tests: Sequence[str] = None,  # test folders or lists for a segmenter; NAME=FOLDER names one
+    real: str = None,      # score images against these real ones, a folder or a list
+    out: str = None,       # of --tests: scores as CSV; of --real: folder (default WHAT_report)
+    segmenter: str = None,  # with --real: folder of a segmenter trained on real pairs alone
+    generator: str = None,  # with --real: folder of the generator
+    extractor: Sequence[str] = (),  # with --real: Inception weights, a CLIP, or a segmenter
+    lpips: str = None,     # with --real: torchvision's alexnet weights (file)
+    bs: int = 16,          # images per batch
+    **kw                   # of `evaluate_segmenter` or `report`
+):
     "Score a segmenter on test sets (--tests), or synthetic images against real ones (--real)."
     if (tests is None) == (real is None):
         raise MedsynError("say what to score: a segmenter on test sets with --tests,"
@@ -346,7 +364,8 @@ def _score_images(synthetic, real, out, bs, opened, kw):
     page = report(synthetic, real, out, bs=bs, **opened, **taken)
     found = load_json(out/'report.json')
     print(*found['short'], *[f'Not measured, or with a reservation: {s}' for s in found['missing']], sep='\n')
-    print(f'Made: {page} (open it in a browser), {out}/report.json (every number), {out}/images.csv (one row an image)')
+    print(f'Made: {page} (open it in a browser)')
+    print(f'Made: {out}/report.json (every number), {out}/images.csv (one row an image)')
 
 # %% ../nbs/api/80_cli.ipynb #ba84dc3b
 def named(paths: Sequence[str]  # folders or lists, or `name=folder`
@@ -356,36 +375,43 @@ def named(paths: Sequence[str]  # folders or lists, or `name=folder`
     for path in paths:
         name, _, folder = str(path).rpartition('=')
         name = name or (Path(folder).stem if folder.endswith('.csv') else Path(folder).resolve().name)
-        if name in out: raise MedsynError(f"two sets are called {name!r}: call one of them otherwise, as NEWNAME={folder}")
+        if name in out:
+            raise MedsynError(f"two sets are called {name!r}: call one of them otherwise,"
+                              f" as NEWNAME={folder}")
         out[name] = folder
     return out
 
 @command('experiment.compare', leave='train segmenters', late='subsets',
          example='medsyn compare data --tests test --arms real two-passes synthetic --out results')
-def compare(data: str,                  # folder or list of real training pairs
-            tests: Sequence[str],       # test folders or lists; NAME=FOLDER names one
-            out: str,                   # results folder; the same command resumes, started twice it is shared
-            arms: Sequence[str] = ('real', 'two-passes'), # short forms (medsyn catalog lists them), or folders of pairs
-            network: Sequence[str] = ('unet',), # unet, segformer, ...
-            unlabelled: str = None,     # folder of images without masks, for the arms that use them
-            subsets: Sequence[str] = (), # further training sets instead of DATA; NAME=FOLDER names one
-            **kw                        # of `experiment.compare`
-           ):
+def compare(
+    data: str,                          # folder or list of real training pairs
+    tests: Sequence[str],               # test folders or lists; NAME=FOLDER names one
+    out: str,                           # results folder; the same command resumes, started twice it is shared
+    arms: Sequence[str] = ('real', 'two-passes'),  # short forms (see medsyn catalog), or folders of pairs
+    network: Sequence[str] = ('unet',),  # unet, segformer, ...
+    unlabelled: str = None,             # folder of images without masks, for the arms that use them
+    subsets: Sequence[str] = (),        # further training sets instead of DATA; NAME=FOLDER names one
+    **kw                                # of `experiment.compare`
+):
     "Train a segmenter per arm and seed, score each image, print the differences with intervals."
     from medsyn.experiment import compare as run_comparison
     subsets = named(subsets) or None
     train = None if subsets else data
-    out = run_comparison(train, named(tests), named(arms), out, network, unlabelled=unlabelled or (), subsets=subsets, **kw)
+    out = run_comparison(train, named(tests), named(arms), out, network, unlabelled=unlabelled or (),
+                         subsets=subsets, **kw)
     print('', (out/'table.md').read_text(), sep='\n')
-    print(f'Made: {out}/table.md, differences.csv, figure.png, scores.csv (one row an image), runs/ (with held-out curves)')
+    print(f'Made: {out}/table.md, differences.csv, figure.png, scores.csv (one row an image)')
+    print(f'Made: {out}/runs/ (scores and held-out curve of each run)')
 
 @command(example='medsyn catalog')
 def catalog():
     "List the methods of generators, and the arms that compare, segment and fit train."
-    from medsyn.generate.catalog import METHODS
+    from medsyn.generate.catalog import METHODS, settings_of
     from medsyn.segment.catalog import ARMS
-    print('Methods of medsyn train --method:')
-    for name, method in METHODS.items(): print(f'  {name:18} {method.about}')
+    print('Methods of medsyn train --method, and what --set changes:')
+    for name, method in METHODS.items():
+        print(f'  {name:18} {method.about}')
+        print(' '*21 + ', '.join(f'{k}={setting.default}' for k, setting in settings_of(name).items()))
     print('', 'Arms of medsyn compare --arms and medsyn segment --arm; they combine with +:', sep='\n')
     for name, arm in ARMS.items():
         form = f'{name}:{arm.folder.upper()}' if arm.folder else name
@@ -406,9 +432,10 @@ def bench(out: str = None,  # also write the table here, as CSV
 def usage() -> str:
     "The overview that `medsyn --help` prints."
     width = max(map(len, COMMANDS))
-    lines = [f'  {name:{width}}  {one.about.split("; `MedsynError`")[0]}' for name, one in COMMANDS.items()]
+    lines = [f'  {name:{width}}  {one.run.__doc__}' for name, one in COMMANDS.items()]
     return '\n'.join(['usage: medsyn COMMAND [options]', '',
-                      'From a few labelled images to a better segmentation model, by way of synthetic image-mask pairs.', '',
+                      'From a few labelled images to a better segmentation model,'
+                      ' by way of synthetic image-mask pairs.', '',
                       'commands:', *lines, '',
                       'medsyn COMMAND --help shows the options of a command; medsyn --version the versions.',
                       'Start with: medsyn quickstart'])
@@ -418,7 +445,8 @@ def quiet():
     for module in ('torch', 'fastai', 'diffusers', 'transformers', 'timm', 'segmentation_models_pytorch'):
         warnings.filterwarnings('ignore', module=rf'{module}(\.|$)')
     warnings.filterwarnings('ignore', message='.*torch.jit.*')
-    silent = dict(TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error', HF_HUB_DISABLE_PROGRESS_BARS='1', MPLBACKEND='agg')
+    silent = dict(TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error',
+                  HF_HUB_DISABLE_PROGRESS_BARS='1', MPLBACKEND='agg')
     for name, value in silent.items(): os.environ.setdefault(name, value)
     warnings.showwarning = lambda message, *a, **k: print(f'medsyn: note: {message}', file=sys.stderr)
 
@@ -459,15 +487,16 @@ class _OneLine(argparse.HelpFormatter):
 
 def parser_of(name: str     # a command
              ) -> argparse.ArgumentParser:  # its parser
-    "A command's parser: the first parameter is positional (and the images of predict), every other one is an option."
+    "A command's parser: the first parameter and the images of predict are positional, the others options."
     one = COMMANDS[name]
     options = one.options
     needed = [o for o in options.values() if o.required]
     positional = [o.name for i, o in enumerate(needed) if i == 0 or o.name == 'images']
     words = [o.name.upper() if o.name in positional else f'--{o.name} {_placeholder(o)}' for o in needed]
-    parser = argparse.ArgumentParser(prog=f'medsyn {name}', usage=' '.join(['medsyn', name, *words, '[options]']),
-                                     description=one.about, epilog=f'Example: {one.example}',
-                                     formatter_class=_OneLine, allow_abbrev=False)
+    usage = ' '.join(['medsyn', name, *words, '[options]'])
+    parser = argparse.ArgumentParser(prog=f'medsyn {name}', usage=usage, description=one.run.__doc__,
+                                     epilog=f'Example: {one.example}', formatter_class=_OneLine,
+                                     allow_abbrev=False)
     for option in options.values(): _add(parser, option, option.name in positional)
     return parser
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'digest', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once',
-           'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm',
-           'unlabelled_images', 'check_unlabelled', 'open_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
+           'unlabelled_images', 'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run',
+           'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
            'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
            'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
@@ -38,24 +38,25 @@ from torch import nn
 from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick,
                          save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash, random_stream,
-                               read_image, read_pair, same_images, save_list, split_pairs)
+from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash,
+                               random_stream, read_image, read_pair, same_images, save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
 from .diffusion.sample import sample
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
-from .generate.catalog import METHODS, generator_learners, load_generator
+from .generate.catalog import METHODS, check_settings, generator_learners, load_generator
 from .segment.annealing import RealAnchorCB
-from .segment.catalog import MIX_ARMS, Arm, as_arm, callbacks_of, mixing_arms     # noqa: F401 (two are for callers)
+from .segment.catalog import Arm, as_arm, callbacks_of, mixing_arms, MIX_ARMS  # noqa: F401 (re-export)
 from .segment.learner import LOSSES, DiceMetric, segment_learner
 from .segment.mixing import check_partners, partner_dls
 from .segment.models import segmenter
+from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #57e86a58
+# %% ../nbs/api/70_experiment.ipynb #a20cde33
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -69,17 +70,43 @@ class Split:
         "All of them, sorted by name."
         return sorted([*self.train, *self.held])
 
-def split_once(pairs: 'list | str | Path | Split',  # labelled `Pair`s or their folder; a `Split` is returned as it is
-               share: float = .1                    # what is held out, in (0,1)
-              ) -> Split:                           # the same for the same pairs
+def split_once(
+    pairs: 'list | str | Path | Split',  # labelled `Pair`s or their folder; a `Split` is returned as it is
+    share: float = .1                    # what is held out, in (0,1)
+) -> Split:                              # the same for the same pairs
     "Hold out the pairs that nothing is trained on or drawn from; `MedsynError` for fewer than 8 pairs."
     if isinstance(pairs, Split): return pairs
     pairs = list(pairs) if isinstance(pairs, (list, tuple)) else find_pairs(pairs)
     if len(pairs) < LEAST_PAIRS:
-        raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed for training and validation")
+        raise MedsynError(f"only {len(pairs)} pairs: at least {LEAST_PAIRS} are needed"
+                          " for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #ed431c52
+# %% ../nbs/api/70_experiment.ipynb #d257c4f1
+def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
+                     ) -> list:                         # of image files
+    "The images without masks that were given."
+    if isinstance(given, (str, Path)): return find_images(given)
+    return [Path(f) for f in given or ()]
+
+def check_unlabelled(unlabelled: Sequence,  # image files without masks
+                     pairs: Sequence,       # `Pair`s
+                     what: str              # what these are: "labelled", "test"
+                    ):
+    "`MedsynError` if an image without a mask has the pixels of one of the pairs' images."
+    both = same_images(unlabelled, pairs) if len(unlabelled) else []
+    if both:
+        raise MedsynError(f"{len(both)} of {len(unlabelled)} images without masks are {what} images"
+                          f" ({both[0].name} first): take them out of the unlabelled ones")
+
+def open_arm(form: object,              # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
+             split: Split,              # the labelled pairs
+             unlabelled: Sequence = ()  # image files without masks, or their folder
+            ) -> Arm:                   # the arm
+    "An arm for a split; `MedsynError` if it cannot be made or trained on it."
+    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
+
+# %% ../nbs/api/70_experiment.ipynb #0f173cd8
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -92,8 +119,9 @@ class HeldOutCurveCB(EvalCB):
                 metric.accumulate(SimpleNamespace(pred=self.learn.model(x), y=y))
         return {self.column: metric.value}
 
-def run_log(learn: Learner     # trained with `fit_steps`
-           ) -> pd.DataFrame:  # one row a step: step, loss, every term, lr, and the held-out Dice where it was measured
+def run_log(
+    learn: Learner  # trained with `fit_steps`
+) -> pd.DataFrame:  # one row a step: step, loss, every term, lr, and the held-out Dice where measured
     "What happened in a run."
     steps, curve = learn.history.frame(), learn.history.evals()
     return steps.merge(curve, how='left', on='step') if len(curve) else steps
@@ -103,34 +131,35 @@ def _segmenter_dls(split, arm, size, bs, seed, augment, device):
     """The loaders of one run.
 
     Fewer than 8 training pairs are repeated; with nothing held out, every pair is trained on."""
-    copies = max(arm.copies, -(-LEAST_PAIRS//len(split.train)))
+    copies = max(arm.copies, -(-LEAST_PAIRS//max(len(split.train) - (not split.held), 1)))
     training = [*split.train*copies, *arm.pairs]
     kw = dict(seed=seed, augment=augment, device=device)
     if split.held: return pair_dls(training, size, bs, valid=split.held, **kw)
     without_first = [p for p in training if p != split.train[0]]
-    dls = pair_dls(without_first, size, bs, valid=split.train[:1], **kw)
+    dls = pair_dls(without_first*copies, size, bs, valid=split.train[:1], **kw)     # its loader is replaced
     everything = dls.train.new(PairDataset(training, size).load(), bs=min(bs, len(training)))
     both = DataLoaders(everything, dls.valid, device=dls.device)
     both.pairs_train, both.pairs_valid, both.size = training, [], size
     return both
 
-def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s (8 or more) or their folder
-                    arm: 'Arm | str',         # what is added: an arm, or its short form
-                    network: str = 'unet',    # a key of `segment.models.NETWORKS`
-                    encoder: str = 'resnet18', # any encoder of segmentation-models-pytorch or timm
-                    encoder_weights: str = None, # `None`: from scratch; a name (imagenet) or a path
-                    seed: int = 0,            # of weights, order and augmentation
-                    size: int = 96,           # side in pixels at which the network sees the images
-                    steps: int = 1200,        # optimiser steps
-                    bs: int = 16,             # real images per step
-                    lr: float = 1e-3,         # peak of the one-cycle schedule
-                    loss: str = 'bce_dice',   # bce_dice, cross_entropy or structure_loss
-                    device: str = None,       # `None`: the accelerator if there is one
-                    augment: str = 'strong',  # a key of `data.pairs.AUGMENT`
-                    ema: float = None,        # decay of averaged weights, in (0,1); `None`: none
-                    curve_every: int = None,  # steps between points of the held-out curve (default ten in the run)
-                    unlabelled: Sequence = () # image files without masks, for an arm given by its short form
-                   ) -> Learner:              # trained; `run_log` has its losses and its held-out curve
+def train_segmenter(
+    pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
+    arm: 'Arm | str',                    # what is added: an arm, or its short form
+    network: str = 'unet',               # a key of `segment.models.NETWORKS`
+    encoder: str = 'resnet18',           # any encoder of segmentation-models-pytorch or timm
+    encoder_weights: str = None,         # `None`: from scratch; a name (imagenet) or a path
+    seed: int = 0,                       # of weights, order and augmentation
+    size: int = 96,                      # side in pixels at which the network sees the images
+    steps: int = 1200,                   # optimiser steps
+    bs: int = 16,                        # real images per step
+    lr: float = 1e-3,                    # peak of the one-cycle schedule
+    loss: str = 'bce_dice',              # bce_dice, cross_entropy or structure_loss
+    device: str = None,                  # `None`: the accelerator if there is one
+    augment: str = 'strong',             # a key of `data.pairs.AUGMENT`
+    ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
+    curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
+    unlabelled: Sequence = ()            # image files without masks, for an arm given by its short form
+) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     split = split_once(pairs)
     arm = open_arm(arm, split, unlabelled)
@@ -138,12 +167,13 @@ def train_segmenter(pairs: 'list | str | Path | Split', # real training `Pair`s 
     if arm.partners is not None: dls = partner_dls(dls, arm.partners)
     curve = [HeldOutCurveCB(curve_every)] if split.held else []
     with seeded(seed_of(seed, 'weights')):
-        model = segmenter(network, encoder, encoder_weights, size)
+        if arm.init: model = diffusion_segmenter(Backbone.from_pretrained(arm.init), size)
+        else: model = segmenter(network, encoder, encoder_weights, size)
         learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #e405d814
+# %% ../nbs/api/70_experiment.ipynb #5b14d388
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -165,7 +195,7 @@ def _wants_generator(form):
     if callable(form): return 'generator' in signature(form).parameters
     return isinstance(form, (str, Path)) and '{generator}' in str(form)
 
-def arm_form(form,              # a form that `as_arm` takes; with placeholders; a dict per subset; a function
+def arm_form(form: object,      # a form that `as_arm` takes; with placeholders; a dict per subset; a function
              subset: str = '',  # labelled subset
              generator: str = '' # generator
             ):                  # the form of this subset and generator
@@ -186,14 +216,15 @@ def design(arms: dict,              # name -> form
           ) -> list:                # of `Run`; all arms of a seed and subset stand together
     "Every run of a comparison."
     runs = []
-    for seed, subset, segmenter_name, (arm, form) in itertools.product(seeds, subsets, segmenters, arms.items()):
+    for seed, subset, network, (arm, form) in itertools.product(seeds, subsets, segmenters, arms.items()):
         depends = _wants_generator(form)
         if depends and not len(generators):
-            raise MedsynError(f"arm {arm!r} depends on the generator, and no generators are named: give generators=(...)")
-        runs += [Run(arm, segmenter_name, seed, subset, g) for g in (generators if depends else [''])]
+            raise MedsynError(f"arm {arm!r} depends on the generator, and no generators are named:"
+                              " give generators=(...)")
+        runs += [Run(arm, network, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #6e2e4951
+# %% ../nbs/api/70_experiment.ipynb #dce2f6e3
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -207,8 +238,8 @@ def _is_alive(pid):
 def _is_void(path):
     "Whether nobody is behind a claim any more."
     try:
-        claim, age = json.loads(path.read_text() or '{}'), time.time() - path.stat().st_mtime
-    except (OSError, ValueError): return False          # released just now, or being written: look again later
+        claim, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
+    except (OSError, ValueError): return False      # released just now, or being written
     same_host = claim.get('host') == socket.gethostname()
     return age > VOID_AFTER or (same_host and not _is_alive(claim['pid']))
 
@@ -262,7 +293,7 @@ def _describe_callback(cb):
     return f"{type(cb).__name__}({', '.join(f'{k}={t}' for k, t in texts.items() if t is not None)})"
 
 def _content(value):
-    "A field of an arm by its contents: pairs, image files, a folder of weights or of masks, or a plain value."
+    "A field of an arm by its contents: pairs, image files, a folder, or a plain value."
     if isinstance(value, dict): value = [p for k in sorted(value) for p in value[k]]
     if isinstance(value, Path): value = sorted(f for f in value.rglob('*') if f.is_file())
     if not isinstance(value, list): return value
@@ -272,38 +303,15 @@ def _content(value):
 def describe_arm(arm: Arm   # any arm
                 ) -> dict:  # its settings, with pairs, images and networks by their contents
     "What determines an arm, for the folder's mark."
-    default = Arm()
-    changed = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != getattr(default, f.name)}
-    changed.pop('cbs', None)
-    callbacks = [_describe_callback(c) for c in callbacks_of(arm)]
-    return {**{k: _content(v) for k, v in changed.items()}, 'cbs': callbacks}
+    default, described = Arm(), {}
+    for name in [f.name for f in fields(Arm) if f.name != 'cbs']:
+        value = getattr(arm, name)
+        if value != getattr(default, name): described[name] = _content(value)
+    return dict(described, cbs=[_describe_callback(c) for c in callbacks_of(arm)])
 
 _describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #e272701d
-def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
-                     ) -> list:                         # of image files
-    "The images without masks that were given."
-    if isinstance(given, (str, Path)): return find_images(given)
-    return [Path(f) for f in given or ()]
-
-def check_unlabelled(unlabelled: Sequence,  # image files without masks
-                     pairs: Sequence,       # `Pair`s
-                     what: str              # what these are: "labelled", "test"
-                    ):
-    "`MedsynError` if an image without a mask has the pixels of one of the pairs' images."
-    both = same_images(unlabelled, pairs) if len(unlabelled) else []
-    if both:
-        raise MedsynError(f"{len(both)} of {len(unlabelled)} images without masks are {what} images ({both[0].name} first):"
-                          " take them out of the unlabelled ones")
-
-def open_arm(form,                      # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
-             split: Split,              # the labelled pairs
-             unlabelled: Sequence = ()  # image files without masks, or their folder
-            ) -> Arm:                   # the arm
-    "An arm for a split; `MedsynError` if it cannot be made or trained on it."
-    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
-
+# %% ../nbs/api/70_experiment.ipynb #84f61d5e
 def _check_arm(name, arm, split):
     "`MedsynError` if an arm cannot be trained on a split."
     if arm.partners is not None: check_partners(split.train, arm.partners)
@@ -367,7 +375,8 @@ class _Plan:
 
     def score(self, run, file):
         "Train and score one run."
-        score_run(file, self.splits[run.subset], self.tests, self.arms[run.arm, run.subset, run.generator], self.metrics,
+        arm = self.arms[run.arm, run.subset, run.generator]
+        score_run(file, self.splits[run.subset], self.tests, arm, self.metrics,
                   seed=run.seed, **self.networks[run.segmenter], **self.options)
 
 def _resolved_arms(runs, forms, splits, unlabelled):
@@ -380,6 +389,8 @@ def _resolved_arms(runs, forms, splits, unlabelled):
         arms[cell] = open_arm(form, splits[r.subset], unlabelled)
         _check_arm(r.arm, arms[cell], splits[r.subset])
     return arms
+
+def _pairs_of(given): return list(given) if isinstance(given, (list, tuple)) else find_pairs(given)
 
 def _some(name, given):
     "`MedsynError` if nothing is given."
@@ -432,37 +443,38 @@ def read_scores(runs: Sequence,     # of `Run`
     scores = pd.concat(frames, ignore_index=True)
     return scores.drop(columns=[k for k in ('subset', 'generator') if not scores[k].any()])
 
-def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or more) or their folder; with `subsets`, `None`
-            tests: dict,           # name -> list of `Pair` or folder; no test image may be a training image
-            arms: dict,            # name -> what `as_arm` takes, or a form that `arm_form` resolves
-            out: str | Path,       # results folder; the same call resumes, started twice it is shared
-            segmenters: Sequence = ('unet',), # names of networks, or dicts of `train_segmenter`'s network keywords
-            seeds: Sequence[int] = (0, 1, 2), # one run each; three or more for a claim
-            baseline: str = None,  # the arm the others are compared with (default real, or the first)
-            metric: str = 'dice@0.5', # what the intervals are about
-            size: int = 96,        # side in pixels at which the networks see the images
-            steps: int = 1200,     # optimiser steps, the same for every arm
-            bs: int = 16,          # real images per step
-            lr: float = 1e-3,      # peak learning rate
-            loss: str = 'bce_dice', # bce_dice, cross_entropy or structure_loss
-            metrics: Sequence[str] = METRICS_SHOWN, # per-image scores, names in `evaluate.overlap.METRICS`
-            encoder: str = 'resnet18', # of the networks given by name
-            encoder_weights: str = None, # a name (imagenet) or a path (default: from scratch)
-            augment: str = 'strong', # of the real pairs: strong, full, flip or none
-            ema: float = None,     # decay of averaged weights, in (0,1) (default: no averaging)
-            unlabelled: Sequence = (), # image files without masks, for the arms that use them
-            subsets: dict = None,  # name -> labelled pairs, folder or `Split`; each is trained on with all arms
-            generators: Sequence[str] = (), # names of generators, for arms that depend on them
-            curve_every: int = None, # steps between points of the held-out curve (default ten in a run)
-            jobs: int = 1          # processes of one thread each that share the runs; 1: this process
-           ) -> Path:              # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
+def compare(
+    train: 'list | str | Path | Split',  # real `Pair`s (8 or more) or their folder; `None` with `subsets`
+    tests: dict,                 # name -> list of `Pair` or folder; no test image may be a training image
+    arms: dict,                  # name -> what `as_arm` takes, or a form that `arm_form` resolves
+    out: str | Path,             # results folder; the same call resumes, started twice it is shared
+    segmenters: Sequence = ('unet',),  # names of networks, or dicts of `train_segmenter`'s network keywords
+    seeds: Sequence[int] = (0, 1, 2),  # one run each; three or more for a claim
+    baseline: str = None,        # the arm the others are compared with (default real, or the first)
+    metric: str = 'dice@0.5',    # what the intervals are about
+    size: int = 96,              # side in pixels at which the networks see the images
+    steps: int = 1200,           # optimiser steps, the same for every arm
+    bs: int = 16,                # real images per step
+    lr: float = 1e-3,            # peak learning rate
+    loss: str = 'bce_dice',      # bce_dice, cross_entropy or structure_loss
+    metrics: Sequence[str] = METRICS_SHOWN,  # per-image scores, names in `evaluate.overlap.METRICS`
+    encoder: str = 'resnet18',   # of the networks given by name
+    encoder_weights: str = None,  # a name (imagenet) or a path (default: from scratch)
+    augment: str = 'strong',     # of the real pairs: strong, full, flip or none
+    ema: float = None,           # decay of averaged weights, in (0,1) (default: no averaging)
+    unlabelled: Sequence = (),   # image files without masks, for the arms that use them
+    subsets: dict = None,        # name -> labelled pairs, folder or `Split`; each is trained on with all arms
+    generators: Sequence[str] = (),  # names of generators, for arms that depend on them
+    curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
+    jobs: int = 1                # processes of one thread each that share the runs; 1: this process
+) -> Path:                       # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
     """Train every arm with every network and seed, score it image by image, and say what differs.
 
     `MedsynError` before any training for what cannot be compared."""
     started, request = time.time(), {k: v for k, v in locals().items() if k not in ('out', 'jobs')}
     subsets = {'': train} if subsets is None else subsets
     splits = {str(k): split_once(v) for k, v in _some('subsets', subsets).items()}
-    tests = {k: list(v) if isinstance(v, (list, tuple)) else find_pairs(v) for k, v in _some('tests', tests).items()}
+    tests = {k: _pairs_of(v) for k, v in _some('tests', tests).items()}
     unlabelled = unlabelled_images(unlabelled)
     for split in splits.values():
         _check_apart(split, tests)
@@ -473,8 +485,10 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     pick(loss, LOSSES, 'loss')
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
-    options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema, curve_every=curve_every)
-    plan = _Plan(splits, tests, networks, runs, _resolved_arms(runs, arms, splits, unlabelled), list(metrics), options)
+    options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
+                   curve_every=curve_every)
+    resolved = _resolved_arms(runs, arms, splits, unlabelled)
+    plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options)
 
     out = open_run(out, plan.config(), 'compare')
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
@@ -487,7 +501,7 @@ def compare(train: 'list | str | Path | Split', # real training `Pair`s (8 or mo
     save_json(out/'run.json', about)
     return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #ed1397af
+# %% ../nbs/api/70_experiment.ipynb #047abe89
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])
@@ -496,7 +510,8 @@ def _to_plain(value):
     if isinstance(value, (list, tuple)): return [_to_plain(v) for v in value]
     if isinstance(value, Path): return str(value)
     if value is None or isinstance(value, (bool, int, float, str)): return value
-    raise MedsynError(f"a {type(value).__name__} cannot be handed to another process: give arms in their short forms, or jobs=1")
+    raise MedsynError(f"a {type(value).__name__} cannot be handed to another process:"
+                      " give arms in their short forms, or jobs=1")
 
 def _from_plain(value):
     "The inverse of `_to_plain`."
@@ -510,7 +525,7 @@ def run_jobs(request: dict,     # keywords of `compare`
              out: Path,         # its folder
              jobs: int          # processes
             ):
-    "Fill a comparison's folder with several processes of one thread each; `MedsynError` with the last line of one that failed."
+    "Fill a comparison's folder with several processes of one thread each; `MedsynError` if one fails."
     call = json.dumps(_to_plain({**request, 'out': out}))
     code = ('import json, sys; from medsyn.experiment import _from_plain, compare;'
             'compare(**_from_plain(json.load(sys.stdin)))')
@@ -533,25 +548,29 @@ def run_jobs(request: dict,     # keywords of `compare`
     for child, log in zip(children, logs, strict=True):
         if child.returncode:
             lines = log.read_text().strip().splitlines() or ['it left no message']
-            raise MedsynError(f"a process of the comparison failed ({lines[-1]}): its whole output is in {log}")
+            raise MedsynError(f"a process of the comparison failed ({lines[-1]}):"
+                              f" its whole output is in {log}")
 
 # %% ../nbs/api/70_experiment.ipynb #8aa94f01
-def report(scores: pd.DataFrame,  # arm, segmenter, seed, testset, name, metrics; subset and generator where they vary
-           out: str | Path,       # folder to write
-           baseline: str = None,  # the arm the others are compared with (default real, or the first)
-           metric: str = 'dice@0.5' # what the intervals are about
-          ) -> Path:              # the folder
+def report(
+    scores: pd.DataFrame,  # arm, segmenter, seed, testset, name, metrics; subset, generator where they vary
+    out: str | Path,       # folder to write
+    baseline: str = None,  # the arm the others are compared with (default real, or the first)
+    metric: str = 'dice@0.5'  # what the intervals are about
+) -> Path:                 # the folder
     "Write scores.csv, table.csv, table.md, differences.csv and figure.png."
     out = Path(out)
     baseline = baseline_of(scores.arm.unique(), baseline)
     columns = [m for m in scores if m not in (*FACTORS, 'testset', 'name')]
-    per_image = scores.groupby(['arm', 'segmenter', 'testset', 'name'], sort=False)[columns].mean().reset_index()
+    images = scores.groupby(['arm', 'segmenter', 'testset', 'name'], sort=False)
+    per_image = images[columns].mean().reset_index()
     means = summarise(per_image, by=('arm', 'segmenter'))
     differences = compare_arms(scores, baseline, metric)
     write_atomic(out/'scores.csv', scores.to_csv(index=False))
     write_atomic(out/'table.csv', means.to_csv())
     write_atomic(out/'differences.csv', differences.to_csv(index=False))
-    write_atomic(out/'table.md', table_text(means, differences, metric, scores.seed.nunique(), baseline) + '\n')
+    text = table_text(means, differences, metric, scores.seed.nunique(), baseline)
+    write_atomic(out/'table.md', text + '\n')
     if len(differences): save_png(plot_differences(differences).figure, out/'figure.png')
     return out
 
@@ -593,7 +612,8 @@ def _from_folder(data, n_train, n_test, seed):
     "Training and test pairs of a folder: at most a quarter is for testing."
     pairs = find_pairs(data)
     if len(pairs) < 12:
-        raise MedsynError(f"{data} holds {len(pairs)} pairs: at least 12 are needed, 8 to train on and a quarter to test on")
+        raise MedsynError(f"{data} holds {len(pairs)} pairs: at least 12 are needed,"
+                          " 8 to train on and a quarter to test on")
     order = np.random.default_rng(seed_of(seed, 'split')).permutation(len(pairs))
     n_test = min(n_test, len(pairs)//4)
     test, train = order[:n_test], order[n_test:n_test + n_train]
@@ -601,7 +621,8 @@ def _from_folder(data, n_train, n_test, seed):
 
 def _data(out, data, n_train, n_test, size, seed):
     "Training and test pairs, rendered or from a folder; listed in data/train.csv and data/test.csv."
-    train, test = _rendered(out, n_train, n_test, size, seed) if data is None else _from_folder(data, n_train, n_test, seed)
+    if data is None: train, test = _rendered(out, n_train, n_test, size, seed)
+    else: train, test = _from_folder(data, n_train, n_test, seed)
     save_list(out/'data'/'train.csv', train)
     save_list(out/'data'/'test.csv', test)
     return train, test
@@ -630,18 +651,19 @@ def generator_dls(split: Split,         # the labelled pairs
     copies = -(-LEAST_PAIRS//len(split.train))
     return pair_dls(split.train*copies, size, bs, valid=split.held, seed=seed, augment=augment)
 
-def make_backbone(pairs: 'list | Split',  # training `Pair`s, their masks are not looked at; or their split, made once
-                  out: str | Path,        # folder to write: a backbone
-                  size: int = 64,         # side in pixels
-                  steps: int = 1500,      # optimiser steps
-                  bs: int = 16,           # batch size
-                  lr: float = 1e-3,       # peak learning rate
-                  channels: Sequence[int] = (64, 128, 192), # U-Net channels per level
-                  prompt: str = None,     # the prompt it will know (default "A photo of a polyp.")
-                  seed: int = 0,          # of weights, order and noise
-                  unlabelled: Sequence = () # further images without masks to learn from
-                 ) -> Backbone:           # the pretrained tiny backbone
-    "Fit a tiny backbone on images alone, or open it if the folder holds it already (not needed with Stable Diffusion)."
+def make_backbone(
+    pairs: 'list | Split',        # training `Pair`s, their masks are not looked at; or their split, made once
+    out: str | Path,              # folder to write: a backbone
+    size: int = 64,               # side in pixels
+    steps: int = 1500,            # optimiser steps
+    bs: int = 16,                 # batch size
+    lr: float = 1e-3,             # peak learning rate
+    channels: Sequence[int] = (64, 128, 192),  # U-Net channels per level
+    prompt: str = None,           # the prompt it will know (default "A photo of a polyp.")
+    seed: int = 0,                # of weights, order and noise
+    unlabelled: Sequence = ()     # further images without masks to learn from
+) -> Backbone:                    # the pretrained tiny backbone
+    "Fit a tiny backbone on images alone, or open it if the folder holds it already."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     split = split_once(pairs)
     given_prompt = dict(prompt=prompt) if prompt else {}
@@ -673,34 +695,43 @@ def _check_method(method, backbone, steps):
     "The method's entry in the catalog; `MedsynError` if it lacks a backbone or has one too many."
     entry = METHODS[pick(method, METHODS, 'method')]
     if entry.backbone and backbone is None:
-        raise MedsynError(f"method {method!r} stands on a pretrained backbone: give one (medsyn pretrain makes one)")
+        raise MedsynError(f"method {method!r} stands on a pretrained backbone: give one"
+                          " (medsyn pretrain makes one)")
     if backbone is not None and not entry.backbone:
         raise MedsynError(f"method {method!r} has networks of its own: leave the backbone out")
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     return entry
 
-def make_generator(pairs: 'list | Split', # training `Pair`s, or their split, made once
-                   backbone: Backbone, # pretrained; `None` for a method that needs none (paired)
-                   out: str | Path,   # folder to write: a generator
-                   method: str = 'control', # a key of `generate.catalog.METHODS`
-                   steps: int = 3000, # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)
-                   bs: int = 16,      # batch size
-                   lr: float = None,  # learning rate (default 1e-5 on Stable Diffusion, else the method's own)
-                   size: int = None,  # side in pixels (default: the backbone's, without one 64)
-                   seed: int = 0,     # of order and noise
-                   probe: int = None, # steps between obedience probes (default: ten in the run)
-                   source: str = '',  # where the backbone came from, for the record
-                   settings: dict = None # the method's own settings; its paper's values are the defaults
-                  ):                  # the trained generator
+def make_generator(
+    pairs: 'list | Split',     # training `Pair`s, or their split, made once
+    backbone: Backbone,        # pretrained; `None` for a method that needs none (paired)
+    out: str | Path,           # folder to write: a generator
+    method: str = 'control',   # a key of `generate.catalog.METHODS`
+    steps: int = 3000,         # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)
+    bs: int = 16,              # batch size
+    lr: float = None,          # learning rate (default 1e-5 on Stable Diffusion, else the method's own)
+    size: int = None,          # side in pixels (default: the backbone's, without one 64)
+    seed: int = 0,             # of order and noise
+    probe: int = None,         # steps between obedience probes (default: ten in the run)
+    source: str = '',          # where the backbone came from, for the record
+    settings: dict = None,     # the method's own settings; its paper's values are the defaults
+    unlabelled: Sequence = ()  # images without masks, for a method that learns from them (concat)
+):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
     entry = _check_method(method, backbone, steps)
     split, settings = split_once(pairs), dict(settings or {})
+    frames = unlabelled_images(unlabelled)
+    check_unlabelled(frames, split.held, 'held-out')
+    check_settings(method, dict(settings, unlabelled=frames) if frames else settings)
     tiny = backbone is None or backbone.is_tiny
     size, lr = size or (backbone.size if backbone else 64), lr or (entry.tiny_lr if tiny else 1e-5)
     if backbone: backbone.check_size(size)
-    config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs, lr=lr,
-                  size=size, seed=seed)
-    if settings: config['settings'] = settings
+    config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,
+                  lr=lr, size=size, seed=seed)
+    if settings: config['settings'] = dict(settings)
+    if frames:
+        config['unlabelled'] = [file_hash(f) for f in frames]
+        settings['unlabelled'] = frames
     dls = generator_dls(split, size, bs, seed, augment='flip' if tiny else 'none')
     make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe, **settings)
     if backbone is None: make()         # what does not fit shows before anything is written
@@ -738,7 +769,7 @@ def _probe_picture(out):
     save_png(axes.figure, out/'probe.png')
 
 def picture(out: str | Path,    # folder of a quickstart, with generator/probe.csv
-            generator,          # the trained generator
+            generator: nn.Module,# the trained generator
             pairs: list,        # real `Pair`s
             synthetic: list,    # synthetic `Pair`s
             steps: int,         # sampler steps
@@ -772,19 +803,19 @@ def commands(train: list,   # training pairs
     seeds, channels = ' '.join(map(str, o['seeds'])), ' '.join(map(str, o['channels']))
     on_backbone = METHODS[o['method']].backbone
     source = f'--backbone {again}/backbone' if on_backbone else f"--size {o['size']}"
-    pretrain = [f"medsyn pretrain {data}/train.csv --out {again}/backbone --size {o['size']} --steps {o['pretrain_steps']}"
-                f" --bs {o['bs']} --channels {channels} --seed {o['seed']}"]
+    pretrain = [f"medsyn pretrain {data}/train.csv --out {again}/backbone --size {o['size']}"
+                f" --steps {o['pretrain_steps']} --bs {o['bs']} --channels {channels} --seed {o['seed']}"]
     return '\n'.join([
         '# Each line makes one stage of this run again, in the folder "again".',
         '# The results are the same on the same machine and versions.',
         f"medsyn check {data}/train.csv",
         *(pretrain if on_backbone else []),
-        f"medsyn train {data}/train.csv {source} --out {again}/generator --method {o['method']} --steps {o['train_steps']}"
-        f" --bs {o['bs']} --seed {o['seed']}",
+        f"medsyn train {data}/train.csv {source} --out {again}/generator --method {o['method']}"
+        f" --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
         f"medsyn synth {again}/generator --data {data}/train.csv --out {again}/synthetic --n {o['n_synth']}"
         f" --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']}",
-        f"medsyn compare {data}/train.csv --tests {data}/test.csv --arms real real-twice {again}/synthetic --out {again}/results"
-        f" --size {o['size']} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
+        f"medsyn compare {data}/train.csv --tests {data}/test.csv --arms real real-twice {again}/synthetic"
+        f" --out {again}/results --size {o['size']} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 
 # %% ../nbs/api/70_experiment.ipynb #e1e65279
 def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
@@ -804,13 +835,15 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm
                seed: int = 0    # of everything else
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
-    "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, and the table."
+    "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."
     out, given = Path(out), data is not None
-    o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test, size=size,
-             n_synth=n_synth, bs=bs, channels=list(channels), pretrain_steps=pretrain_steps or (600 if given else 260),
-             train_steps=train_steps or (480 if given else 220), segment_steps=segment_steps or (110 if given else 60),
+    o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test,
+             size=size, n_synth=n_synth, bs=bs, channels=list(channels),
+             pretrain_steps=pretrain_steps or (600 if given else 260),
+             train_steps=train_steps or (480 if given else 220),
+             segment_steps=segment_steps or (110 if given else 60),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
-    if given: find_pairs(data)                                  # a wrong folder shows before anything is written
+    if given: find_pairs(data)              # a wrong folder shows before anything is written
     out = open_run(out, dict(o, data=str(data)), 'quickstart')
     train, test = _data(out, data, o['n_train'], n_test, size, seed)
     o['n_synth'] = n_synth or len(train)
@@ -819,13 +852,15 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
     split = split_once(train)
     backbone, source = None, ''
     if METHODS[method].backbone:
-        backbone = make_backbone(split, out/'backbone', size, o['pretrain_steps'], bs, channels=channels, seed=seed)
+        backbone = make_backbone(split, out/'backbone', size, o['pretrain_steps'], bs, channels=channels,
+                                 seed=seed)
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
-    generator = make_generator(split, backbone, out/'generator', method, o['train_steps'], bs, size=size, seed=seed,
-                               source=source).to(default_device())
-    drawn = synthesize(generator, split.train, out/'synthetic', o['n_synth'], steps=sample_steps, sampler=sampler,
-                       bs=16, seed=seed)
+    generator = make_generator(split, backbone, out/'generator', method, o['train_steps'], bs, size=size,
+                               seed=seed, source=source).to(default_device())
+    drawn = synthesize(generator, split.train, out/'synthetic', o['n_synth'], steps=sample_steps,
+                       sampler=sampler, bs=16, seed=seed)
     picture(out, generator, split.train, drawn, sample_steps, sampler, seed)
     arms = {'real': 'real', 'real-twice': 'real-twice', 'synthetic': drawn}
-    compare(split, {'test': test}, arms, out/'results', seeds=seeds, size=size, steps=o['segment_steps'], bs=8)
+    compare(split, {'test': test}, arms, out/'results', seeds=seeds, size=size,
+            steps=o['segment_steps'], bs=8)
     return out

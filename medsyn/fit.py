@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_
            'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
            'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
 
-# %% ../nbs/api/72_fit.ipynb #01255919
+# %% ../nbs/api/72_fit.ipynb #53ef0321
 import csv
 import io
 import math
@@ -22,21 +22,22 @@ import pandas as pd
 from fastai.callback.core import Callback
 from PIL import Image
 
-from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors, pick, save_json,
-                         seed_of, track, write_atomic)
-from .data.pairs import group_of, pair_dls, pairs_hash, read_image, split_pairs
+from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
+                         pick, save_json, seed_of, track, write_atomic)
+from .data.pairs import group_of, pairs_hash, read_image, split_pairs
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, images_of, make_backbone, make_generator,
-                               open_arm, read_scores, report, score_run, share_runs, split_once,
-                               train_segmenter, unlabelled_images)
-from .generate.catalog import METHODS, generator_learners
-from .segment.catalog import ARMS
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, draws_pairs,
+                               generator_dls, images_of, make_backbone, make_generator, open_arm,
+                               read_scores, report, score_run, share_runs, split_once, train_segmenter,
+                               unlabelled_images)
+from .generate.catalog import METHODS, generator_learners, settings_of
+from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
 from .segment.models import Segmenter, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
 
-# %% ../nbs/api/72_fit.ipynb #66ad4a67
+# %% ../nbs/api/72_fit.ipynb #10de5037
 def make_folds(pairs: Sequence,     # labelled `Pair`s
                k: int,              # folds, 2 or more
                seed: int = 0        # another seed, other folds
@@ -50,7 +51,7 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
     held_parts.append(remaining)
     return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
 
-# %% ../nbs/api/72_fit.ipynb #9f3a8e77
+# %% ../nbs/api/72_fit.ipynb #134f9505
 SPARE = .9              # share of the minutes that is planned with
 GENERATOR_SHARE = .3    # share of it that generators may take
 WORTH_STEPS = 400       # a further arm is tried only if every run gets so many steps
@@ -73,7 +74,8 @@ class TimePlan:
         folds = f", each in {self.folds} folds, and the best of them on all pairs" if self.folds else ''
         out = [f"{n_runs} run{plural} of {self.steps} steps: {names}{folds}"]
         if self.generator_steps:
-            out.append(f"{self.folds + 1} generators of {self.generator_steps} steps, one for each fold and one for all pairs")
+            out.append(f"{self.folds + 1} generators of {self.generator_steps} steps:"
+                       " one for each fold, and one for all pairs")
         for name, minutes in self.left_out.items():
             out.append(f"not tried: {name}, it would take {minutes:.0f} minutes more")
         return [*out, f"about {self.minutes:.0f} minutes in all"]
@@ -90,7 +92,8 @@ def plan_time(seconds: dict,  # arm -> seconds a step, in the order of preferenc
               n_groups: int,   # groups of labelled pairs (patients, videos)
               least_steps: int, # of a useful run
               most_steps: int, # of the longest useful run
-              generator: dict = None    # arm, seconds of a step and of drawing, least_steps, most_steps
+              generator: dict = None,   # arm, seconds of a step and of drawing, least_steps, most_steps
+              most_folds: int = 5       # of the cross-validation, 2 or more
              ) -> TimePlan:             # what fits
     "Divide the minutes; `MedsynError` if they are too few for one run."
     budget = 60*minutes*SPARE
@@ -106,7 +109,8 @@ def plan_time(seconds: dict,  # arm -> seconds a step, in the order of preferenc
     while len(arms) > 1 and run_seconds(worth, arms, 2) + reserved > budget:
         name, cost = arms.popitem()
         left_out[name] = 2*worth*cost/60
-    folds = _choose_folds(arms, budget, n_groups, min(ENOUGH_STEPS, most_steps), generator_steps)
+    enough = min(ENOUGH_STEPS, most_steps)
+    folds = _choose_folds(arms, budget, min(n_groups, most_folds), enough, generator_steps)
     steps = int((budget - reserved)/run_seconds(1, arms, folds))
     steps = min(max(steps, least_steps), most_steps)
     total = (run_seconds(steps, arms, folds) + reserved)/60
@@ -132,14 +136,14 @@ def _generator_share(generator, arms, budget, least_steps):
     fits = steps >= generator['least_steps'] and run_seconds(least_steps, arms, 2) + reserved <= budget
     return (steps, reserved) if fits else (0, 0.)
 
-def _choose_folds(arms, budget, n_groups, enough_steps, generator_steps):
-    "As many folds as leave each run enough steps; 0 if there is nothing to choose, 2 if every fold needs a generator."
+def _choose_folds(arms, budget, most, enough_steps, generator_steps):
+    "As many folds as leave each run enough steps; none for one arm, 2 if every fold needs a generator."
     if len(arms) == 1: return 0
     if generator_steps: return 2
-    possible = [k for k in (5, 3) if k <= n_groups and run_seconds(enough_steps, arms, k) <= budget]
+    possible = [k for k in (5, 3) if k <= most and run_seconds(enough_steps, arms, k) <= budget]
     return possible[0] if possible else 2
 
-# %% ../nbs/api/72_fit.ipynb #4947f5f7
+# %% ../nbs/api/72_fit.ipynb #7d8f9922
 class ClockCB(Callback):
     "Notes when each training step ends."
     order = 99
@@ -154,7 +158,7 @@ class ClockCB(Callback):
         return statistics.median(gaps)
 
 def seconds_a_step(split: Split,    # the labelled pairs
-                   arm,             # `Arm`
+                   arm: Arm,        # what is added
                    steps: int = 6,  # of the measurement
                    **kw             # of `train_segmenter`
                   ) -> float:       # seconds
@@ -163,7 +167,7 @@ def seconds_a_step(split: Split,    # the labelled pairs
     train_segmenter(split, replace(arm, cbs=lambda: [*arm.cbs(), clock]), steps=steps, **kw)
     return clock.step_seconds
 
-# %% ../nbs/api/72_fit.ipynb #838e7924
+# %% ../nbs/api/72_fit.ipynb #c1c24c8c
 def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row a labelled image and arm
                order: Sequence[str],        # names of arms; of equal ones the first wins
                metric: str = 'dice@0.5'     # what is compared
@@ -172,7 +176,7 @@ def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row 
     means = scores.groupby('arm')[metric].mean()
     return max(order, key=lambda arm: (round(means[arm], 6), -list(order).index(arm)))
 
-LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')     # need nothing but labelled pairs
+LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')     # need nothing else
 
 def verdict(winner: str,                # the chosen arm
             differences: pd.DataFrame,  # of the cross-validation, to `real`
@@ -188,7 +192,7 @@ def verdict(winner: str,                # the chosen arm
         f"{winner} is best in cross-validation, as far as can be told: {which}."
     return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
-# %% ../nbs/api/72_fit.ipynb #bb4bbb25
+# %% ../nbs/api/72_fit.ipynb #ff31ae68
 def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
               last: float = .2      # share of the run that is looked at
              ) -> float:            # rise of the mean held-out Dice in it, in points
@@ -198,40 +202,62 @@ def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
     earlier = mean[mean.index <= (1 - last)*mean.index[-1]]
     return float(100*(mean.iloc[-1] - earlier.iloc[-1])) if len(earlier) else float('nan')
 
-# %% ../nbs/api/72_fit.ipynb #77c1c428
+# %% ../nbs/api/72_fit.ipynb #0dbe5e0b
 SYNTHETIC_ARM = 'stream-annealed'       # a second stream of synthetic pairs whose weight falls to 0
 
 @dataclass
 class Synthesis:
     "How synthetic pairs are made for a fit."
-    method: str = 'control'                         # a key of `generate.catalog.METHODS`
+    method: str = 'concat'                          # a key of `generate.catalog.METHODS`
+    pretrain: bool = False                          # first fit the backbone on images alone
     bs: int = 16                                    # batch size of the generator
     channels: Sequence[int] = (48, 96, 144)         # of its U-Net, per level
     least_steps: int = 1500                         # below which a generator is not worth training
     most_steps: int = 8000                          # beyond which it is not trained
     per_pair: int = 4                               # synthetic pairs per labelled one
     sample_steps: int = 20                          # of the sampler
+    start: str = 'real'                             # what an image starts from, see `synth.STARTS`
+    strength: float = None                          # how far that is noised, in [0,1]; `None`: as usual
 
-    def seconds(self, split: Split, size: int) -> dict:
-        "What a step and the drawing of a set cost on this machine."
-        dls = pair_dls(split.train, size, self.bs, valid=split.held, augment='flip')
-        stands = METHODS[self.method].backbone
-        backbone = Backbone.tiny(images_of(split.train, size), size, self.channels) if stands else None
+    def backbone(self, split, frames, out, size, steps, seed):
+        "The backbone that a generator starts from; `None` for a method with networks of its own."
+        if not METHODS[self.method].backbone: return None
+        if self.pretrain:
+            return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
+                                 seed=seed, unlabelled=frames)
+        return Backbone.tiny(images_of([*split.train, *frames], size), size, self.channels, seed=seed)
+
+    def seconds(self,
+                split: Split,   # the labelled pairs
+                size: int       # side in pixels
+               ) -> dict:       # step, and the drawing of a set
+        "What a generator costs on this machine."
+        dls = generator_dls(split, size, self.bs, 0, 'flip')
+        backbone = replace(self, pretrain=False).backbone(split, [], None, size, 0, 0)
         clock = ClockCB()
         learn = generator_learners(self.method, dls, backbone, probe=10**6)[-1]
         fit_steps(learn, 6, cbs=[clock])
-        forward = clock.step_seconds/3/self.bs              # of one image; forward and backward are three times that
+        forward = clock.step_seconds/3/self.bs      # of one image; forward and backward are three times that
         drawing = self.per_pair*len(split.pairs)*self.sample_steps*2*forward
-        return dict(step=clock.step_seconds*(2 if stands else 1), drawing=drawing)
+        return dict(step=clock.step_seconds*(2 if self.pretrain else 1), drawing=drawing)
 
-    def draw(self, split: Split, out: Path, size: int, steps: int, seed: int) -> Path:
-        "Train a generator on a split and draw a set of pairs; the folder of the set."
-        backbone = None
-        if METHODS[self.method].backbone:
-            backbone = make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels, seed=seed)
-        generator = make_generator(split, backbone, out/'generator', self.method, steps, self.bs, size=size, seed=seed)
-        synthesize(generator.to(default_device()), split.train, out/'synthetic', self.per_pair*len(split.pairs),
-                   steps=self.sample_steps, sampler='dpm++', seed=seed)
+    def draw(self,
+             split: Split,      # the pairs that it learns from, and those that its probe is measured on
+             frames: list,      # image files without masks
+             out: Path,         # folder to write: generator, synthetic
+             size: int,         # side in pixels
+             steps: int,        # of the generator
+             seed: int          # of everything
+            ) -> Path:          # the folder of the set
+        "Train a generator on a split and draw a set of pairs from its training pairs."
+        backbone = self.backbone(split, frames, out, size, steps, seed)
+        learns_from = frames if 'unlabelled' in settings_of(self.method) else []
+        generator = make_generator(split, backbone, out/'generator', self.method, steps, self.bs, size=size,
+                                   seed=seed, unlabelled=learns_from).to(default_device())
+        n = self.per_pair*len(split.pairs)
+        start = {} if draws_pairs(generator) else dict(start=self.start, strength=self.strength)
+        synthesize(generator, split.train, out/'synthetic', n, steps=self.sample_steps, sampler='dpm++',
+                   seed=seed, **start)
         return out/'synthetic'
 
 @dataclass
@@ -248,17 +274,17 @@ class _Job:
     def arm(self, name, split, place):
         "An arm for a split; the pairs of a synthetic one are drawn first, in the folder `place`."
         if name != SYNTHETIC_ARM: return open_arm(name, split, self.unlabelled)
-        folder = self.synthesis.draw(split_once(split.train), self.out/place, self.training['size'],
+        for_generator = Split(*split_pairs(split.train, .1, seed_of(self.seed, 'generator')))
+        folder = self.synthesis.draw(for_generator, self.unlabelled, self.out/place, self.training['size'],
                                      self.plan.generator_steps, self.seed)
         return open_arm(f'{name}:{folder}', split)
 
 def default_arms(unlabelled: bool   # whether there are images without masks
                 ) -> list:          # names, in the order of preference
     "The arms worth trying: real images alone, the same with twice the compute, semi-supervised, synthetic."
-    names = ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
-    return [n for n in names if n in ARMS]
+    return ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
 
-# %% ../nbs/api/72_fit.ipynb #71451efe
+# %% ../nbs/api/72_fit.ipynb #e429fc77
 def _measured(job, names):
     "Seconds a step of each arm, and of a generator; kept, so that a resumed job keeps its plan."
     file = job.out/'speed.json'
@@ -273,20 +299,20 @@ def _measured(job, names):
     save_json(file, speed)
     return speed
 
-def _plan(job, names, minutes, least_steps, most_steps):
+def _plan(job, names, minutes, **limits):
     "The plan by the measured speed; also in plan.json."
     speed, generator = _measured(job, names), None
     if speed['generator']:
-        limits = dict(least_steps=job.synthesis.least_steps, most_steps=job.synthesis.most_steps)
-        generator = dict(speed['generator'], arm=SYNTHETIC_ARM, **limits)
+        generator = dict(speed['generator'], arm=SYNTHETIC_ARM, least_steps=job.synthesis.least_steps,
+                         most_steps=job.synthesis.most_steps)
     seconds = {name: speed['arms'][name] for name in names}
     n_groups = len({group_of(p) for p in job.pairs})
-    plan = plan_time(seconds, minutes, n_groups, least_steps, most_steps, generator)
+    plan = plan_time(seconds, minutes, n_groups, generator=generator, **limits)
     save_json(job.out/'plan.json', asdict(plan))
     return plan
 
 def _cross_validated(job):
-    "Scores of every arm on every labelled image, from the model of the fold that held it out; and the runs' logs."
+    "Scores of every arm on every labelled image, by the model that had it held out; and the runs' logs."
     folds = {f'fold{i}': split for i, split in enumerate(make_folds(job.pairs, job.plan.folds, job.seed))}
     runs = [Run(arm, job.training['network'], job.seed, fold) for fold in folds for arm in job.plan.arms]
     file_of = lambda run: job.out/'cv'/f'{run.file}.csv'.replace(':', '-')
@@ -298,7 +324,8 @@ def _cross_validated(job):
     share_runs(runs, file_of, work, 'cross-validation')
     scores = read_scores(runs, file_of).drop(columns='subset')
     report(scores, job.out/'cv', 'real')
-    return scores, {arm: [file_of(r).with_suffix('.log.csv') for r in runs if r.arm == arm] for arm in job.plan.arms}
+    logs = {arm: [file_of(r).with_suffix('.log.csv') for r in runs if r.arm == arm] for arm in job.plan.arms}
+    return scores, logs
 
 def _train_winner(job, winner):
     "The winner on all labelled pairs, as model/."
@@ -314,10 +341,12 @@ def _advice(job, winner, gain):
     out = []
     if not math.isnan(gain):
         rising = "more steps would still help" if gain > .5 else "it is flat, more steps alone would not help"
-        out.append(f"The held-out Dice of {winner} changed by {gain:+.1f} points in the last fifth of a run: {rising}.")
+        out.append(f"The held-out Dice of {winner} changed by {gain:+.1f} points in the last fifth of a run:"
+                   f" {rising}.")
     for name, minutes in job.plan.left_out.items():
         out.append(f"{name} was not tried; it needs about {minutes:.0f} minutes more.")
-    if not job.unlabelled: out.append("Images without masks (--unlabelled) would allow semi-supervised training.")
+    if not job.unlabelled:
+        out.append("Images without masks (--unlabelled) would allow semi-supervised training.")
     return out
 
 REPORT = """# What was found
@@ -332,7 +361,8 @@ REPORT = """# What was found
 
 ## Cross-validation on the labelled pairs
 
-Every image is scored by a model that has not seen it. The intervals cover the images, not the seed of training.
+Every image is scored by a model that has not seen it.
+The intervals cover the images, not the seed of training.
 
 {cv}
 ## With more time
@@ -345,35 +375,38 @@ Every image is scored by a model that has not seen it. The intervals cover the i
 def _report(job, winner, said, advice):
     "report.md."
     compared = job.out/'cv'/'table.md'
-    cv = compared.read_text() if job.plan.folds else 'There was time for one arm only: nothing was compared.\n'
+    cv = 'There was time for one arm only: nothing was compared.\n'
+    if job.plan.folds: cv = compared.read_text()
     drawn = 'No synthetic pairs were used for it.'
-    if winner == SYNTHETIC_ARM: drawn = '`synthesis/synthetic/` holds the synthetic pairs that it was trained with.'
+    if winner == SYNTHETIC_ARM: drawn = 'Its synthetic pairs are in `synthesis/synthetic/`.'
     bullets = lambda lines: '\n'.join(f'- {line}' for line in lines)
     text = REPORT.format(said=said, winner=winner, n_pairs=len(job.pairs), steps=job.plan.steps, drawn=drawn,
                          plan=bullets(job.plan.lines()), cv=cv, advice=bullets(advice),
                          n_unlabelled=len(job.unlabelled), hardware=hardware())
     write_atomic(job.out/'report.md', text)
 
-# %% ../nbs/api/72_fit.ipynb #fb6ac9d4
-def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folder or list
-        out: 'str | Path',           # folder to write; the same call resumes
-        unlabelled: 'Sequence | str' = (), # image files without masks, or their folder
-        minutes: float = 60,         # for everything
-        network: str = 'unet',       # unet, segformer, ...
-        encoder: str = 'resnet18',   # any encoder of segmentation-models-pytorch or timm
-        encoder_weights: str = None, # a name (imagenet) or a path (default: from scratch)
-        size: int = 96,              # side in pixels at which the network sees the images
-        bs: int = 16,                # real images per step
-        lr: float = 1e-3,            # peak learning rate
-        loss: str = 'bce_dice',      # bce_dice, cross_entropy or structure_loss
-        augment: str = 'strong',     # of the real pairs: strong, full, flip or none
-        arms: Sequence[str] = None,  # short forms to choose among (default: what the data allow)
-        seed: int = 0,               # of folds, weights and batches
-        least_steps: int = 200,      # training steps below which a run is of no use
-        most_steps: int = 3000,      # training steps beyond which no run goes
-        synthesis: Synthesis = None  # how synthetic pairs are made, where there is time (default `Synthesis()`)
-       ) -> Path:                    # the folder: report.md, model/, cv/, plan.json
-    "Train the best model that the minutes allow, chosen by cross-validation; `MedsynError` for too few labels or minutes."
+# %% ../nbs/api/72_fit.ipynb #5870e06d
+def fit(
+    labelled: 'list | str | Path',  # labelled pairs (8 or more): their folder or list
+    out: 'str | Path',             # folder to write; the same call resumes
+    unlabelled: 'Sequence | str' = (),  # image files without masks, or their folder
+    minutes: float = 60,           # for everything
+    network: str = 'unet',         # unet, segformer, ...
+    encoder: str = 'resnet18',     # any encoder of segmentation-models-pytorch or timm
+    encoder_weights: str = None,   # a name (imagenet) or a path (default: from scratch)
+    size: int = 96,                # side in pixels at which the network sees the images
+    bs: int = 16,                  # real images per step
+    lr: float = 1e-3,              # peak learning rate
+    loss: str = 'bce_dice',        # bce_dice, cross_entropy or structure_loss
+    augment: str = 'strong',       # of the real pairs: strong, full, flip or none
+    arms: Sequence[str] = None,    # short forms to choose among (default: what the data allow)
+    seed: int = 0,                 # of folds, weights and batches
+    least_steps: int = 200,        # training steps below which a run is of no use
+    most_steps: int = 3000,        # training steps beyond which no run goes
+    most_folds: int = 5,           # of the cross-validation, 2 or more
+    synthesis: Synthesis = None    # how synthetic pairs are made, where there is time (default `Synthesis()`)
+) -> Path:                         # the folder: report.md, model/, cv/, plan.json
+    "Train the best model that the minutes allow; `MedsynError` for too few labels or minutes."
     pairs = sorted(split_once(labelled).pairs)
     unlabelled = unlabelled_images(unlabelled)
     check_unlabelled(unlabelled, pairs, 'labelled')
@@ -381,15 +414,16 @@ def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folde
     segmenter(network, encoder, size=size)
     names = list(arms or default_arms(bool(unlabelled)))
     if names[0] != 'real': names = ['real', *[n for n in names if n != 'real']]
-    training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs, lr=lr,
-                    loss=loss, augment=augment)
+    training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs,
+                    lr=lr, loss=loss, augment=augment)
     synthesis = synthesis or Synthesis()
-    config = dict(training, labelled=pairs_hash(pairs), unlabelled=[file_hash(f) for f in unlabelled], minutes=minutes,
-                  arms=names, seed=seed, least_steps=least_steps, most_steps=most_steps, synthesis=asdict(synthesis))
+    limits = dict(minutes=minutes, least_steps=least_steps, most_steps=most_steps, most_folds=most_folds)
+    config = dict(training, **limits, labelled=pairs_hash(pairs), arms=names, seed=seed,
+                  unlabelled=[file_hash(f) for f in unlabelled], synthesis=asdict(synthesis))
     for name in names:              # a wrong name shows before anything is written
         if name != SYNTHETIC_ARM: open_arm(name, Split(pairs, []), unlabelled)
     job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed)
-    job.plan = _plan(job, names, minutes, least_steps, most_steps)
+    job.plan = _plan(job, names, **limits)
     for line in job.plan.lines(): print(line, flush=True)
     winner, said, gain = 'real', 'There was time for real images alone.', float('nan')
     if job.plan.folds:
@@ -402,7 +436,7 @@ def fit(labelled: 'list | str | Path', # labelled pairs (8 or more): their folde
     _report(job, winner, said, _advice(job, winner, gain))
     return job.out
 
-# %% ../nbs/api/72_fit.ipynb #f9456044
+# %% ../nbs/api/72_fit.ipynb #1e232f6a
 PREDICTED = ['file', 'height', 'width', 'area', 'confidence']
 
 def overlay(image: np.ndarray,      # uint8 (H,W,3)
@@ -430,7 +464,8 @@ def _output_names(files):
     names = [f.stem for f in files]
     twice = [n for n in names if names.count(n) > 1] if len(set(names)) < len(names) else []
     if twice:
-        raise MedsynError(f"two images are called {twice[0]!r}: rename one, their masks would overwrite each other")
+        raise MedsynError(f"two images are called {twice[0]!r}: rename one,"
+                          " their masks would overwrite each other")
     return dict(zip(names, files, strict=True))
 
 def _save_png(path, array):
@@ -445,13 +480,14 @@ def _done(table):
     with open(table, newline='') as f: rows = list(csv.DictReader(f))
     return {Path(r['file']).stem for r in rows if all(r.get(k) for k in PREDICTED)}
 
-def predict_images(models: 'Sequence | str | Path', # folder of a segmenter, or several, whose probabilities are averaged
-                   images: 'Sequence | str | Path', # image files, or their folder
-                   out: 'str | Path',       # folder to write: masks, probabilities, overlays, predictions.csv
-                   threshold: float = .5,   # foreground is what is above it, in (0,1)
-                   bs: int = 8              # images read at a time; does not change the result
-                  ) -> Path:                # the folder; the same call again resumes
-    "Apply a segmenter to images of any size; `MedsynError` for what is no segmenter and for unreadable images."
+def predict_images(
+    models: 'Sequence | str | Path',  # folder of a segmenter, or several, whose probabilities are averaged
+    images: 'Sequence | str | Path',  # image files, or their folder
+    out: 'str | Path',                # folder to write: masks, probabilities, overlays, predictions.csv
+    threshold: float = .5,            # foreground is what is above it, in (0,1)
+    bs: int = 8                       # images read at a time; does not change the result
+) -> Path:                            # the folder; the same call again resumes
+    "Apply a segmenter to images of any size; `MedsynError` for no segmenter and for unreadable images."
     folders = [Path(m) for m in (models if isinstance(models, (list, tuple)) else [models])]
     files = _output_names(unlabelled_images(images))
     networks = [Segmenter.from_pretrained(f).to(default_device()) for f in folders]

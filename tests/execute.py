@@ -1,6 +1,8 @@
-"""Execute notebooks in place and keep their outputs: `python tests/execute.py nbs/api/31_generate.siamese.ipynb`.
+"""Execute notebooks in place and keep their outputs.
 
+`python tests/execute.py nbs/api/31_generate.siamese.ipynb` runs one; several paths run one after the other.
 Cells with `#| eval: false` keep the outputs that they have. nbdev_clean then removes the metadata."""
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ def is_run(cell):
 
 def execute(path):
     "Run a notebook from its own folder and write it back, all cells in their places."
+    os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'     # figures become outputs
     nb = nbformat.read(path, as_version=4)
     run = nbformat.from_dict({**nb, 'cells': [c for c in nb.cells if is_run(c)]})
     resources = {'metadata': {'path': str(Path(path).parent)}}

@@ -1,4 +1,4 @@
-"""Free Lunch's generator against a naive reference: every loss term and gradient; what is saved; stock diffusers."""
+"""Free Lunch's generator against a naive reference: terms and gradients; what is saved; stock diffusers."""
 import shutil
 import tempfile
 import warnings
@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from learners import check_two_steps, small_backbone, small_loaders
 
 from medsyn.core import MedsynError, seed_of, seeded
-from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import denoising_learner
@@ -28,9 +28,7 @@ def dls(pairs): return batches(pairs)
 
 def batches(pairs): return pair_dls(pairs, size=16, bs=6, valid=0.25, seed=0, augment=False, device='cpu')
 
-def images(n=8, size=16): return torch.from_numpy(draw_lesions(n, size, seed=1)[0]).permute(0, 3, 1, 2)/127.5 - 1
-
-def backbone(prediction='epsilon'): return Backbone.tiny(images(), 16, channels=(16, 32), prediction=prediction)
+def backbone(prediction='epsilon'): return small_backbone(prediction)
 
 def stir(gen):
     "Random numbers wherever training would have put some."
@@ -39,7 +37,7 @@ def stir(gen):
             for p in m.parameters(): p.add_(0.1*torch.randn_like(p))
     return gen
 
-# The loss ------------------------------------------------------------------------------------------------------------
+# The loss -----------------------------------------------------------------------------------------
 
 def naive(gen, n, stop):
     "Eq. 1-4, the two branches one after the other, from diffusers' own network."
@@ -68,7 +66,8 @@ class Compare(Callback):
         ps = [p for p in self.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(want['loss'] + self.alpha*want['L_al'], ps)
         def off(a, b): return ((a - b).norm()/b.norm().clamp_min(1e-12)).item()
-        self.off = max(self.off, off(self.learn.loss, want['loss']), off(self.learn.terms['L_al'], want['L_al']))
+        losses = {'loss': self.learn.loss, **self.learn.terms}
+        self.off = max(self.off, *[off(losses[name], value) for name, value in want.items()])
         self.off = max(self.off, *[off(p.grad, g) for p, g in zip(ps, grads)])
         assert all(p.grad is None for p in self.model.parameters() if not p.requires_grad)
         self.learn.loss, self.steps = self.learn.loss.float(), self.steps + 1
@@ -86,7 +85,8 @@ def test_terms_and_gradients_are_the_papers(dls, prediction, stop):
 def test_reference_notices(dls):
     "The comparison is not blind: another alpha, and the gradients differ."
     cmp = Compare(0.6, None)
-    learn = alignment_learner(dls, backbone(), lr=1e-3, ema=None, cbs=[Double(), cmp]); stir(learn.model.double())
+    learn = alignment_learner(dls, backbone(), lr=1e-3, ema=None, cbs=[Double(), cmp])
+    stir(learn.model.double())
     learn.remove_cbs([c for c in learn.cbs if c.name == 'obedience'])
     fit_steps(learn, 1)
     assert cmp.off > 1e-3
@@ -106,8 +106,10 @@ def test_backbone_is_as_it_was(dls):
     bb = backbone()
     before = {k: v.clone() for k, v in bb.state_dict().items()}
     gen = fit_steps(alignment_learner(dls, bb, lr=1e-2), 3).model
-    assert list(before) == list(bb.state_dict()) and all(torch.equal(v, before[k]) for k, v in bb.state_dict().items())
-    assert not hasattr(bb.unet, 'peft_config') and any(p.abs().sum() > 0 for m in gen.trainable() for p in m.parameters())
+    after = bb.state_dict()
+    assert list(before) == list(after) and all(torch.equal(v, before[k]) for k, v in after.items())
+    assert not hasattr(bb.unet, 'peft_config')
+    assert any(p.abs().sum() > 0 for m in gen.trainable() for p in m.parameters())
 
 def test_regularises_other_generators_too(dls):
     "A loss term does not ask which network it belongs to."
@@ -143,19 +145,21 @@ def stirred(learn):
 
 def test_guidance_is_the_papers(stable):
     "Sec. 4.2: 7 on Stable Diffusion, the prompt left out; by the mask on a tiny backbone."
-    assert defaults_of(stable[1]) == (7., 'prompt') and defaults_of(AlignmentGenerator(backbone())) == (2., 'mask')
+    assert defaults_of(stable[1]) == (7., 'prompt')
+    assert defaults_of(AlignmentGenerator(backbone())) == (2., 'mask')
 
-# Two training steps, as they were before the code was rewritten ------------------------------------------------------
+# Two training steps, as they were before the code was rewritten -----------------------------------
 
 @pytest.mark.parametrize('prediction, settings, losses, weights', [
-    ('v_prediction', {}, dict(loss=[1.077425241, 1.224690557], L_al=[0.83309561, 1.219623566]), 1865.8646808459926),
+    ('v_prediction', {},
+     dict(loss=[1.077425241, 1.224690557], L_al=[0.83309561, 1.219623566]), 1865.8646808459926),
     ('epsilon', dict(stop='mask', rank=4),
      dict(loss=[1.050173163, 1.10832274], L_al=[0.064584322, 0.061574489]), 929.3016007622427)])
 def test_two_steps(tmp_path, prediction, settings, losses, weights):
     learn = alignment_learner(small_loaders(tmp_path), small_backbone(prediction), lr=1e-3, **settings)
     check_two_steps(learn, losses, weights)
 
-# On disk -------------------------------------------------------------------------------------------------------------
+# On disk ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
@@ -169,7 +173,12 @@ def saved(tmp_path_factory):
 
 def answer(gen):
     mask = torch.zeros(1, 1, 16, 16); mask[..., 4:9, 4:12] = 1
-    with torch.no_grad(): return gen(torch.linspace(-1, 1, 128).reshape(1, 8, 4, 4), torch.tensor([300]), gen.condition(mask))
+    zt, t = torch.linspace(-1, 1, 128).reshape(1, 8, 4, 4), torch.tensor([300])
+    with torch.no_grad(): return gen(zt, t, gen.condition(mask))
+
+def answers_alike(a, b):
+    "Equal but for rounding: weights mapped from a file lie at other addresses, where sums round differently."
+    return torch.allclose(answer(a), answer(b), rtol=1e-5, atol=2e-6)
 
 def test_saves_the_adapters_alone(saved):
     d, gen = saved
@@ -179,32 +188,33 @@ def test_saves_the_adapters_alone(saved):
     assert sum(p.stat().st_size for p in (d/'generator').iterdir()) < 4*n + 30_000
     back = load_generator(d/'generator')
     assert type(back) is AlignmentGenerator and back.config['rank'] == 4 and back.backbone.size == 32
-    assert torch.equal(answer(back), answer(gen))
+    assert answers_alike(back, gen)
 
 def test_moved_folders(saved, tmp_path):
-    "The two folders moved together are found; the adapters alone are not, unless they are told where the backbone is."
+    "The two folders moved together are found; the adapters alone need to be told where the backbone is."
     d, gen = saved
     shutil.copytree(d, tmp_path/'both')
     moved = shutil.copytree(d/'generator', tmp_path/'alone'/'x'/'generator')
     shutil.move(d/'backbone', d/'gone')
     try:
-        assert torch.equal(answer(load_generator(tmp_path/'both'/'generator')), answer(gen))
-        with pytest.raises(MedsynError, match='belong on a backbone that was in .*backbone, which is not there'):
-            load_generator(moved)
-        assert torch.equal(answer(AlignmentGenerator.from_pretrained(moved, Backbone.from_pretrained(d/'gone'))), answer(gen))
+        assert answers_alike(load_generator(tmp_path/'both'/'generator'), gen)
+        with pytest.raises(MedsynError, match='that was in .*backbone, which is not there'): load_generator(moved)
+        backbone_elsewhere = Backbone.from_pretrained(d/'gone')
+        opened = AlignmentGenerator.from_pretrained(moved, backbone_elsewhere)
+        assert answers_alike(opened, gen)
     finally: shutil.move(d/'gone', d/'backbone')
 
 def test_whole_where_there_is_no_other_copy(tmp_path, dls):
     "A backbone that is on no disk, or no longer the one on disk, is saved with the adapters."
     bb = backbone()
     gen = stir(AlignmentGenerator(bb)).eval(); gen.save_pretrained(tmp_path/'a')
-    assert (tmp_path/'a'/'unet').is_dir() and torch.equal(answer(load_generator(tmp_path/'a')), answer(gen))
+    assert (tmp_path/'a'/'unet').is_dir() and answers_alike(load_generator(tmp_path/'a'), gen)
     shutil.move(tmp_path/'a', tmp_path/'b')
-    assert torch.equal(answer(load_generator(tmp_path/'b')), answer(gen))
+    assert answers_alike(load_generator(tmp_path/'b'), gen)
     bb.save_pretrained(tmp_path/'bb')
-    fit_steps(METHODS['unconditional'].learner(dls, bb), 1)                                # trains it in place
+    fit_steps(METHODS['unconditional'].learner(dls, bb), 1)     # trains it in place
     gen = stir(AlignmentGenerator(bb)).eval(); gen.save_pretrained(tmp_path/'c')
-    assert (tmp_path/'c'/'unet').is_dir() and torch.equal(answer(load_generator(tmp_path/'c')), answer(gen))
+    assert (tmp_path/'c'/'unet').is_dir() and answers_alike(load_generator(tmp_path/'c'), gen)
 
 def test_another_backbone_is_refused(saved, tmp_path):
     d, _ = saved
@@ -241,7 +251,7 @@ def test_synthesis(saved, pairs, tmp_path):
     a, b = sample(gen, masks, steps=3, seeds=[5, 5])
     assert (a != b).any()
 
-# Stock diffusers -----------------------------------------------------------------------------------------------------
+# Stock diffusers ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def stable(tmp_path_factory):
@@ -251,10 +261,11 @@ def stable(tmp_path_factory):
     return d, gen
 
 def test_stock_pipeline_loads_the_adapters(stable):
-    "diffusers' own pipeline takes the file; what it lacks is the mask, so it agrees where the mask channels are zero."
+    "diffusers' own pipeline takes the file; it has no mask, so it agrees where the mask channels are zero."
     from diffusers import StableDiffusionPipeline
     d, gen = stable
-    zt, t, text = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), gen.condition(torch.zeros(2, 1, 64, 64)).text
+    zt, t, mask = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.ones(2, 1, 64, 64)
+    text = gen.condition(mask).text
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         bb = Backbone.from_pretrained(d/'sd')
@@ -265,7 +276,7 @@ def test_stock_pipeline_loads_the_adapters(stable):
     with torch.no_grad():
         plain, adapted = gen.plain[0].unet(zt, t, text).sample, pipe.unet(zt, t, text).sample
         gen.backbone.unet.conv_in.mask.weight.zero_()
-        torch.testing.assert_close(adapted, gen(zt, t, gen.condition(torch.ones(2, 1, 64, 64))), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapted, gen(zt, t, gen.condition(mask)), rtol=1e-4, atol=1e-5)
         gen.backbone.unet.conv_in.mask.weight.copy_(kept)
     assert (adapted - plain).abs().max() > 1e-2
 
@@ -282,7 +293,7 @@ def test_stock_unet_is_the_generator(stable, tmp_path):
         latent = gen.backbone.codec.encode(mask.expand(-1, 3, -1, -1)*2 - 1)
         out = unet(torch.cat([zt, latent], 1), t, text).sample
     torch.testing.assert_close(out, before[0], rtol=1e-3, atol=1e-4)
-    assert torch.equal(answer_sd(gen)[0], before[0])                                       # exporting changed nothing
+    assert torch.equal(answer_sd(gen)[0], before[0])        # exporting changed nothing
 
 def answer_sd(gen):
     g = torch.Generator().manual_seed(0)
@@ -295,4 +306,5 @@ def test_light_save_on_stable_diffusion(stable):
     d, gen = stable
     size = sum(p.stat().st_size for p in (d/'gen').rglob('*') if p.is_file())
     assert size < 0.2*sum(p.stat().st_size for p in (d/'sd'/'unet').rglob('*') if p.is_file())
-    assert torch.equal(answer_sd(load_generator(d/'gen'))[0], answer_sd(gen)[0])
+    opened = load_generator(d/'gen')
+    torch.testing.assert_close(answer_sd(opened)[0], answer_sd(gen)[0], rtol=1e-4, atol=1e-5)

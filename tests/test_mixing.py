@@ -1,6 +1,6 @@
-"""MCPMix and its annealing: partners in register, limits to the bit, the look-ahead gradient against finite differences, and what the gates do.
+"""MCPMix and its annealing: limits to the bit, the look-ahead gradient, what the gates do.
 
-The finite differences take the step for real, on a copy of the network, and know nothing of the code under test.
+The finite differences take the step for real, on a copy of the network, without the code under test.
 """
 import copy
 import gc
@@ -18,12 +18,14 @@ from medsyn.core import MedsynError, seeded
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import Pair, find_pairs, pair_dls, read_pair
 from medsyn.diffusion.backbone import Backbone
-from medsyn.experiment import MIX_ARMS, Arm, _describe, as_arm, compare, mixing_arms
+from medsyn.experiment import compare, describe_arm
 from medsyn.generate.control import ControlGenerator
-from medsyn.segment.annealing import RealAnchorCB, hypergradient
+from medsyn.segment.annealing import RealAnchorCB, anchor_batch, hypergradient, move_gate, unit_forces
+from medsyn.segment.catalog import MIX_ARMS, Arm, as_arm, mixing_arms
 from medsyn.segment.feedback import GenerativeFeedbackCB
 from medsyn.segment.learner import segment_learner
-from medsyn.segment.mixing import CutMixCB, MixedBatch, MixUpCB, PairedMixCB, find_partners, frozen_stats, partner_dls
+from medsyn.segment.mixing import (MIX_SCHEDULES, CutMixCB, MixedBatch, MixUpCB, PairedMixCB,
+                                   check_partners, find_partners, frozen_stats, partner_dls)
 from medsyn.segment.models import Segmenter, segmenter
 from medsyn.train import fit_steps
 
@@ -52,7 +54,8 @@ def discs(tmp_path_factory):
         Image.fromarray(paint(m, rng)).save(p.image); Image.fromarray((m*255).astype(np.uint8)).save(p.mask)
         for k, draw in KINDS.items():
             f = d/f'{i:03d}_{k}.png'
-            Image.fromarray(draw(m, rng)).save(f); partners[k][p.name] = [Pair(p.name, f, p.mask)]
+            Image.fromarray(draw(m, rng)).save(f)
+            partners[k][p.name] = [Pair(p.name, f, p.mask)]
     return pairs, partners
 
 def net(w=8, act=nn.ReLU):
@@ -65,13 +68,17 @@ def train(discs, kind, cbs, steps=160, seed=0, augment='flip', lr=1e-2):
     if kind: dls = partner_dls(dls, partners[kind])
     with seeded(seed): return fit_steps(segment_learner(dls, net(), cbs=list(cbs)), steps, lr, 'one_cycle')
 
-def state(learn): return torch.cat([v.double().flatten() for k, v in learn.model.state_dict().items() if not k.startswith('kept_')])
+def state(learn):
+    "Every weight and running statistic; not the gates."
+    kept = {k: v for k, v in learn.model.state_dict().items() if not k.startswith('kept_')}
+    return torch.cat([v.double().flatten() for v in kept.values()])
 
-# Limits ---------------------------------------------------------------------------------------------------------------
+# Limits -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kw', [dict(s=0), dict(w=0), dict(s=0, passes=1), dict(w=0, passes=1), dict(w=1e-30), dict(s=.9, w=1e-30, per_image=True)], ids=str)
+@pytest.mark.parametrize('kw', [dict(s=0), dict(w=0), dict(s=0, passes=1), dict(w=0, passes=1), dict(w=1e-30),
+                                dict(s=.9, w=1e-30, per_image=True)], ids=str)
 def test_limits_are_real_only_training_bit_for_bit(discs, kw):
-    "With w = 1e-30 the mixed pass runs in full and must leave no trace: statistics, dropout's stream, gradients."
+    "With w = 1e-30 the mixed pass runs in full and must leave no trace in statistics, streams or gradients."
     plain = train(discs, None, [], 12, augment=True)
     mixed = train(discs, 'good', [PairedMixCB(**kw)], 12, augment=True)
     assert torch.equal(state(plain), state(mixed))
@@ -79,7 +86,68 @@ def test_limits_are_real_only_training_bit_for_bit(discs, kw):
 
 def test_one_pass_leaves_a_trace(discs):
     "The check above is not blind."
-    assert not torch.equal(state(train(discs, None, [], 3)), state(train(discs, 'good', [PairedMixCB(w=1e-30, passes=1)], 3)))
+    one_pass = train(discs, 'good', [PairedMixCB(w=1e-30, passes=1)], 3)
+    assert not torch.equal(state(train(discs, None, [], 3)), state(one_pass))
+
+def test_partner_equal_to_the_image_is_a_second_real_pass(discs):
+    "With the real image as its own partner the term is the real loss, whatever the strength."
+    pairs, _ = discs
+    itself = pairs, {'itself': {p.name: [p] for p in pairs}}
+    def log(s):
+        learn = train(itself, 'itself', [PairedMixCB(s)], 4)
+        return learn.history.frame()[['loss', 'L_mix']].to_numpy()
+    np.testing.assert_allclose(log(.2), log(1.), rtol=1e-4)
+
+@pytest.mark.parametrize('schedule', list(MIX_SCHEDULES))
+def test_schedules_end_where_they_say(schedule):
+    factor = MIX_SCHEDULES[schedule]
+    assert factor(0) == 1 and factor(1) == pytest.approx(1. if schedule == 'fixed' else 0.)
+
+@pytest.mark.parametrize('s', [0., .3, 1.])
+def test_strength_of_each_image(s):
+    "Uniform in [0, s], the same at every call, exactly the real image at s = 0."
+    torch.manual_seed(0)
+    b = MixedBatch(torch.zeros(64, 3, 4, 4), torch.ones(64, 3, 4, 4), (), seed=5, per_image=True)
+    mixed = b.at(s)
+    assert torch.equal(mixed, b.at(s)) and mixed.min() >= 0 and mixed.max() <= s
+    assert (mixed.flatten(1).std(1) == 0).all()  # one strength an image
+    if s:
+        assert mixed[:, 0, 0, 0].mean() == pytest.approx(s/2, abs=.1*s)
+        assert mixed[:, 0, 0, 0].unique().numel() > 60
+
+@pytest.mark.parametrize('augment', ['none', 'flip', 'full', 'strong'])
+def test_partners_stay_in_register(discs, augment):
+    "The real half is that of a loader without partners; a partner that is the image moves as it does."
+    pairs, partners = discs
+    def make(): return pair_dls(pairs, S, 8, valid=.2, seed=3, augment=augment, device='cpu')
+    itself = {p.name: [p] for p in pairs}
+    loaders = make().train, partner_dls(make(), partners['good']).train, partner_dls(make(), itself).train
+    for (x, y), (real, partner, mask), (_, copied, _) in zip(*loaders, strict=True):
+        assert torch.equal(x, real) and torch.equal(y, mask) and not torch.equal(real, partner)
+        assert torch.equal(real, copied) == (augment != 'full')                         # colours of its own
+
+def test_partners_of_another_shape(tmp_path):
+    "Images that are not square: masks are compared, and pictures read, at height and width."
+    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
+    for p in pairs:
+        for file, resample in ((p.image, Image.Resampling.BILINEAR), (p.mask, Image.Resampling.NEAREST)):
+            Image.open(file).resize((48, 32), resample).save(file)
+    partners = find_partners(synthetic(tmp_path/'s', pairs), pairs)
+    dls = partner_dls(pair_dls(pairs, (32, 64), 4, valid=.25, device='cpu'), partners)
+    real, partner, mask = dls.train.one_batch()
+    assert real.shape == partner.shape == (4, 3, 32, 64) and mask.shape == (4, 32, 64)
+
+def test_no_partners_at_all(discs):
+    pairs, _ = discs
+    check_partners([], {})
+    said = "80 of 80 real images have no synthetic partner, '000' first"
+    with pytest.raises(MedsynError, match=said): check_partners(pairs, {})
+
+def test_damaged_manifest(tmp_path, discs):
+    folder = synthetic(tmp_path/'s', discs[0][:2])
+    (folder/'manifest.jsonl').write_text((folder/'manifest.jsonl').read_text()[:-5])
+    with pytest.raises(MedsynError, match='is damaged .* run synthesize again'):
+        find_partners(folder, discs[0])
 
 def test_statistics_are_thawed_after_an_error():
     m = net()
@@ -87,7 +155,7 @@ def test_statistics_are_thawed_after_an_error():
         with frozen_stats(m): m(torch.rand(2, 5, S, S))
     assert all(b.track_running_stats for b in m.modules() if isinstance(b, nn.BatchNorm2d))
 
-# The look-ahead gradient ------------------------------------------------------------------------------------------------
+# The look-ahead gradient --------------------------------------------------------------------------
 
 def bce(out, m): return nn.functional.binary_cross_entropy_with_logits(out[:, 0], m)
 
@@ -97,7 +165,8 @@ def test_hypergradient_is_the_look_ahead_loss(s, w, per_image):
     torch.manual_seed(1)
     m = nn.Sequential(*[o for o in net(4, nn.SiLU) if not isinstance(o, nn.Dropout)]).double().train()
     draw, masks = lambda: torch.rand(4, 3, 12, 12).double(), lambda: (torch.rand(4, 12, 12) > .7).double()
-    b, (ax, ay), eta = MixedBatch(draw(), draw(), (masks(),), seed=3, per_image=per_image), (draw(), masks()), .2
+    b = MixedBatch(draw(), draw(), (masks(),), seed=3, per_image=per_image)
+    (ax, ay), eta = (draw(), masks()), .2
     u = torch.rand(4, 1, 1, 1, generator=torch.Generator().manual_seed(3)).double() if per_image else 1.
     mix = lambda s: b.real + u*s*(b.partner - b.real)
     def ahead(s, w):
@@ -113,113 +182,191 @@ def test_hypergradient_is_the_look_ahead_loss(s, w, per_image):
     assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())            # nothing moved
     h = 1e-4
     fs, fw = (ahead(s + h, w) - ahead(s - h, w))/(2*h), (ahead(s, w + h) - ahead(s, w - h))/(2*h)
-    assert abs(dw - fw) < 1e-6*abs(fw) + 1e-5*scale*h and abs(ds - fs) < 1e-4*abs(fs) + 1e-4*scale*h, (ds, fs, dw, fw)
-    assert abs(fw) <= scale/w                                                           # the unit bounds what the mixed part can do
+    assert abs(dw - fw) < 1e-6*abs(fw) + 1e-5*scale*h
+    assert abs(ds - fs) < 1e-4*abs(fs) + 1e-4*scale*h
+    assert abs(fw) <= scale/w  # the unit bounds the mixed part
 
-# What the gates do --------------------------------------------------------------------------------------------------------
+def test_weight_zero_has_no_gradient_in_strength():
+    "dL_A/ds is proportional to w; the direction in which w would help remains."
+    torch.manual_seed(0)
+    m = nn.Conv2d(3, 1, 3, padding=1).double()
+    real, partner = torch.rand(2, 2, 3, 8, 8).double()
+    b = MixedBatch(real, partner, ((torch.rand(2, 8, 8) > .5).double(),))
+    grads = dict(zip(('weight', 'bias'), torch.autograd.grad(bce(m(b.real), *b.yb), list(m.parameters()))))
+    ds, dw, scale = hypergradient(m, bce, grads, b, (b.real, *b.yb), .5, 0., .1)
+    assert ds == 0 and dw != 0 and scale > 0
+
+def test_real_partners_help_a_real_anchor():
+    "With the same images as partner, anchor and batch, more weight is a longer step the right way."
+    torch.manual_seed(0)
+    m = nn.Conv2d(3, 1, 3, padding=1).double()
+    x, y = torch.rand(4, 3, 8, 8).double(), (torch.rand(4, 8, 8) > .5).double()
+    grads = dict(zip(('weight', 'bias'), torch.autograd.grad(bce(m(x), y), list(m.parameters()))))
+    ds, dw, scale = hypergradient(m, bce, grads, MixedBatch(x, x, (y,)), (x, y), .5, 1., 1e-6)
+    force_s, force_w = unit_forces(ds, dw, scale, 1., 1.)
+    assert force_s == pytest.approx(0, abs=1e-6)
+    assert force_w == pytest.approx(-1, abs=1e-3)       # full force: open the weight
+
+@pytest.mark.parametrize('a,force,want', [(0., 0., 0.), (1., 1., .5), (1., -1., 1.5),
+                                          (3.9, -9., 4.), (-3.9, 9., -4.)])
+def test_move_gate(a, force, want): assert move_gate(a, force, .5) == pytest.approx(want)
+
+def test_anchor_batches(discs):
+    "The same seed gives the same pairs, another seed others; held-out pairs alone, without augmentation."
+    pairs, _ = discs
+    dls = pair_dls(pairs, S, 8, valid=.2, seed=0, augment='strong', device='cpu')
+    a, b, c = (anchor_batch(dls.valid, 8, seed) for seed in (1, 1, 2))
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], c[0])
+    assert len(anchor_batch(dls.valid, 1000, 0)[0]) == len(dls.valid.dataset)
+    held_out = torch.stack([torch.from_numpy(read_pair(p)[0]).permute(2, 0, 1)/255 for p in dls.pairs_valid])
+    for image in a[0].as_subclass(torch.Tensor):
+        assert (held_out - image).abs().amax((1, 2, 3)).min() < 1e-6
+
+# What the gates do --------------------------------------------------------------------------------
 
 def test_good_partners_keep_the_gates_open_longer(discs):
     h = {k: train(discs, k, [PairedMixCB(s=.9, w=1.), RealAnchorCB(every=8)]).history.frame() for k in KINDS}
     amount = {k: (v.s*v.w).mean() for k, v in h.items()}
     open_ = {k: (v.s > .45).sum() for k, v in h.items()}
-    for bad in ('noise', 'shifted'): assert amount['good'] > 1.2*amount[bad] and open_['good'] > open_[bad] + 8, (amount, open_)
+    for bad in ('noise', 'shifted'):
+        assert amount['good'] > 1.2*amount[bad], amount
+        assert open_['good'] > open_[bad] + 8, open_
     for v in h.values():
-        assert v.s.iloc[-1] < .1 and v.w.iloc[-1] < .1 and v.s.between(0, .9).all() and v.w.between(0, 1).all()
+        assert v.s.iloc[-1] < .1 and v.w.iloc[-1] < .1
+        assert v.s.between(0, .9).all() and v.w.between(0, 1).all()
         assert v[['force_s', 'force_w']].abs().max().max() <= 1 and v.prior.is_monotonic_increasing
 
 def test_gates_travel_with_the_model(tmp_path):
     pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
-    dls = lambda: partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), {p.name: [p] for p in pairs})
-    cbs = lambda: [PairedMixCB(.8, .6), RealAnchorCB(every=2)]
-    learn = fit_steps(segment_learner(dls(), segmenter('unet', 'mobilenetv3_small_050', size=32), cbs=cbs()), 5)
+    def dls():
+        return partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), own_partners(pairs))
+    def cbs(): return [PairedMixCB(.8, .6), RealAnchorCB(every=2)]
+    model = segmenter('unet', 'mobilenetv3_small_050', size=32)
+    learn = fit_steps(segment_learner(dls(), model, cbs=cbs()), 5)
     want = learn.gates.levels()
     again = Segmenter.from_pretrained(learn.model.save_pretrained(tmp_path/'m'))
     log = fit_steps(segment_learner(dls(), again.train(), cbs=cbs()), 1).history.frame()
     assert (log.s[0], log.w[0]) == tuple(float(torch.tensor(v)) for v in want) and want != (.8*.9, .6*.9)
 
-# Arms -----------------------------------------------------------------------------------------------------------------------
+# Arms ---------------------------------------------------------------------------------------------
 
 def synthetic(folder, pairs):
     "A folder as `synthesize(..., masks='real')` leaves it: the real pictures, darkened."
     (folder/'images').mkdir(parents=True); (folder/'masks').mkdir()
     rows = []
     for i, p in enumerate(pairs):
-        a, m = read_pair(p)
-        Image.fromarray((a*.7).astype(np.uint8)).save(folder/'images'/f'{i:06d}.png'); Image.fromarray(m*255).save(folder/'masks'/f'{i:06d}.png')
-        rows.append(json.dumps(dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png', source=p.name, transform=dict(kind='real'))))
+        image, mask = read_pair(p)
+        row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png',
+                   source=p.name, transform=dict(kind='real'))
+        Image.fromarray((image*.7).astype(np.uint8)).save(folder/row['file'])
+        Image.fromarray(mask*255).save(folder/row['mask'])
+        rows.append(json.dumps(row))
     (folder/'manifest.jsonl').write_text('\n'.join(rows))
     return folder
 
-def test_one_compare_call_takes_every_arm(tmp_path, monkeypatch):
-    pairs, test = (find_pairs(lesion_folder(tmp_path/k, n, size=32, seed=s)) for k, n, s in (('r', 24, 0), ('t', 6, 1)))
+SMALL = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], seeds=(0,), size=32, bs=4)
+
+def folders(tmp_path, n_train, n_test):
+    "Rendered training and test pairs."
+    sets = ('r', n_train, 0), ('t', n_test, 1)
+    return [find_pairs(lesion_folder(tmp_path/name, n, size=32, seed=seed)) for name, n, seed in sets]
+
+def own_partners(pairs): return {p.name: [p] for p in pairs}
+
+def test_one_compare_call_takes_every_arm(tmp_path):
+    pairs, test = folders(tmp_path, 24, 6)
     folder = synthetic(tmp_path/'s', pairs)
     arms = mixing_arms(folder)
-    assert list(arms) == ['real', 'synthetic', 'mixup', 'cutmix', 'mcpmix-fixed', 'mcpmix-scheduled', 'mcpmix-learned']
-    res = compare(pairs, {'t': test}, arms, tmp_path/'res', segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], seeds=(0,), size=32, steps=3, bs=4)
-    config = json.loads((res/'compare.json').read_text())
-    assert config['arms']['mcpmix-fixed']['cbs'] != config['arms']['mcpmix-scheduled']['cbs'] and 'partners' not in config['arms']['real']
+    assert list(arms) == ['real', 'synthetic', 'mixup', 'cutmix', *MIX_ARMS]
+    res = compare(pairs, {'t': test}, arms, tmp_path/'res', steps=3, **SMALL)
+    arms = json.loads((res/'compare.json').read_text())['arms']
+    assert arms['mcpmix-fixed']['cbs'] != arms['mcpmix-scheduled']['cbs'] and 'partners' not in arms['real']
     log = next((res/'runs').glob('mcpmix-learned*.log.csv')).read_text().splitlines()
     assert {'s', 'w', 'L_mix', 'force_s'} <= {*log[0].split(',')} and len(log) == 4
-    with pytest.raises(MedsynError, match='unknown kind of mixing'): as_arm(f'mcpmix-learnt:{folder}', pairs)
-    lines = (folder/'manifest.jsonl').read_text().splitlines(); (folder/'manifest.jsonl').write_text('\n'.join(lines[12:]))
-    with pytest.raises(MedsynError, match='have no synthetic partner'): compare(pairs, {'t': test}, {'real': 'real', 'm': f'mcpmix-fixed:{folder}'}, tmp_path/'x', seeds=(0,), size=32, steps=1, bs=4)
-    with pytest.raises(MedsynError, match='needs two as its anchor'): compare(pairs[:12], {'t': test}, {'real': 'real', 'm': Arm(partners={p.name: [p] for p in pairs}, cbs=MIX_ARMS['mcpmix-learned'])}, tmp_path/'x', seeds=(0,), size=32, steps=1, bs=4)
+    with pytest.raises(MedsynError, match='mcpmix-learn'): as_arm(f'mcpmix-learnt:{folder}', pairs)
+
+def test_arms_that_cannot_run_are_refused_before_the_first(tmp_path):
+    pairs, test = folders(tmp_path, 24, 6)
+    folder = synthetic(tmp_path/'s', pairs)
+    lines = (folder/'manifest.jsonl').read_text().splitlines()
+    (folder/'manifest.jsonl').write_text('\n'.join(lines[12:]))
+    def refused(pairs, arm):
+        compare(pairs, {'t': test}, {'real': 'real', 'm': arm}, tmp_path/'x', steps=1, **SMALL)
+    with pytest.raises(MedsynError, match='have no synthetic partner'):
+        refused(pairs, f'mcpmix-fixed:{folder}')
+    learned = Arm(partners=own_partners(pairs), cbs=MIX_ARMS['mcpmix-learned'])
+    with pytest.raises(MedsynError, match='needs two as its anchor'): refused(pairs[:12], learned)
     assert not (tmp_path/'x').exists()
 
 def test_networks_of_finished_runs_are_freed(tmp_path, monkeypatch):
-    "Before the next run begins, whether or not Python's collector is due: a learner is few objects, but large ones."
-    pairs, test = (find_pairs(lesion_folder(tmp_path/k, n, size=32, seed=s)) for k, n, s in (('r', 24, 0), ('t', 2, 1)))
+    "Before the next run begins, whether or not Python's collector is due."
+    pairs, test = folders(tmp_path, 24, 2)
+    learned = Arm(partners=own_partners(pairs), cbs=MIX_ARMS['mcpmix-learned'])
     seen, alive, train_ = [], [], experiment.train_segmenter
     def watched(*a, **kw):
         alive.append(sum(r() is not None for r in seen))
-        learn = train_(*a, **kw); seen.append(weakref.ref(learn.model))
+        learn = train_(*a, **kw)
+        seen.append(weakref.ref(learn.model))
         return learn
     monkeypatch.setattr(experiment, 'train_segmenter', watched)
     gc.disable()
-    try: compare(pairs, {'t': test}, {'real': 'real', 'm': Arm(partners={p.name: [p] for p in pairs}, cbs=MIX_ARMS['mcpmix-learned'])}, tmp_path/'res',
-                 segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], seeds=(0,), size=32, steps=2, bs=4)
+    try: compare(pairs, {'t': test}, {'real': 'real', 'm': learned}, tmp_path/'res', steps=2, **SMALL)
     finally: gc.enable()
     assert alive == [0, 0]
 
 def test_settings_tell_arms_apart(tmp_path):
     "The same folder is not taken for a run with another strength."
-    pairs, test = (find_pairs(lesion_folder(tmp_path/k, n, size=32, seed=s)) for k, n, s in (('r', 12, 0), ('t', 2, 1)))
-    arm = lambda s: Arm(partners={p.name: [p] for p in pairs}, cbs=lambda: [PairedMixCB(s)])
-    kw = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], seeds=(0,), size=32, steps=1, bs=4)
-    compare(pairs, {'t': test}, {'real': 'real', 'm': arm(.5)}, tmp_path/'res', **kw)
-    with pytest.raises(MedsynError, match='holds another compare run'): compare(pairs, {'t': test}, {'real': 'real', 'm': arm(.6)}, tmp_path/'res', **kw)
+    pairs, test = folders(tmp_path, 12, 2)
+    def run(strength):
+        arm = Arm(partners=own_partners(pairs), cbs=lambda: [PairedMixCB(strength)])
+        compare(pairs, {'t': test}, {'real': 'real', 'm': arm}, tmp_path/'res', steps=1, **SMALL)
+    run(.5)
+    with pytest.raises(MedsynError, match='holds another compare run'): run(.6)
 
 def test_a_judge_tells_arms_apart():
-    "Feedback from another generator, or at other timesteps, is another arm; partners, gates and feedback stand in one list of callbacks."
-    gens = [ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64), seed=s)) for s in (0, 1)]
+    "Feedback from another generator, or at other timesteps, is another arm."
+    x0 = torch.rand(4, 3, 32, 32)*2 - 1
+    gens = [ControlGenerator(Backbone.tiny(x0, 32, (32, 64), seed=seed)) for seed in (0, 1)]
     arm = lambda g, **kw: Arm(cbs=lambda: [*MIX_ARMS['mcpmix-learned'](), GenerativeFeedbackCB(g, **kw)])
-    told = [str(_describe(a)) for a in (arm(gens[0]), arm(gens[1]), arm(gens[0], t_range=(100, 200)), arm(gens[0], every=4))]
-    assert len(set(told)) == 4 and told[0] == str(_describe(arm(copy.deepcopy(gens[0]))))
-    assert not any('0x' in t for t in told)                     # no address of an object, which the next run would not have
+    arms = arm(gens[0]), arm(gens[1]), arm(gens[0], t_range=(100, 200)), arm(gens[0], every=4)
+    told = [str(describe_arm(a)) for a in arms]
+    assert len(set(told)) == 4 and told[0] == str(describe_arm(arm(copy.deepcopy(gens[0]))))
+    assert not any('0x' in t for t in told)  # no address of an object, which the next run would not have
 
-def test_feedback_beside_learned_gates(tmp_path):
+@pytest.fixture
+def judge(tmp_path):
+    "Twelve pairs and a control generator with random weights wherever training would have put some."
+    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
+    torch.manual_seed(0)
+    generator = ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64)))
+    with torch.no_grad():
+        for p in generator.control.parameters(): p.add_(.05*torch.randn_like(p))
+    return pairs, generator
+
+def test_feedback_beside_learned_gates(judge):
     "All terms reach the segmenter, and the gates are asked at the gradient of the whole loss."
-    pairs, g = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0)), ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64)))
-    with torch.no_grad(): [p.add_(.05*torch.randn_like(p)) for p in g.control.parameters()]
-    def states(cbs, weight):
-        dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), {p.name: [p] for p in pairs})
-        with seeded(0): learn = segment_learner(dls, segmenter('unet', 'mobilenetv3_small_050', size=32), cbs=[*cbs(), GenerativeFeedbackCB(g, weight, every=2)])
-        fit_steps(learn, 4); return learn.history.frame(), state(learn)
-    mixed = lambda: [PairedMixCB(.8, .6), RealAnchorCB(every=1)]
-    log, with_fb = states(mixed, 1.); _, without = states(mixed, 0.)
+    pairs, g = judge
+    def run(weight):
+        dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), own_partners(pairs))
+        cbs = [PairedMixCB(.8, .6), RealAnchorCB(every=1), GenerativeFeedbackCB(g, weight, every=2)]
+        with seeded(0): model = segmenter('unet', 'mobilenetv3_small_050', size=32)
+        learn = fit_steps(segment_learner(dls, model, cbs=cbs), 4)
+        return learn.history.frame(), state(learn)
+    (log, with_fb), (_, without) = run(1.), run(0.)
     assert log.L_fb.notna().sum() == 2 and log.L_mix.notna().all() and log.force_s.notna().all()
     assert not torch.equal(with_fb, without) and all(p.grad is None for p in g.parameters())
 
-@pytest.mark.parametrize('order', ['feedback first', 'mixing first'])
-def test_feedback_beside_one_pass(tmp_path, order):
-    "The judge is shown the real half of a batch of both: the same feedback as beside two passes, for a network without batch normalisation."
-    pairs, g = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0)), ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64)))
-    with torch.no_grad(): [p.add_(.05*torch.randn_like(p)) for p in g.control.parameters()]
+@pytest.mark.parametrize('feedback_first', [False, True])
+def test_feedback_beside_one_pass(judge, feedback_first):
+    "The judge is shown the real half of a batch of both: the same terms as beside two passes."
+    pairs, g = judge
+    of_others = {p.name: [q] for p, q in zip(pairs, pairs[1:] + pairs[:1])}
     def log(passes):
-        dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), {p.name: [q] for p, q in zip(pairs, pairs[1:] + pairs[:1], strict=True)})
-        with seeded(0): model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+        dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), of_others)
+        with seeded(0):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
         cbs = [PairedMixCB(.7, passes=passes), GenerativeFeedbackCB(g, every=2)]
-        learn = segment_learner(dls, model, cbs=cbs if order == 'mixing first' else cbs[::-1])
+        learn = segment_learner(dls, model, cbs=cbs[::-1] if feedback_first else cbs)
         return fit_steps(learn, 3, 1e-3).history.frame()[['loss', 'L_mix', 'L_fb']].to_numpy()
     np.testing.assert_allclose(log(1), log(2), rtol=1e-4)
 
@@ -227,3 +374,12 @@ def test_feedback_beside_one_pass(tmp_path, order):
 def test_rivals_train_and_repeat(discs, cb):
     a, b = (train(discs, None, [cb()], 4) for _ in range(2))
     assert torch.equal(state(a), state(b)) and not torch.equal(state(a), state(train(discs, None, [], 4)))
+
+def test_cutmix_of_equal_images_changes_nothing(discs):
+    "Limit case: a batch of one and the same pair stays as it is."
+    pairs, _ = discs
+    same = [Pair(str(i), pairs[0].image, pairs[0].mask) for i in range(16)]
+    def run(cbs):
+        dls = pair_dls(same, S, 8, valid=pairs[1:3], seed=0, augment='none', device='cpu')
+        with seeded(0): return state(fit_steps(segment_learner(dls, net(), cbs=cbs), 2))
+    assert torch.equal(run([CutMixCB()]), run([]))

@@ -1,7 +1,7 @@
 """PIG against a naive reference in double precision, against two Gaussian variables, and on the command line.
 
-The reference makes one pair at a time from its own equations: the noised mask and image, the guider's estimate,
-the condition, the weighted error. Of the Gaussian variables the joint flow is known.
+The reference makes one pair at a time from its own equations: the noised mask and image, the guider's
+estimate, the condition, the weighted error. Of the Gaussian variables the joint flow is known.
 """
 import json
 import shutil
@@ -23,12 +23,21 @@ from medsyn.data.pairs import find_pairs, pair_dls
 from medsyn.diffusion.learner import PairGenerator
 from medsyn.diffusion.schedule import Schedule
 from medsyn.generate.catalog import load_generator
-from medsyn.generate.paired import GuidedNet, PairedGenerator, PairedProbeCB, Pixels, denoise_pair, paired_learners, sample_pairs
+from medsyn.generate.paired import (
+    GuidedNet,
+    PairedGenerator,
+    PairedProbeCB,
+    Pixels,
+    denoise_pair,
+    paired_learners,
+    sample_pairs,
+)
 from medsyn.synth import synthesize
 from medsyn.train import fit_steps
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return lesion_folder(tmp_path_factory.mktemp('paired')/'data', 16, size=32, seed=0)
+def folder(tmp_path_factory):
+    return lesion_folder(tmp_path_factory.mktemp('paired')/'data', 16, size=32, seed=0)
 
 @pytest.fixture(scope='module')
 def dls(folder): return pair_dls(find_pairs(folder), 32, 4, valid=.25, augment=False)
@@ -36,12 +45,13 @@ def dls(folder): return pair_dls(find_pairs(folder), 32, 4, valid=.25, augment=F
 SCALES = {'latents': dict(latent=True, channels=(16, 32), attend=(4,)),
           'pixels': dict(latent=False, channels=(8, 16), layers=1, attend=(16,))}
 
-# A naive reference --------------------------------------------------------------------------------------------------------
+# A naive reference --------------------------------------------------------------------------------
 
 def five(m):
     "The released threshold of one mask (H,W), pixel by pixel."
     H, W = m.shape
-    mean = torch.stack([torch.stack([m[max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean() for j in range(W)]) for i in range(H)])
+    def mean_around(i, j): return m[max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean()
+    mean = torch.stack([mean_around(i, j) for i in range(H) for j in range(W)]).reshape(H, W)
     return torch.where(mean > .75*mean.max() + .25*mean.min(), 1., -1.).to(m)
 
 def naive_one(pair, x0, y0, eps_x, eps_y, t, role):
@@ -82,7 +92,7 @@ class Compare(Callback):
         d, n = self.learn.diffusion, self.learn.noised
         net = getattr(d.pair, d.role)
         total, plain = naive(d.pair, n, d.role)
-        def off(a, b): return ((a - b).norm()/(b.norm() + 1e-9)).item()     # a key bias has gradient 0 but for rounding
+        def off(a, b): return ((a - b).norm()/(b.norm() + 1e-9)).item()     # a key bias has no gradient
         grads = torch.autograd.grad(total, list(net.parameters()))
         self.off += [off(self.learn.loss_grad, total), off(self.learn.loss, plain)]
         self.off += [off(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True)]
@@ -97,7 +107,7 @@ class Compare(Callback):
     {}, dict(weight=False), dict(binarise='both'), dict(guide='xt'), dict(guide='clean'),
     dict(guide='none', weight=False), dict(first='image')], ids=str)
 def test_loss_and_gradients(dls, scale, kw):
-    "Every setting, both networks, both scales: the loss that is differentiated, the plain one and every gradient."
+    "Every setting, both networks, both scales: the differentiated loss, the plain one and every gradient."
     check = Compare()
     guider, generator = paired_learners(dls, **SCALES[scale], **kw, ema=None, cbs=[check])
     generator.model.trained.add('guider'); generator.remove_cb(PairedProbeCB)
@@ -118,9 +128,10 @@ def test_the_reference_can_tell(dls):
     fit_steps(generator, 1)
     assert max(check.off) > 1e-2
 
-# Two training steps, as they were before the code was rewritten -----------------------------------------------------------
+# Two training steps, as they were before the code was rewritten -----------------------------------
 
-LATENT, PIXELS = dict(latent=True, channels=(16, 32), attend=(2,)), dict(latent=False, channels=(8, 16), layers=1, attend=(8,))
+LATENT = dict(latent=True, channels=(16, 32), attend=(2,))
+PIXELS = dict(latent=False, channels=(8, 16), layers=1, attend=(8,))
 DIGESTS = {
     'latents': (LATENT, dict(loss=[1.291233897, 1.039509416]), 7773.518253597633,
                 dict(loss=[1.05253756, 1.067136765], L_w=[-0.70497793, -0.70869714]), 7800.693682362375),
@@ -151,27 +162,32 @@ def test_is_a_generator_of_pairs(dls):
     pair = generator.model
     assert isinstance(pair, PairGenerator) and (pair.size, pair.steps, pair.grey) == (32, 256, False)
     images, soft = pair.sample_pairs(2, steps=2)
-    for u, v in zip(sample_pairs(pair, [0, 1], steps=2, bs=1), (images, soft), strict=True): assert np.abs(u - 1.*v).max() <= 1
+    one_by_one = sample_pairs(pair, [0, 1], steps=2, bs=1)
+    for a, b in zip(one_by_one, (images, soft), strict=True): assert np.abs(a - 1.*b).max() <= 1
     mask, done, reason = pair.clean_mask(soft[0])
     assert mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 1} and set(done) == {'parts', 'removed'}
     with pytest.raises(MedsynError, match='do not fit these networks'): pair.check_size(36)
 
-# The joint flow of two Gaussian variables ---------------------------------------------------------------------------------
+# The joint flow of two Gaussian variables ---------------------------------------------------------
 
 class Best(nn.Module):
     "The best linear network for Gaussian (x0, y0): what it predicts, regressed on what it is shown."
     def __init__(self, sigma, schedule, role, shown):
         super().__init__()
-        self.full, self.schedule, self.role, self.shown = torch.block_diag(sigma, torch.eye(2)).double(), schedule, role, shown
+        self.full = torch.block_diag(sigma, torch.eye(2)).double()
+        self.schedule, self.role, self.shown = schedule, role, shown
         self.p = nn.Parameter(torch.zeros((), dtype=torch.float64))
     def forward(self, inp, t):
         a, s = (v.reshape(()).double() for v in self.schedule.coefs(t[:1], inp))
         z = torch.cat([a*torch.eye(2), s*torch.eye(2)], 1).double()
         S = z if self.role == 'guider' else torch.stack([z[1], self.shown(self.full, z)])
-        c = self.full[2 if self.role == 'guider' else 3] @ S.T @ torch.linalg.pinv(S @ self.full @ S.T, rtol=1e-14)
+        wanted = self.full[2 if self.role == 'guider' else 3]
+        c = wanted @ S.T @ torch.linalg.pinv(S @ self.full @ S.T, rtol=1e-14)
         return SimpleNamespace(sample=c[0]*inp[:, :1] + c[1]*inp[:, 1:])
 
-def covariance(sigma, guide='x0', shown=lambda full, z: full[:1] @ z.T @ torch.linalg.inv(z @ full @ z.T) @ z, steps=256, **kw):
+def posterior_mean(full, z): return full[:1] @ z.T @ torch.linalg.inv(z @ full @ z.T) @ z
+
+def covariance(sigma, guide='x0', shown=posterior_mean, steps=256, **kw):
     sched = Schedule(1024, 1e-4, 0.02, 'linear')
     shown_ = lambda full, z: shown(full, z).reshape(4)
     nets = [GuidedNet(Best(sigma, sched, role, shown_)) for role in ('guider', 'generator')]
@@ -189,14 +205,14 @@ def test_joint_covariance_comes_out(rho, vx, vy):
 def test_without_guidance_it_does_not():
     sigma = torch.tensor([[1., .8], [.8, 1.]])
     blind = covariance(sigma, 'none', lambda full, z: 0*z[0])
-    assert blind[0, 1] < .5 and abs(blind[1, 1] - 1) < .02          # the image alone is right, the pair is not
+    assert blind[0, 1] < .5 and abs(blind[1, 1] - 1) < .02      # the image alone is right, the pair is not
 
 def test_a_wrong_guider_shows():
     "Networks made for another covariance give that one: the sampler does not know the answer."
     sigma, other = (torch.tensor([[1., r], [r, 1.]]) for r in (.8, .2))
     assert abs(covariance(other)[0, 1] - .2) < .02 < abs(covariance(sigma)[0, 1] - .2)
 
-# From end to end ----------------------------------------------------------------------------------------------------------
+# From end to end ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def made(folder, tmp_path_factory):
@@ -210,7 +226,8 @@ class Ragged(PairedGenerator):
     "Masks that a threshold can work on after two steps of training: some of them empty."
     def sample_pairs(self, seeds, *args, **kw):
         x, soft = super().sample_pairs(seeds, *args, **kw)
-        return x, soft - soft.mean((1, 2), keepdims=True) - np.array([4.*(s % 3 == 0) for s in seeds])[:, None, None]
+        empty = np.array([4.*(s % 3 == 0) for s in seeds])[:, None, None]
+        return x, soft - soft.mean((1, 2), keepdims=True) - empty
 
 def test_command_line(made, folder, capsys):
     assert json.loads((made/'gen'/'generator.json').read_text())['class'] == 'PairedGenerator'
@@ -219,13 +236,15 @@ def test_command_line(made, folder, capsys):
     assert log[log.network == 'generator'].L_w.notna().all()
     assert set(pd.read_csv(made/'gen'/'probe.csv').network) == {'guider', 'generator'}
     capsys.readouterr()
-    status = main(['synth', str(made/'gen'), '--out', str(made/'syn'), '-n', '3', '--steps', '2', '--bs', '4', '--tries', '20'])
+    options = ['-n', '3', '--steps', '2', '--bs', '4', '--tries', '20']
+    status = main(['synth', str(made/'gen'), '--out', str(made/'syn'), *options])
     out, err = capsys.readouterr()
     rows = [json.loads(l) for l in (made/'syn'/'manifest.jsonl').read_text().splitlines()]
     assert all(('file' in r) != ('dropped' in r) for r in rows)
     assert {'seed', 'steps', 'guide', 'binarise', 'generator', 'versions', 'tidied'} <= set(rows[0])
     if status == 0: assert sum('file' in r for r in rows) == len(find_pairs(made/'syn')) == 3
-    else: assert 'empty or full masks' in err and set(r['dropped'] for r in rows) <= {'empty mask', 'full mask'}
+    else:
+        assert 'empty or full masks' in err and {r['dropped'] for r in rows} <= {'empty mask', 'full mask'}
 
 @pytest.mark.parametrize('argv, words', [
     (('train', '{f}', '--out', '{t}', '--method', 'control'), "'control' stands on a pretrained backbone"),
@@ -263,7 +282,8 @@ def test_damaged_or_foreign_folder(made, tmp_path):
     with pytest.raises(MedsynError, match='cannot open the guider'): load_generator(tmp_path/'g')
     conf = json.loads((tmp_path/'g'/'generator.json').read_text()); conf['class'] = 'ControlGenerator'
     (tmp_path/'g'/'generator.json').write_text(json.dumps(conf))
-    with pytest.raises(MedsynError, match='holds a ControlGenerator'): PairedGenerator.from_pretrained(tmp_path/'g')
+    with pytest.raises(MedsynError, match='holds a ControlGenerator'):
+        PairedGenerator.from_pretrained(tmp_path/'g')
 
 def test_saved_and_opened(made, tmp_path):
     a = load_generator(made/'gen'); b = PairedGenerator.from_pretrained(a.save_pretrained(tmp_path/'g'))

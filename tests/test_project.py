@@ -168,6 +168,17 @@ def test_committed_outputs_are_clean(path):
     progress_bar = r'\d+%\|.{0,12}[|\u2588]|\d+it/s|it/s\]|\u2588\u2588'
     assert not (m := re.search(rf'Traceback \(most recent|\w+Warning:|{progress_bar}', text)), m[0]
 
+PLOTS = ('show_rows(', 'plt.show()')
+
+@each(NOTEBOOKS)
+def test_figures_are_committed(path):
+    "A notebook that plots has pictures among its outputs; a kernel without an inline backend leaves none."
+    code_cells = [c for c in load(path)['cells'] if c['cell_type'] == 'code']
+    shown = [c for c in code_cells if not directives(c) & {'export', 'hide', 'eval: false'}]
+    plots = [c for c in shown if any(call in source(c) for call in PLOTS)]
+    pictures = [o for c in shown for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    assert pictures or not plots, f"{len(plots)} cells plot, no picture is committed: run tests/execute.py"
+
 @each(NOTEBOOKS)
 def test_size(path):
     assert path.stat().st_size < 600_000, f"{path.stat().st_size/1000:.0f} kB: smaller or fewer figures"

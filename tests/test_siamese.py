@@ -1,10 +1,11 @@
-"""Siamese-Diffusion against a naive reference written from the paper's equations: every loss term and every gradient.
+"""Siamese-Diffusion against a naive reference from the paper's equations: every loss term, every gradient.
 
 The reference copies the network at every step, computes everything that it needs each time that it needs it,
 takes the features of mask and image one after the other, and weights each sample of the augmentation by w_a.
 """
 import copy
 import tempfile
+from types import UnionType
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def unet_eps(gen, zt, t, text, control):
     return a.sqrt()*out + (1 - a).sqrt()*zt, out
 
 def naive(gen, n, k, N, w_c=1., K_tau=None, T_tau=200, terms=('L_i', 'L_c', "L_m'")):
-    "The loss terms of Eq. 5-13 for a batch `n` at step `k` of `N`; `loss` is L_m in what the backbone predicts."
+    "The terms of Eq. 5-13 for a batch `n` at step `k` of `N`; `loss` is L_m, in what the backbone predicts."
     def features(zt, hint): return gen.control(zt, n.t, n.cond.text, hint, return_dict=False)
     def mse(x, y): return ((x - y)**2).mean()
     m, i = n.mask.expand(-1, 3, -1, -1), (n.x0 + 1)/2
@@ -45,7 +46,7 @@ def naive(gen, n, k, N, w_c=1., K_tau=None, T_tau=200, terms=('L_i', 'L_c', "L_m
     w_a = ((k > (N/3 if K_tau is None else K_tau)) & (n.t < T_tau)).to(n.zt)                        # Eq. 13
     losses = {'loss': mse(out, n.target), 'L_i': mse(eps_mix, n.eps), 'L_c': w_c*mse(eps_m, eps_mix.detach())}
     losses["L_m'"] = (w_a*((eps_a - n.eps)**2).mean((1, 2, 3))).mean()
-    return {name: losses[name] for name in ('loss', *terms)}                                        # Eq. 6: their sum
+    return {name: losses[name] for name in ('loss', *terms)}                                        # Eq. 6
 
 class Double(Callback):
     "Float64 for what the batch brings."
@@ -56,7 +57,7 @@ class Double(Callback):
         n.cond.mask = n.mask
 
 class Compare(Callback):
-    "Keeps the largest relative difference to the naive reference, over terms and gradients, and the augmented share."
+    "Keeps the largest relative differences to the naive reference, and the augmented share."
     order = 5       # before the gradients are clipped
     def __init__(self, **kw): self.kw, self.terms, self.grads, self.share = kw, [], [], []
     def after_backward(self):
@@ -124,7 +125,8 @@ def test_image_branch_is_not_in_the_way_of_evaluation(dls):
     learn = fit_steps(siamese_learner(dls, backbone(), probe=1), 3)
     assert len(learn.history.evals()) == 3
     assert list(learn.history.frame()) == ['step', 'loss', 'w_i', 'augmented', 'L_i', 'L_c', "L_m'", 'lr']
-    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(siamese_learner(dls, backbone(), cbs=siamese_cbs(4)), 1)
+    twice = siamese_learner(dls, backbone(), cbs=siamese_cbs(4))
+    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(twice, 1)
 
 def test_wrong_sizes_are_named():
     bb = backbone()
@@ -132,7 +134,7 @@ def test_wrong_sizes_are_named():
     with pytest.raises(MedsynError, match='whose stride is 4'):
         gen(torch.randn(1, 8, 4, 4), torch.tensor([5]), Cond(torch.zeros(1, 1, 18, 16), bb.text([bb.prompt])))
 
-# Two training steps, as they were before the code was rewritten ------------------------------------------------------
+# Two training steps, as they were before the code was rewritten -----------------------------------
 
 PLAIN = [1.077425241, 1.224827886]
 
@@ -156,15 +158,17 @@ def test_two_steps_of_setting_5_on_noise(tmp_path):
         'L_i': [1.050173163, 1.107862592], 'L_c': [0., 1.1e-08], "L_m'": [0.339731812, 0.54116267]}
     check_two_steps(learn, losses, 15788.819889668524)
 
-# Settings ------------------------------------------------------------------------------------------------------------
+# Settings -----------------------------------------------------------------------------------------
 
-def test_dropped_masks(tmp_path):
-    "Every learner takes `drop_mask`: the branch sees an empty mask, noise and timesteps are those of a run without it."
-    for make in (control_learner, siamese_learner):
-        dropped, kept = (make(small_loaders(tmp_path), small_backbone(), drop_mask=share) for share in (1., 0.))
-        dropped, kept = fit_steps(dropped, 2).noised, fit_steps(kept, 2).noised
-        assert dropped.cond.mask.abs().sum() == 0 < kept.cond.mask.abs().sum()
-        assert torch.equal(dropped.eps, kept.eps) and torch.equal(dropped.t, kept.t)
+@pytest.mark.parametrize('make', [control_learner, siamese_learner], ids=['control', 'siamese'])
+def test_dropped_masks(tmp_path, make):
+    "The branch sees an empty mask; noise and timesteps do not change."
+    def last_batch(share):
+        learn = make(small_loaders(tmp_path), small_backbone(), drop_mask=share)
+        return fit_steps(learn, 2).noised
+    dropped, kept = last_batch(1.), last_batch(0.)
+    assert dropped.cond.mask.abs().sum() == 0 < kept.cond.mask.abs().sum()
+    assert torch.equal(dropped.eps, kept.eps) and torch.equal(dropped.t, kept.t)
 
 def test_precomputed_condition_keeps_what_is_given():
     "Trunk and flags travel with the condition; a second `prepare` computes nothing."
@@ -185,7 +189,8 @@ def test_settings_are_the_signatures(method):
     "Every setting has a type and a line of documentation; a misspelt one is named with its neighbour."
     settings = settings_of(method)
     for name, (kind, default, doc) in settings.items():
-        assert isinstance(kind, type) and doc and (default is None or isinstance(default, kind)), (name, kind, default)
+        assert isinstance(kind, type | UnionType) and doc, (name, kind, default)
+        assert default is None or isinstance(default, kind), (name, kind, default)
     assert not {'dls', 'backbone', 'model', 'lr', 'seed', 'probe', 'cbs', 'kwargs'} & set(settings)
     if METHODS[method].backbone: assert {'drop_mask', 'min_snr', 'drop_prompt'} <= set(settings)
     check_settings(method, {name: default for name, (_, default, _) in settings.items()})

@@ -9,7 +9,6 @@ __all__ = ['SUFFIXES', 'FLIPS', 'FEW', 'COLUMNS', 'frechet_distance', 'kernel_di
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #7ee25fad
 import contextlib
-import hashlib
 import json
 import math
 import warnings
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchvision.models.inception import Inception3, InceptionE
 
-from ..core import MedsynError, default_device, file_hash, load_json, pick, track, versions, write_atomic
+from ..core import (
+    MedsynError, content_hash, default_device, file_hash, load_json, pick, track, versions, write_atomic)
 from ..data.pairs import Pair, read_image
 from ..segment.models import Segmenter, fit_weights, read_weights
 
@@ -37,51 +37,69 @@ def _centred(x):
     x = (x - x.mean(0)) / math.sqrt(len(x) - 1)
     return torch.linalg.qr(x, mode='r').R if len(x) > x.shape[1] else x
 
+def _too_few(n_real, n_fake):
+    return MedsynError(f"{n_real} real and {n_fake} synthetic images:"
+                       " a distance between sets needs at least two of each")
+
 def _check(a, b):
-    "Two sets of features in double precision; `MedsynError` unless both are (N,D), finite, N at least 2, D the same."
+    "Two sets of features (N,D) and (M,D) in double precision; `MedsynError` if they cannot be compared."
     a, b = (torch.as_tensor(x).double() for x in (a, b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise MedsynError(f"features of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: use the same extractor for both")
-    if min(len(a), len(b)) < 2: raise MedsynError(f"{len(a)} real and {len(b)} synthetic images: a distance between sets needs at least two of each")
-    if not (a.isfinite().all() and b.isfinite().all()): raise MedsynError("the extractor returned features that are not finite: look at its weights and its input")
+        raise MedsynError(f"features of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared:"
+                          " use the same extractor for both")
+    if min(len(a), len(b)) < 2: raise _too_few(len(a), len(b))
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise MedsynError("the extractor returned features that are not finite:"
+                          " check its weights and its input")
     return a, b
 
 def frechet_distance(a: Tensor,     # (N,D) features of real images
                      b: Tensor      # (M,D) features of synthetic images
                     ) -> float:     # 0 for equal means and covariances
-    "Frechet distance of two Gaussians fitted to features (FID's arithmetic); `MedsynError` for fewer than two images."
+    "Frechet distance of two Gaussians fitted to features (FID's arithmetic)."
     a, b = _check(a, b)
     A, B = _centred(a), _centred(b)
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    traces = A.square().sum() + B.square().sum()
     cross = torch.linalg.svdvals(A @ B.T).sum()
-    return max(0., ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2*cross).item())
+    return max(0., (means + traces - 2*cross).item())
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #550d41c0
 def _memberships(na, nb, k, subsets, seed):
-    "0/1 matrices (subsets,N) and (subsets,M) of random subsets of size k, drawn in torchmetrics' order."
-    g, sa, sb = torch.Generator().manual_seed(seed), torch.zeros(subsets, na).double(), torch.zeros(subsets, nb).double()
+    "0/1 matrices (subsets,N) and (subsets,M) of random subsets of size k, in torchmetrics' order."
+    rng = torch.Generator().manual_seed(seed)
+    in_a, in_b = torch.zeros(subsets, na).double(), torch.zeros(subsets, nb).double()
     for i in range(subsets):
-        sa[i, torch.randperm(na, generator=g)[:k]] = 1
-        sb[i, torch.randperm(nb, generator=g)[:k]] = 1
-    return sa, sb
+        in_a[i, torch.randperm(na, generator=rng)[:k]] = 1
+        in_b[i, torch.randperm(nb, generator=rng)[:k]] = 1
+    return in_a, in_b
+
+def _kernel_sums(in_x, x, in_y, y):
+    "Sums of the cubic kernel over each pair of subsets (subsets,), 1,024 rows of the matrix at a time."
+    rows = 0
+    for members, part in zip(in_x.split(1024, 1), x.split(1024)):
+        rows = rows + members @ _cubic(part @ y.T, x.shape[1])
+    return (rows*in_y).sum(1)
+
+def _cubic(product, dim): return (product/dim + 1)**3
 
 def kernel_distance(a: Tensor,              # (N,D) features of real images
                     b: Tensor,              # (M,D) features of synthetic images
                     subset: int = 1000,     # images per subset; lowered to the smaller set
                     subsets: int = 100,     # how many subsets
                     seed: int = 0           # of the subsets
-                   ) -> tuple[float, float]: # mean and standard deviation over subsets (nan when a subset is the whole set)
+                   ) -> tuple[float, float]: # mean and standard deviation over subsets (nan for whole sets)
     "Unbiased squared MMD with the cubic kernel (KID's arithmetic)."
     a, b = _check(a, b)
     k = min(subset, len(a), len(b))
     if k < 2: raise MedsynError(f"KID subsets of {k} images: use at least 2")
     whole = k == len(a) == len(b)
-    sa, sb = _memberships(len(a), len(b), k, 1 if whole else subsets, seed)
-    kernel = lambda xy: (xy / a.shape[1] + 1)**3
-    def total(sx, x, sy, y):                # sums of the kernel over every pair of subsets, 1,024 rows at a time
-        rows = sum(s @ kernel(p @ y.T) for s, p in zip(sx.split(1024, 1), x.split(1024)))
-        return (rows*sy).sum(1)
-    own = lambda s, x: total(s, x, s, x) - s @ kernel(x.square().sum(1))
-    mmd = (own(sa, a) + own(sb, b)) / (k*(k - 1)) - 2*total(sa, a, sb, b) / k**2
+    in_a, in_b = _memberships(len(a), len(b), k, 1 if whole else subsets, seed)
+    within = 0
+    for members, x in ((in_a, a), (in_b, b)):
+        diagonal = members @ _cubic(x.square().sum(1), x.shape[1])
+        within = within + _kernel_sums(members, x, members, x) - diagonal
+    mmd = within / (k*(k - 1)) - 2*_kernel_sums(in_a, a, in_b, b) / k**2
     return mmd.mean().item(), math.nan if whole else mmd.std(correction=0).item()
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #d6ae685a
@@ -92,8 +110,12 @@ def cmmd(a: Tensor,             # (N,D) CLIP embeddings of real images
         ) -> float:             # 0 for equal sets
     "CLIP maximum mean discrepancy (Jayasumana et al., 2024)."
     a, b = (F.normalize(x, dim=1) for x in _check(a, b))
-    mean = lambda x, y: torch.stack([torch.exp((p @ y.T - 1)/sigma**2).mean(1).mean() * len(p) for p in x.split(2048)]).sum() / len(x)
-    return scale*(mean(a, a) + mean(b, b) - 2*mean(a, b)).item()
+
+    def mean_kernel(x, y):
+        parts = [torch.exp((part @ y.T - 1)/sigma**2).mean(1).sum() for part in x.split(2048)]
+        return torch.stack(parts).sum() / len(x)
+
+    return scale*(mean_kernel(a, a) + mean_kernel(b, b) - 2*mean_kernel(a, b)).item()
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #0e39f0c1
 def inception_score(logits: Tensor,     # (N,K) class logits of synthetic images
@@ -103,19 +125,19 @@ def inception_score(logits: Tensor,     # (N,K) class logits of synthetic images
     "Inception score (Salimans et al., 2016)."
     x = torch.as_tensor(logits).double()
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
-    s = []
-    for p in x.log_softmax(1).chunk(max(1, min(splits, len(x)//2))):
-        s.append((p.exp()*(p - p.exp().mean(0, keepdim=True).log())).sum(1).mean().exp())
-    s = torch.stack(s)
-    return s.mean().item(), s.std().item() if len(s) > 1 else math.nan
+    scores = []
+    for log_p in x.log_softmax(1).chunk(max(1, min(splits, len(x)//2))):
+        p = log_p.exp()
+        divergence = (p*(log_p - p.mean(0, keepdim=True).log())).sum(1)
+        scores.append(divergence.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std().item() if len(scores) > 1 else math.nan
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #511a6396
 def module_hash(net: nn.Module  # any network
                ) -> str:        # 16 hexadecimal digits
     "The weights of a network as a short name."
-    h = hashlib.sha256(type(net).__name__.encode())
-    for k, v in net.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().float().numpy().tobytes())
-    return h.hexdigest()[:16]
+    return content_hash(type(net).__name__, net.state_dict())
 
 class Extractor:
     "A feature network with what a printed figure must state about it."
@@ -127,11 +149,13 @@ class Extractor:
         mode: str = 'bilinear', # resizing, always antialiased: 'bilinear' or 'bicubic'
         hash: str = None    # identifies the weights; `None`: computed from them
     ):
-        self.net, self.name, self.kind, self.size, self.mode = net.eval().requires_grad_(False), name, kind, size, mode
-        self.hash = hashlib.sha256(repr((hash or module_hash(net), kind, size, mode)).encode()).hexdigest()[:16]
+        self.net = net.eval().requires_grad_(False)
+        self.name, self.kind, self.size, self.mode = name, kind, size, mode
+        self.hash = content_hash(repr((hash or module_hash(net), kind, size, mode)))
 
     def __repr__(self):
-        return f"{self.name} {self.hash[:8]}, input {f'{self.size} px {self.mode} antialiased' if self.size else 'as stored'}"
+        how_read = f'{self.size} px {self.mode} antialiased' if self.size else 'as stored'
+        return f"{self.name} {self.hash[:8]}, input {how_read}"
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #6b6ebfc2
 def _shape(item):
@@ -141,20 +165,27 @@ def _shape(item):
         with Image.open(item) as im: return im.size[::-1]
     except Exception: return None           # reading it will say why
 
-def one_size(items      # arrays (H,W,3) or files
+def one_size(items: list    # arrays (H,W,3) or files
             ):
-    "Refuse images of different sizes where an extractor takes them as stored: features of two scales cannot be compared."
+    "`MedsynError` for images of different sizes: features of two scales cannot be compared."
     shapes = {s for s in map(_shape, items) if s}
-    if len(shapes) > 1: raise MedsynError(f"the images have different sizes ({', '.join(f'{h}x{w}' for h, w in sorted(shapes)[:3])}): give the extractor a size")
+    if len(shapes) > 1:
+        sizes = ', '.join(f'{h}x{w}' for h, w in sorted(shapes)[:3])
+        raise MedsynError(f"the images have different sizes ({sizes}): give the extractor a size")
 
 def _tensor(images, size, mode):
     "uint8 images of any sizes as one float batch (B,3,s,s) in [0,1]."
     if size is None:
         one_size(images)
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()/255
-    fit = lambda x: F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False) if x.shape[-2:] != (size, size) else x
-    x = torch.cat([fit(torch.from_numpy(i).permute(2, 0, 1)[None].float()) for i in images]).clamp(0, 255)/255
-    return x.contiguous(memory_format=torch.channels_last)      # Inception on a CPU takes two thirds of the time
+    resized = []
+    for image in images:
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode=mode, antialias=True, align_corners=False)
+        resized.append(x)
+    batch = torch.cat(resized).clamp(0, 255)/255
+    return batch.contiguous(memory_format=torch.channels_last)  # a third faster for Inception on a CPU
 
 @patch
 def __call__(self: Extractor,
@@ -162,9 +193,11 @@ def __call__(self: Extractor,
              device='cpu'           # where to compute
             ) -> dict:              # float32 (B,D) `features`, and `logits` if there are classes
     "Features of one batch, on the CPU."
-    with torch.no_grad(): out = self.net.to(device)(_tensor(images, self.size, self.mode).to(device))
-    out = out if isinstance(out, dict) else dict(features=out)
-    return {k: (v.mean((2, 3)) if v.ndim == 4 else v.flatten(1)).float().cpu() for k, v in out.items()}
+    batch = _tensor(images, self.size, self.mode).to(device)
+    with torch.no_grad(): out = self.net.to(device)(batch)
+    if not isinstance(out, dict): out = dict(features=out)
+    flat = {k: v.mean((2, 3)) if v.ndim == 4 else v.flatten(1) for k, v in out.items()}
+    return {k: v.float().cpu() for k, v in flat.items()}
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #3acfa367
 class _LastBlock(InceptionE):
@@ -177,24 +210,26 @@ def _without_padding(module, inputs):
     return (x / F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, 1, 1),)
 
 class InceptionFID(nn.Module):
-    "FID's Inception v3: images (B,3,299,299) in [0,1] to `features` (B,2048) and `logits` (B,1008, without bias)."
+    "FID's Inception v3: images (B,3,299,299) in [0,1] to `features` (B,2048) and `logits` (B,1008)."
     def __init__(self):
         super().__init__()
         self.net = Inception3(1008, aux_logits=False, init_weights=False)
         self.net.Mixed_7c = _LastBlock(2048)
-        for k in '5b 5c 5d 6b 6c 6d 6e 7b'.split(): getattr(self.net, f'Mixed_{k}').branch_pool.register_forward_pre_hook(_without_padding)
+        for k in '5b 5c 5d 6b 6c 6d 6e 7b'.split():
+            getattr(self.net, f'Mixed_{k}').branch_pool.register_forward_pre_hook(_without_padding)
         self.net.avgpool.register_forward_hook(lambda m, i, out: setattr(self, 'pooled', out.flatten(1)))
 
     def forward(self, x):
         self.net((x*255 - 128)/128)
         return dict(features=self.pooled, logits=self.pooled @ self.net.fc.weight.T)
 
-def inception_extractor(path    # FID's Inception weights, .pth or .safetensors
+def inception_extractor(path: str | Path    # FID's Inception weights, .pth or .safetensors
                        ) -> Extractor: # gives FID, KID and IS
     "FID's Inception with weights from a file; `MedsynError` if they are another network's."
     state = read_weights(path)
     if 'fc.weight' in state and len(state['fc.weight']) == 1000:
-        raise MedsynError(f"{path} holds torchvision's ImageNet Inception: FID is defined by weights-inception-2015-12-05-6726825d.pth (1,008 classes)")
+        raise MedsynError(f"{path} holds torchvision's ImageNet Inception: FID is defined by"
+                          " weights-inception-2015-12-05-6726825d.pth (1,008 classes)")
     net = InceptionFID()
     fit_weights(net.net, state, str(path), "FID's Inception")
     return Extractor(net, 'inception', 'inception', 299, 'bilinear', file_hash(path))
@@ -202,14 +237,15 @@ def inception_extractor(path    # FID's Inception weights, .pth or .safetensors
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #9b1add30
 @contextlib.contextmanager
 def _quiet():
-    "transformers without its report on unused text weights, nor its bar."
+    "transformers without its report on unused text weights and without its progress bar."
     from transformers.utils import logging
-    was, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try: yield
     finally:
-        logging.set_verbosity(was)
-        if bars: logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+        if had_bar: logging.enable_progress_bar()
 
 class ClipVision(nn.Module):
     "The image half of a CLIP: images (B,3,s,s) in [0,1] to embeddings (B,D)."
@@ -220,7 +256,8 @@ class ClipVision(nn.Module):
     ):
         super().__init__()
         self.model = model
-        for k, v in dict(mean=mean, std=std).items(): self.register_buffer(k, torch.tensor(v)[:, None, None])
+        for name, v in dict(mean=mean, std=std).items():
+            self.register_buffer(name, torch.tensor(v)[:, None, None])
     def forward(self, x): return self.model(pixel_values=(x - self.mean)/self.std).image_embeds
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #63237970
@@ -232,72 +269,101 @@ def _open_clip(path):
         if config.model_type == 'clip':
             dim, config = config.projection_dim, config.vision_config
             config.projection_dim = dim
-        if config.model_type != 'clip_vision_model': raise MedsynError(f"{path} is a {config.model_type}, not a CLIP: give a CLIP with image projection")
-        model, info = CLIPVisionModelWithProjection.from_pretrained(path, config=config, output_loading_info=True)
-    if lack := info['missing_keys']: raise MedsynError(f"{path} is not a whole CLIP: {len(lack)} of its image tensors are missing; copy it again")
+        if config.model_type != 'clip_vision_model':
+            raise MedsynError(f"{path} is a {config.model_type}, not a CLIP:"
+                              " give a CLIP with image projection")
+        model, info = CLIPVisionModelWithProjection.from_pretrained(
+            path, config=config, output_loading_info=True)
+    if missing := info['missing_keys']:
+        raise MedsynError(f"{path} is not a whole CLIP: {len(missing)} of its image tensors are missing;"
+                          " copy it again")
     return model
 
-def clip_extractor(path         # a folder in transformers' layout, or a hub id such as 'openai/clip-vit-large-patch14-336'
-                  ) -> Extractor: # gives CMMD and CLIP-I
+def clip_extractor(path: str | Path # folder in transformers' layout, or a hub id
+                  ) -> Extractor:   # gives CMMD and CLIP-I
     "A CLIP's image embeddings; `MedsynError` if it cannot be opened or is no CLIP."
     from transformers import CLIPImageProcessor
     path, where = str(path), 'folder' if Path(path).is_dir() else 'hub id'
     try: model = _open_clip(path)
     except MedsynError: raise
     except Exception as e:
-        raise MedsynError(f"cannot open a CLIP from the {where} {path} ({type(e).__name__}): give a folder with config.json and its weights, or a hub id that can be reached") from e
+        raise MedsynError(f"cannot open a CLIP from the {where} {path} ({type(e).__name__}):"
+                          " give a folder with config.json and its weights, or a hub id that can be reached") from e
     try:
-        with _quiet(): p = CLIPImageProcessor.from_pretrained(path)
-    except Exception: p = CLIPImageProcessor()
-    return Extractor(ClipVision(model, p.image_mean, p.image_std), f'clip {Path(path).name}', 'clip', model.config.image_size, 'bicubic')
+        with _quiet(): processor = CLIPImageProcessor.from_pretrained(path)
+    except Exception: processor = CLIPImageProcessor()
+    net = ClipVision(model, processor.image_mean, processor.image_std)
+    return Extractor(net, f'clip {Path(path).name}', 'clip', model.config.image_size, 'bicubic')
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #28ad17cb
 class EncoderFeatures(nn.Module):
     "The deepest features of a segmenter's encoder, averaged over the image."
     def __init__(self,
         segmenter   # a `Segmenter`
-    ): super().__init__(); self.segmenter = segmenter
-    def forward(self, x): return self.segmenter.net.encoder((x - self.segmenter.mean)/self.segmenter.std)[-1].mean((2, 3))
+    ):
+        super().__init__()
+        self.segmenter = segmenter
 
-def as_extractor(x,                 # an `Extractor`, a `Segmenter` or its folder, any `nn.Module`, Inception weights (a file), a CLIP (folder or hub id)
-                 name: str = None,  # what a network of one's own is called in the table
-                 size: int = None   # its input side in pixels; `None`: as the network says, else the images' own
+    def forward(self, x):
+        normalised = (x - self.segmenter.mean)/self.segmenter.std
+        return self.segmenter.net.encoder(normalised)[-1].mean((2, 3))
+
+def _module_extractor(net, name, size):
+    "A network as an extractor: a segmenter's encoder, or the module itself."
+    config = getattr(net, 'config', None)
+    if not isinstance(config, dict): config = {}
+    is_segmenter = hasattr(getattr(net, 'net', None), 'encoder') and hasattr(net, 'mean')
+    name = name or config.get('name') or type(net).__name__
+    return Extractor(EncoderFeatures(net) if is_segmenter else net, name, 'own', size or config.get('size'))
+
+def as_extractor(x: Extractor | nn.Module | str | Path, # or the folder or file of one
+                 name: str = None,  # name of a module in the table
+                 size: int = None   # its input side in pixels; `None`: as the network says, else as stored
                 ) -> Extractor:     # ready to use
     "Whatever was given as an extractor, as an `Extractor`; `MedsynError` if it is none."
     if isinstance(x, Extractor): return x
-    if isinstance(x, nn.Module):
-        config = getattr(x, 'config', None)
-        config = config if isinstance(config, dict) else {}
-        ours = hasattr(getattr(x, 'net', None), 'encoder') and hasattr(x, 'mean')
-        return Extractor(EncoderFeatures(x) if ours else x, name or config.get('name') or type(x).__name__, 'own', size or config.get('size'))
+    if isinstance(x, nn.Module): return _module_extractor(x, name, size)
     path = Path(str(x))
     if path.is_file(): return inception_extractor(path)
-    if (path/'config.json').exists() and load_json(path/'config.json').get('kind') == 'segmenter': return as_extractor(Segmenter.from_pretrained(path), name, size)
-    if path.is_dir() or str(x).count('/') == 1 and not path.suffix: return clip_extractor(x)
-    raise MedsynError(f"{x!r} is no feature extractor: give the file of FID's Inception weights, the folder or hub id of a CLIP, or a network")
+    config = path/'config.json'
+    if config.exists() and load_json(config).get('kind') == 'segmenter':
+        return _module_extractor(Segmenter.from_pretrained(path), name, size)
+    is_hub_id = str(x).count('/') == 1 and not path.suffix
+    if path.is_dir() or is_hub_id: return clip_extractor(x)
+    raise MedsynError(f"{x!r} is no feature extractor: give the file of FID's Inception weights,"
+                      " the folder or hub id of a CLIP, or a network")
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #1a21ee95
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
-def image_list(images,          # folder (or the folder above `images/`), list of files or `Pair`s, or uint8 array (N,H,W,3)
-               what: str = 'images' # for messages
-              ) -> list:        # of paths, or of arrays (H,W,3)
+def _files_in(path, what):
+    "The image files of a folder, or of its `images/`."
+    if not path.is_dir(): raise MedsynError(f"{path} is not a folder: give the folder of the {what}")
+    path = next((path/k for k in ('images', 'image') if (path/k).is_dir()), path)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise MedsynError(f"no image in {path} ({', '.join(SUFFIXES)}): give the folder of the {what}")
+    return files
+
+def _as_image(item):
+    if isinstance(item, Pair): return item.image
+    return Path(item) if isinstance(item, (str, Path)) else np.asarray(item)
+
+def image_list(images: str | Path | list | np.ndarray,  # folder, list of files or `Pair`s, or uint8 (N,H,W,3)
+               what: str = 'images'                     # for messages
+              ) -> list:                                # of paths, or of arrays (H,W,3)
     "The images that were meant; `MedsynError` if there are none."
-    if isinstance(images, (str, Path)):
-        path = Path(images)
-        if not path.is_dir(): raise MedsynError(f"{path} is not a folder: give the folder of the {what}")
-        path = next((path/k for k in ('images', 'image') if (path/k).is_dir()), path)
-        images = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not images: raise MedsynError(f"no image in {path} ({', '.join(SUFFIXES)}): give the folder of the {what}")
-    out = [p.image if isinstance(p, Pair) else Path(p) if isinstance(p, (str, Path)) else np.asarray(p) for p in images]
-    if not out: raise MedsynError(f"the list of {what} is empty: give at least two images")
-    bad = next((a for a in out if isinstance(a, np.ndarray) and (a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3)), None)
-    if bad is not None: raise MedsynError(f"one of the {what} is {bad.dtype} of shape {bad.shape}: give uint8 arrays (H,W,3)")
-    return out
+    if isinstance(images, (str, Path)): images = _files_in(Path(images), what)
+    items = [_as_image(item) for item in images]
+    if not items: raise MedsynError(f"the list of {what} is empty: give at least two images")
+    for a in items:
+        if isinstance(a, np.ndarray) and (a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3):
+            raise MedsynError(f"one of the {what} is {a.dtype} of shape {a.shape}: give uint8 arrays (H,W,3)")
+    return items
 
 def _key(item):
     "What identifies an image: the hash of its content."
-    if isinstance(item, np.ndarray): return hashlib.sha256(repr(item.shape).encode() + item.tobytes()).hexdigest()[:32]
+    if isinstance(item, np.ndarray): return content_hash(item, n=32)
     if not item.is_file(): raise MedsynError(f"image {item} does not exist: check the list")
     return file_hash(item, 32)
 
@@ -307,63 +373,67 @@ def _cached(file):
     try:
         with safe_open(file, 'pt') as f:
             keys = json.loads(f.metadata()['keys'])
-            cols = {k: f.get_tensor(k) for k in f.keys()}
-        return {key: {k: v[i] for k, v in cols.items()} for i, key in enumerate(keys)}
+            columns = {name: f.get_tensor(name) for name in f.keys()}
     except Exception: return {}
+    return {key: {name: values[i] for name, values in columns.items()} for i, key in enumerate(keys)}
 
 def _keep(file, known):
     "Write features beside what another process may have added in the meantime."
     known = {**_cached(file), **known}
-    cols = {k: torch.stack([v[k] for v in known.values()]) for k in next(iter(known.values()))}
-    write_atomic(file, save(cols, metadata=dict(keys=json.dumps(list(known)))))
+    names = next(iter(known.values()))
+    columns = {name: torch.stack([v[name] for v in known.values()]) for name in names}
+    write_atomic(file, save(columns, metadata=dict(keys=json.dumps(list(known)))))
 
 FLIPS = {'': lambda a: a, 'h': lambda a: a[:, ::-1], 'v': lambda a: a[::-1], 'hv': lambda a: a[::-1, ::-1]}
 
-def extract(images,             # as for `image_list`
-            extractor,          # as for `as_extractor`
-            bs: int = 32,       # images per batch
-            device=None,        # `None`: the accelerator if there is one
-            cache=None,         # folder to keep features in; `None`: not kept
-            flip: str = '',     # a key of `FLIPS`: mirror each image first
-            desc: str = 'features' # title of the progress bar
-           ) -> dict:           # `features` (N,D) float32, and `logits` (N,K) if the extractor has them
+def _loaded(item): return item if isinstance(item, np.ndarray) else read_image(item)
+
+def extract(images: str | Path | list | np.ndarray,     # as for `image_list`
+            extractor: Extractor | nn.Module | str | Path, # as for `as_extractor`
+            bs: int = 32,               # images per batch
+            device=None,                # `None`: the accelerator if there is one
+            cache: str | Path = None,   # folder to keep features in; `None`: not kept
+            flip: str = '',             # a key of `FLIPS`: mirror each image first
+            desc: str = 'features'      # title of the progress bar
+           ) -> dict:                   # `features` (N,D) float32, and `logits` (N,K) if there are classes
     "Features of all images, each computed once; `MedsynError` for unreadable images."
-    ex, items, device = as_extractor(extractor), image_list(images), device or default_device()
-    if ex.size is None: one_size(items)
-    keys = [_key(o) + flip for o in items]
-    file = Path(cache)/f'{ex.kind}-{ex.hash}.safetensors' if cache else None
+    extractor, items, device = as_extractor(extractor), image_list(images), device or default_device()
+    if extractor.size is None: one_size(items)
+    keys = [_key(item) + flip for item in items]
+    file = Path(cache)/f'{extractor.kind}-{extractor.hash}.safetensors' if cache else None
     known = _cached(file) if file else {}
-    todo = {k: o for k, o in zip(keys, items) if k not in known}
-    bar, batches = track(desc=desc, total=len(todo)), [list(todo.items())[i:i + bs] for i in range(0, len(todo), bs)]
+    todo = {key: item for key, item in zip(keys, items) if key not in known}
+    todo_keys, bar = list(todo), track(desc=desc, total=len(todo))
     try:
-        for batch in batches:
-            ims = [FLIPS[flip](o if isinstance(o, np.ndarray) else read_image(o)).copy() for _, o in batch]
-            out = ex(ims, device)
-            known |= {k: {n: v[i] for n, v in out.items()} for i, (k, _) in enumerate(batch)}
+        for start in range(0, len(todo), bs):
+            batch = todo_keys[start:start + bs]
+            out = extractor([FLIPS[flip](_loaded(todo[key])).copy() for key in batch], device)
+            for i, key in enumerate(batch): known[key] = {name: values[i] for name, values in out.items()}
             bar.update(len(batch))
     finally:
         bar.close()
-        if file and any(k in known for k in todo): _keep(file, known)
-    return {n: torch.stack([known[k][n] for k in keys]) for n in known[keys[0]]}
+        if file and any(key in known for key in todo): _keep(file, known)
+    return {name: torch.stack([known[key][name] for key in keys]) for name in known[keys[0]]}
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #932a4267
-def lpips_network(path,                 # torchvision's alexnet or vgg16 weights; `None`: random ones, for tests
+def lpips_network(path: str | Path,     # torchvision's alexnet or vgg16 weights; `None`: random ones
                   net: str = 'alex'     # 'alex' or 'vgg'
                  ):                     # torchmetrics' LPIPS network
     "LPIPS with a backbone from a file; `MedsynError` if it is not that backbone's."
     model = _NoTrainLpips(net=pick(net, ['alex', 'vgg'], 'LPIPS backbone'), pnet_rand=True)
     if path is None: return model
-    state = {k.removeprefix('features.'): v for k, v in read_weights(path).items() if k.startswith('features.')}
+    weights = read_weights(path)
+    state = {k.removeprefix('features.'): v for k, v in weights.items() if k.startswith('features.')}
     for part in (getattr(model.net, f'slice{i}') for i in range(1, 6)):
-        own = part.state_dict()
-        if own: fit_weights(part, {k: state[k] for k in own if k in state}, str(path), f'the {net} backbone of LPIPS')
+        wanted = {k: state[k] for k in part.state_dict() if k in state}
+        if part.state_dict(): fit_weights(part, wanted, str(path), f'the {net} backbone of LPIPS')
     return model
 
 @torch.no_grad()
-def lpips(real,                     # as for `image_list`
-          fake,                     # as for `image_list`
-          net,                      # from `lpips_network`
-          match=None,               # index of the real image of each synthetic one; `None`: random pairs
+def lpips(real: str | Path | list | np.ndarray, # as for `image_list`
+          fake: str | Path | list | np.ndarray, # as for `image_list`
+          net: nn.Module,           # from `lpips_network`
+          match: list = None,       # index of the real image of each synthetic one; `None`: random pairs
           n_pairs: int = 1000,      # how many random pairs
           size: int = 256,          # side at which pictures are compared, in pixels
           bs: int = 32,             # pairs per batch
@@ -373,43 +443,52 @@ def lpips(real,                     # as for `image_list`
     "LPIPS of matched or of random pairs (Zhang et al., 2018)."
     real, fake, device = image_list(real), image_list(fake), device or default_device()
     rng = np.random.default_rng(seed)
-    if match is None: pairs_ = list(zip(rng.integers(0, len(real), n_pairs), rng.integers(0, len(fake), n_pairs)))
-    else: pairs_ = list(zip(match, range(len(fake))))
-    load = lambda o: o if isinstance(o, np.ndarray) else read_image(o)
-    batch = lambda items: 2*_tensor([load(o) for o in items], size, 'bilinear').to(device) - 1
-    net, out = net.to(device), []
-    for i in range(0, len(pairs_), bs):
-        part = pairs_[i:i + bs]
-        out.append(net(batch([real[a] for a, _ in part]), batch([fake[b] for _, b in part])).flatten().cpu())
-    return torch.cat(out).numpy()
+    if match is None:
+        real_index = rng.integers(0, len(real), n_pairs)
+        fake_index = rng.integers(0, len(fake), n_pairs)
+    else: real_index, fake_index = list(match), list(range(len(fake)))
+
+    def batch(items, index):
+        return 2*_tensor([_loaded(items[i]) for i in index], size, 'bilinear').to(device) - 1
+
+    net, distances = net.to(device), []
+    for start in range(0, len(real_index), bs):
+        part = slice(start, start + bs)
+        distances.append(net(batch(real, real_index[part]), batch(fake, fake_index[part])).flatten().cpu())
+    return torch.cat(distances).numpy()
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #c458b124
 FEW = 2048
 
-def _own_rows(ex, a, b, subset, seed):
+def _distance_rows(extractor, real, fake, subset, seed):
     "Kernel and Frechet distance under the names that the extractor allows."
-    n, small = min(len(a), len(b)), min(len(a), len(b)) < FEW
-    kd, sd = kernel_distance(a, b, subset, seed=seed)
-    fid = ex.kind == 'inception'
-    yield dict(metric='KID' if fid else f'KD-{ex.name}', value=kd, spread=sd, better='low', note=f'unbiased, subsets of {min(subset, n)}')
-    yield dict(metric='FID' if fid else f'FD-{ex.name}', value=frechet_distance(a, b), better='low',
-               note=f'biased upwards: fewer than {FEW:,} images' if small else '')
+    fewest = min(len(real), len(fake))
+    is_inception = extractor.kind == 'inception'
+    kernel_name = 'KID' if is_inception else f'KD-{extractor.name}'
+    frechet_name = 'FID' if is_inception else f'FD-{extractor.name}'
+    value, spread = kernel_distance(real, fake, subset, seed=seed)
+    yield dict(metric=kernel_name, value=value, spread=spread, better='low',
+               note=f'unbiased, subsets of {min(subset, fewest)}')
+    yield dict(metric=frechet_name, value=frechet_distance(real, fake), better='low',
+               note=f'biased upwards: fewer than {FEW:,} images' if fewest < FEW else '')
 
-def _clip_rows(a, b, match):
+def _clip_rows(real, fake, match):
     "CMMD and CLIP-I."
-    u, v = (F.normalize(x.double(), dim=1) for x in (a, b))
-    yield dict(metric='CMMD', value=cmmd(a, b), better='low', note='sigma 10, times 1000')
-    if match is None: yield dict(metric='CLIP-I', value=(u.mean(0) @ v.mean(0)).item(), better='high', note='cosine, all against all')
-    else: yield dict(metric='CLIP-I', value=(u[list(match)]*v).sum(1).mean().item(), better='high', note='cosine, matched pairs')
+    yield dict(metric='CMMD', value=cmmd(real, fake), better='low', note='sigma 10, times 1000')
+    u, v = (F.normalize(x.double(), dim=1) for x in (real, fake))
+    if match is None: cosine, note = u.mean(0) @ v.mean(0), 'cosine, all against all'
+    else: cosine, note = (u[list(match)]*v).sum(1).mean(), 'cosine, matched pairs'
+    yield dict(metric='CLIP-I', value=cosine.item(), better='high', note=note)
 
-def _rows(ex, real, fake, match, subset, seed):
+def _rows(extractor, real, fake, match, subset, seed):
     "All rows of one extractor from the features of both sets."
     a, b = real['features'], fake['features']
-    if ex.kind == 'clip': yield from _clip_rows(a, b, match)
-    else: yield from _own_rows(ex, a, b, subset, seed)
-    if 'logits' in fake and ex.kind == 'inception':
-        s, sd = inception_score(fake['logits'], seed=seed)
-        yield dict(metric='IS', value=s, spread=sd, better='high', note='synthetic images alone, ImageNet classes')
+    if extractor.kind == 'clip': yield from _clip_rows(a, b, match)
+    else: yield from _distance_rows(extractor, a, b, subset, seed)
+    if 'logits' in fake and extractor.kind == 'inception':
+        value, spread = inception_score(fake['logits'], seed=seed)
+        yield dict(metric='IS', value=value, spread=spread, better='high',
+                   note='synthetic images alone, ImageNet classes')
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #7c341a3a
 COLUMNS = ['metric', 'value', 'spread', 'better', 'n_real', 'n_fake', 'extractor', 'note']
@@ -419,42 +498,49 @@ def _matched(match, real, fake):
     if match is None: return None
     match = [int(i) for i in match]
     if len(match) != len(fake) or not all(0 <= i < len(real) for i in match):
-        raise MedsynError(f"match has {len(match)} entries for {len(fake)} synthetic and {len(real)} real images: give one index of a real image per synthetic one")
+        raise MedsynError(f"match has {len(match)} entries for {len(fake)} synthetic and {len(real)} real"
+                          " images: give one index of a real image per synthetic one")
     return match
 
-def fidelity(real,                  # folder, list of files or `Pair`s, or uint8 (N,H,W,3): papers use the training set
-             fake,                  # the same, synthetic; papers use equal counts
-             extractor,             # one or a list of: Inception weights (file), CLIP (folder or hub id), `Segmenter`, `nn.Module`, `Extractor`
-             metrics=None,          # names to keep ('FID', 'KID', 'CMMD', 'FD-unet', ...); `None`: all that the extractors give
+def fidelity(real: str | Path | list | np.ndarray,  # as for `image_list`; papers use the training set
+             fake: str | Path | list | np.ndarray,  # the same, synthetic; papers use equal counts
+             extractor,             # one or a list of what `as_extractor` takes
+             metrics: list = None,  # names to keep ('FID', 'KID', 'FD-unet', ...); `None`: all
              lpips_weights=None,    # torchvision's alexnet weights (file) or an LPIPS network, to add LPIPS
-             match=None,            # index of the real image that shares each synthetic image's mask; `None`: all against all
+             match: list = None,    # index of each synthetic image's real partner; `None`: all against all
              subset: int = 1000,    # images per KID subset; lowered to the smaller set
              bs: int = 32,          # images per batch
              device=None,           # `None`: the accelerator if there is one
-             cache=None,            # folder to keep features in; `None`: not kept
+             cache: str | Path = None, # folder to keep features in; `None`: not kept
              seed: int = 0          # of subsets, splits and random pairs
             ) -> pd.DataFrame:      # `COLUMNS`, one row per number; `.attrs['versions']` for the caption
-    "How close synthetic images are to real ones; `MedsynError` for fewer than two images or a name that the extractors do not give."
+    "How close synthetic images are to real ones; `MedsynError` for fewer than two images."
     real, fake = image_list(real, 'real images'), image_list(fake, 'synthetic images')
-    if min(len(real), len(fake)) < 2: raise MedsynError(f"{len(real)} real and {len(fake)} synthetic images: a distance between sets needs at least two of each")
+    if min(len(real), len(fake)) < 2: raise _too_few(len(real), len(fake))
     match, rows = _matched(match, real, fake), []
-    for ex in map(as_extractor, extractor if isinstance(extractor, (list, tuple)) else [extractor]):
+    extractors = extractor if isinstance(extractor, (list, tuple)) else [extractor]
+    for ex in map(as_extractor, extractors):
         if ex.size is None: one_size(real + fake)
-        a, b = (extract(s, ex, bs, device, cache, desc=f'{ex.name}, {k}') for s, k in ((real, 'real'), (fake, 'synthetic')))
-        rows += [dict(r, extractor=repr(ex)) for r in _rows(ex, a, b, match, subset, seed)]
+        real_features = extract(real, ex, bs, device, cache, desc=f'{ex.name}, real')
+        fake_features = extract(fake, ex, bs, device, cache, desc=f'{ex.name}, synthetic')
+        for row in _rows(ex, real_features, fake_features, match, subset, seed):
+            rows.append(dict(row, extractor=repr(ex)))
     if lpips_weights is not None:
         net = lpips_weights if isinstance(lpips_weights, nn.Module) else lpips_network(lpips_weights)
         v = lpips(real, fake, net, match, bs=bs, seed=seed, device=device)
-        rows.append(dict(metric='LPIPS', value=float(v.mean()), spread=float(v.std()), better='low', extractor='alexnet, 256 px bilinear antialiased',
+        rows.append(dict(metric='LPIPS', value=float(v.mean()), spread=float(v.std()), better='low',
+                         extractor='alexnet, 256 px bilinear antialiased',
                          note=f"{len(v)} {'matched' if match else 'random'} pairs"))
     return _table(rows, metrics, len(real), len(fake))
 
 def _table(rows, metrics, n_real, n_fake):
-    "Rows as a table with counts and versions; keeps the metrics that were asked for, and warns about small FIDs."
-    have = dict.fromkeys(r['metric'] for r in rows)
-    for m in metrics or (): pick(m, have, 'metric, given these extractors,')
-    df = pd.DataFrame([dict(r, n_real=n_real, n_fake=n_fake) for r in rows if not metrics or r['metric'] in metrics]).reindex(columns=COLUMNS)
+    "Rows as a table with counts and versions, for the metrics asked for; warns about small FIDs."
+    available = dict.fromkeys(r['metric'] for r in rows)
+    for m in metrics or (): pick(m, available, 'metric, given these extractors,')
+    chosen = [r for r in rows if not metrics or r['metric'] in metrics]
+    df = pd.DataFrame(chosen).assign(n_real=n_real, n_fake=n_fake).reindex(columns=COLUMNS)
     if 'FID' in set(df.metric) and min(n_real, n_fake) < FEW:
-        warnings.warn(f"FID from {n_real} real and {n_fake} synthetic images is biased upwards: compare only equal counts, and lead with KID or CMMD", stacklevel=3)
+        warnings.warn(f"FID from {n_real} real and {n_fake} synthetic images is biased upwards:"
+                      " compare only equal counts, and lead with KID or CMMD", stacklevel=3)
     df.attrs['versions'] = versions(('medsyn', 'torch', 'torchvision', 'torchmetrics', 'transformers'))
     return df

@@ -18,14 +18,14 @@ from .mixing import CutMixCB, MixUpCB, PairedMixCB, find_partners
 from .semi import TeacherCB, UnlabelledCB
 from .streams import CopyPasteCB, PasteOntoCB, RealAgainCB, SynthTermCB, read_ignored
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #dbafd9cc
+# %% ../../nbs/api/59_segment.catalog.ipynb #5eb2a280
 @dataclass
 class Arm:
     "What one arm of a comparison adds to the real training pairs."
     pairs: list = field(default_factory=list)       # further `Pair`s in the training set itself
     copies: int = 1                                 # how often the real pairs are in the training set
     cbs: Callable = list                            # makes callbacks of one run: `() -> list`
-    partners: dict = None                           # name of a real pair -> synthetic `Pair`s under its mask, see `find_partners`
+    partners: dict = None                           # name of a real pair -> synthetic `Pair`s under its mask
     synthetic: list = field(default_factory=list)   # `Pair`s of a second stream: `L_real + w * L_syn`
     w: float = 1.                                   # weight of the second stream, 0 or more
     schedule: str = 'fixed'                         # of that weight: fixed, cosine or first
@@ -44,7 +44,7 @@ def callbacks_of(arm: Arm   # any arm
     if arm.passes == 2: out.append(RealAgainCB())
     return out
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #e712168f
+# %% ../../nbs/api/59_segment.catalog.ipynb #c2bc76eb
 @dataclass(frozen=True)
 class Given:
     "What an arm can be made from."
@@ -72,7 +72,8 @@ def _mixing(name):
 def _feedback(given):
     "A generator as a judge; it is opened once and shared by the runs, which do not change it."
     if given.load_generator is None:
-        raise MedsynError(f"feedback:{given.path} needs a way to open the generator: pass load_generator=generate.catalog.load_generator")
+        raise MedsynError(f"feedback:{given.path} needs a way to open the generator: pass"
+                          " load_generator=generate.catalog.load_generator")
     generator = given.load_generator(given.path)
     return Arm(cbs=lambda: [GenerativeFeedbackCB(generator)])
 
@@ -80,7 +81,8 @@ def _stream(schedule):
     "The recipe of a second stream of synthetic pairs; masks of ignored pixels beside them are used."
     def make(given):
         ignored = Path(given.path)/'ignored'
-        return Arm(synthetic=find_pairs(given.path), schedule=schedule, ignored=ignored if ignored.is_dir() else None)
+        ignored = ignored if ignored.is_dir() else None
+        return Arm(synthetic=find_pairs(given.path), schedule=schedule, ignored=ignored)
     return make
 
 def _paste_onto(given):
@@ -97,26 +99,39 @@ def _from_unlabelled(method):
 
 ARMS = {
     'real': ArmMethod(lambda g: Arm(), "real pairs alone: the baseline"),
-    'real-twice': ArmMethod(lambda g: Arm(copies=2), "every real pair twice in the training set: more pairs, nothing new"),
-    'two-passes': ArmMethod(lambda g: Arm(passes=2), "a second real batch in every step: the control with equal compute"),
-    'copy-paste': ArmMethod(lambda g: Arm(cbs=lambda: [CopyPasteCB()]), "lesions of other real images, moved and pasted with a soft border"),
-    'paste-onto': ArmMethod(_paste_onto, "the same, pasted into frames without masks, as a second stream", unlabelled=True),
+    'real-twice': ArmMethod(lambda g: Arm(copies=2),
+                            "every real pair twice in the training set: nothing new"),
+    'two-passes': ArmMethod(lambda g: Arm(passes=2), "a second real batch in every step: equal compute"),
+    'copy-paste': ArmMethod(lambda g: Arm(cbs=lambda: [CopyPasteCB()]),
+                            "lesions of other real images, pasted"),
+    'paste-onto': ArmMethod(_paste_onto, "real lesions pasted into frames without masks, as a second stream",
+                            unlabelled=True),
     'mixup': ArmMethod(lambda g: Arm(cbs=lambda: [MixUpCB()]), "two real images and their masks, blended"),
     'cutmix': ArmMethod(lambda g: Arm(cbs=lambda: [CutMixCB()]), "a box of another real image with its mask"),
-    'pooled': ArmMethod(lambda g: Arm(find_pairs(g.path)), "synthetic pairs among the real ones: they replace real ones in a batch", 'pairs'),
+    'pooled': ArmMethod(lambda g: Arm(find_pairs(g.path)),
+                        "synthetic pairs replace real ones in a batch", 'pairs'),
     'stream': ArmMethod(_stream('fixed'), "a synthetic batch beside the real one: L_real + L_syn", 'pairs'),
-    'stream-annealed': ArmMethod(_stream('cosine'), "the same, the weight of L_syn falling to 0 on a cosine", 'pairs'),
-    'stream-first': ArmMethod(_stream('first'), "synthetic pairs in the first half of the run, real ones in the second", 'pairs'),
-    'mcpmix-fixed': ArmMethod(_mixing('mcpmix-fixed'), "mixing with a partner under the same mask, at a fixed strength", 'pairs'),
-    'mcpmix-scheduled': ArmMethod(_mixing('mcpmix-scheduled'), "the same, strength and weight falling on a cosine", 'pairs'),
-    'mcpmix-learned': ArmMethod(_mixing('mcpmix-learned'), "the same, strength and weight learned (RLA)", 'pairs'),
-    'mean-teacher': ArmMethod(_from_unlabelled('mean-teacher'), "agrees with its own moving average on frames without masks", unlabelled=True),
-    'fixmatch': ArmMethod(_from_unlabelled('fixmatch'), "learns the moving average's confident pixels on strongly augmented frames", unlabelled=True),
-    'diffusion-init': ArmMethod(lambda g: Arm(init=Path(g.path)), "the network is a diffusion U-Net, see `semi.diffusion_segmenter`", 'backbone'),
+    'stream-annealed': ArmMethod(_stream('cosine'),
+                                 "the same, the weight of L_syn falling to 0 on a cosine", 'pairs'),
+    'stream-first': ArmMethod(_stream('first'),
+                              "synthetic pairs in the first half of the run, then real ones", 'pairs'),
+    'mcpmix-fixed': ArmMethod(_mixing('mcpmix-fixed'), "mixed with a partner under the same mask", 'pairs'),
+    'mcpmix-scheduled': ArmMethod(_mixing('mcpmix-scheduled'),
+                                  "the same, strength and weight on a cosine", 'pairs'),
+    'mcpmix-learned': ArmMethod(_mixing('mcpmix-learned'),
+                                "the same, strength and weight learned (RLA)", 'pairs'),
+    'mean-teacher': ArmMethod(_from_unlabelled('mean-teacher'),
+                              "agrees with its own average on frames without masks",
+                              unlabelled=True),
+    'fixmatch': ArmMethod(_from_unlabelled('fixmatch'),
+                          "learns its own average's confident pixels, strongly augmented",
+                          unlabelled=True),
+    'diffusion-init': ArmMethod(lambda g: Arm(init=Path(g.path)),
+                                "starts from a diffusion U-Net", 'backbone'),
     'feedback': ArmMethod(_feedback, "a frozen generator judges the predicted masks", 'generator'),
 }
 
-# %% ../../nbs/api/59_segment.catalog.ipynb #f0647402
+# %% ../../nbs/api/59_segment.catalog.ipynb #997b2d64
 def _split(text):
     "The parts of a combination; a `+` inside a folder's name does not divide."
     parts = []
@@ -133,9 +148,12 @@ def _one(text, train, unlabelled, load_generator):
         if not is_path: pick(name, ARMS, 'arm')
         return Arm(find_pairs(text))
     method = ARMS[name]
-    if method.folder and not path: raise MedsynError(f"arm {name!r} needs a folder ({method.folder}): write {name}:FOLDER")
-    if path and not method.folder: raise MedsynError(f"arm {name!r} takes no folder, and {path!r} was given: write {name}")
-    if method.unlabelled and not unlabelled: raise MedsynError(f"arm {name!r} needs images without masks: give unlabelled=FOLDER")
+    if method.folder and not path:
+        raise MedsynError(f"arm {name!r} needs a folder ({method.folder}): write {name}:FOLDER")
+    if path and not method.folder:
+        raise MedsynError(f"arm {name!r} takes no folder, and {path!r} was given: write {name}")
+    if method.unlabelled and not unlabelled:
+        raise MedsynError(f"arm {name!r} needs images without masks: give unlabelled=FOLDER")
     return method.make(Given(path, list(train), list(unlabelled), load_generator))
 
 def combine(arms: list  # of `Arm`, one or more
@@ -159,9 +177,9 @@ def combine(arms: list  # of `Arm`, one or more
 def as_arm(what,                            # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
            train: list = (),                # the real training `Pair`s, to look for their partners
            unlabelled: list = (),           # image files without masks, for the arms that use them
-           load_generator: Callable = None  # opens a generator, for `feedback:DIR`: `generate.catalog.load_generator`
+           load_generator: Callable = None  # opens a generator: `generate.catalog.load_generator`
           ) -> Arm:                         # the arm
-    "An arm from its short form; `MedsynError` for an unknown name, a missing folder and contradictory combinations."
+    "An arm from its short form; `MedsynError` for an unknown name, a missing folder, a contradiction."
     if isinstance(what, Arm): return what
     if isinstance(what, (list, tuple)): return Arm(list(what))
     text = str(what)
@@ -171,5 +189,6 @@ def as_arm(what,                            # a short form, an `Arm`, a list of 
 
 def mixing_arms(folder: str     # synthetic pairs under the real masks
                ) -> dict:       # name -> short form, for `compare`
-    "The ablation of MCPMix: real, synthetic as ordinary samples, MixUp, CutMix, and mixing with fixed, scheduled and learned strength."
-    return {'real': 'real', 'synthetic': str(folder), 'mixup': 'mixup', 'cutmix': 'cutmix', **{k: f'{k}:{folder}' for k in MIX_ARMS}}
+    "The ablation of MCPMix: real, pooled, MixUp, CutMix, and mixing with three kinds of strength."
+    rivals = {'real': 'real', 'synthetic': str(folder), 'mixup': 'mixup', 'cutmix': 'cutmix'}
+    return rivals | {name: f'{name}:{folder}' for name in MIX_ARMS}

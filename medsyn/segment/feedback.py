@@ -6,12 +6,13 @@
 __all__ = ['soft_mask', 'fit_size', 'noised_images', 'judged', 'feedback', 'pulled', 'check_judge', 'GenerativeFeedbackCB']
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #997c19d9
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import MedsynError, seed_of
 from .learner import foreground
@@ -22,7 +23,9 @@ def soft_mask(out: Tensor,              # logits (B,1,H,W) or (B,2,H,W)
               temperature: float = 0.5  # lambda, in (0, 1]
              ) -> Tensor:               # (B,1,H,W) in [0,1], float32, with a gradient
     "The approximate mask of Eq. 8-9; `MedsynError` for other shapes and temperatures."
-    if not 0 < temperature <= 1: raise MedsynError(f"temperature {temperature}: choose one in (0, 1]; 1 leaves the logits as they are, less sharpens the mask")
+    if not 0 < temperature <= 1:
+        raise MedsynError(f"temperature {temperature}: choose one in (0, 1];"
+                          " 1 leaves the logits as they are, less sharpens the mask")
     return (foreground(out)/temperature).sigmoid()[:, None]
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #3be01974
@@ -30,47 +33,49 @@ def fit_size(x: Tensor,     # (B,C,H,W)
              size: int      # side in pixels
             ) -> Tensor:    # (B,C,size,size)
     "Images or soft masks at the generator's size; a gradient flows through."
-    return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+    if x.shape[-2:] == (size, size): return x
+    return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
-def noised_images(generator,            # takes a mask; any class
+def noised_images(generator: nn.Module, # takes a mask; any class
                   x: Tensor,            # (B,3,H,W) images in [0,1]
-                  rng,                  # torch Generator on the CPU: timesteps and noise
-                  t_range=(200, 800),   # timesteps, the first included, the last not
+                  rng: torch.Generator, # on the CPU: timesteps and noise
+                  t_range: tuple = (200, 800), # timesteps, the first included, the last not
                   n_t: int = 1,         # draws per image
                   prompt: str = None    # default: the backbone's
-                 ):                     # yields `n_t` times zt, t, eps and a condition that still lacks its mask
+                 ) -> Iterator:         # `n_t` times zt, t, eps and a condition that still lacks its mask
     "Noised latents, and what the generator can say of them before it knows the mask."
-    bb, dtype = generator.backbone, next(generator.parameters()).dtype
+    backbone, dtype = generator.backbone, next(generator.parameters()).dtype
     with torch.no_grad():
-        x0 = fit_size(x.as_subclass(Tensor).float(), bb.size).to(bb.device, dtype)*2 - 1
-        z0, blank = bb.codec.encode(x0), x0.new_zeros(len(x0), 1, *x0.shape[2:])
+        x0 = fit_size(x.as_subclass(Tensor).float(), backbone.size).to(backbone.device, dtype)*2 - 1
+        z0, no_mask = backbone.codec.encode(x0), x0.new_zeros(len(x0), 1, *x0.shape[2:])
     for _ in range(n_t):
-        t = torch.randint(*t_range, (len(x0),), generator=rng).to(bb.device)
+        t = torch.randint(*t_range, (len(x0),), generator=rng).to(backbone.device)
         eps = torch.randn(z0.shape, generator=rng).to(z0)
-        zt = bb.schedule.noise(z0, eps, t)
-        with torch.no_grad(): cond = generator.prepare(zt, t, generator.condition(blank, prompt, x0))
+        zt = backbone.schedule.noise(z0, eps, t)
+        with torch.no_grad(): cond = generator.prepare(zt, t, generator.condition(no_mask, prompt, x0))
         yield SimpleNamespace(zt=zt, t=t, eps=eps, cond=cond)
 
-def judged(generator,       # takes a mask; any class
-           noised,          # one of `noised_images`
-           mask: Tensor     # (B,1,H,W) in [0,1]
-          ) -> Tensor:      # (B,) mean squared error of the predicted noise
+def judged(generator: nn.Module,    # takes a mask; any class
+           noised: SimpleNamespace, # one of `noised_images`
+           mask: Tensor             # (B,1,H,W) in [0,1]
+          ) -> Tensor:              # (B,) mean squared error of the predicted noise
     "The generator's denoising loss under a mask, per image (Eq. 10)."
-    m = fit_size(mask, generator.backbone.size).to(noised.zt)
-    e = generator.eps(noised.zt, noised.t, replace(noised.cond, mask=m))
-    return (e.float() - noised.eps.float()).square().mean((1, 2, 3))
+    mask = fit_size(mask, generator.backbone.size).to(noised.zt)
+    eps_fb = generator.eps(noised.zt, noised.t, replace(noised.cond, mask=mask))
+    return (eps_fb.float() - noised.eps.float()).square().mean((1, 2, 3))
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #8559d3f0
-def feedback(generator,     # takes a mask; any class
-             noised,        # iterable of `noised_images`
-             mask: Tensor   # (B,1,H,W) in [0,1]
-            ) -> tuple:     # the mean loss, and its gradient by the mask, (B,1,H,W); both without a graph
+def feedback(generator: nn.Module,  # takes a mask; any class
+             noised: Iterable,      # draws of `noised_images`
+             mask: Tensor           # (B,1,H,W) in [0,1]
+            ) -> tuple:             # the mean loss and its gradient by the mask (B,1,H,W), without a graph
     "Generative feedback and its gradient; the generator's weights get none."
-    m, values, grad = mask.detach().requires_grad_(), [], 0.
-    for n in noised:
-        with torch.enable_grad(): v = judged(generator, n, m).mean()
-        grad = grad + torch.autograd.grad(v, m)[0]; values.append(v.detach())
-    return torch.stack(values).mean(), grad/len(values)
+    leaf, losses, grads = mask.detach().requires_grad_(), [], []
+    for draw in noised:
+        with torch.enable_grad(): loss = judged(generator, draw, leaf).mean()
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), sum(grads)/len(grads)
 
 def pulled(value: Tensor,   # a scalar without a graph
            mask: Tensor,    # what it was computed from, with a graph
@@ -80,32 +85,38 @@ def pulled(value: Tensor,   # a scalar without a graph
     return value + ((mask - mask.detach())*grad).sum()
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #e86dc67b
-def check_judge(generator,      # what is to judge
-                t_range: tuple  # timesteps, the first included, the last not
-               ):
+def check_judge(generator: nn.Module,   # what is to judge
+                t_range: tuple          # timesteps, the first included, the last not
+               ) -> None:
     "`MedsynError` unless it takes a mask and has such timesteps."
-    if not getattr(generator, 'needs_mask', False): raise MedsynError(f"{type(generator).__name__} takes no mask, so it cannot judge one: give a generator that was trained with masks")
-    lo, hi = t_range
-    if not 0 <= lo < hi <= generator.backbone.schedule.T: raise MedsynError(f"t_range {lo}, {hi}: give the first and the last timestep plus one, within 0 and {generator.backbone.schedule.T}")
+    if not getattr(generator, 'needs_mask', False):
+        raise MedsynError(f"{type(generator).__name__} takes no mask, so it cannot judge one:"
+                          " give a generator that was trained with masks")
+    first, last = t_range
+    if not 0 <= first < last <= generator.backbone.schedule.T:
+        raise MedsynError(f"t_range {first}, {last}: give the first and the last timestep plus one,"
+                          f" within 0 and {generator.backbone.schedule.T}")
 
 class GenerativeFeedbackCB(LossTermCB):
-    "Free Lunch's generative feedback (Eq. 10-11): a frozen generator's denoising loss under the segmenter's mask."
+    "Generative feedback (Eq. 10-11): a frozen generator's denoising loss under the segmenter's mask."
     name = 'L_fb'
     def __init__(self,
-        generator,              # takes a mask; any class (`load_generator` opens one); put in evaluation mode, not changed otherwise
-        weight: float = 1.,     # of the term
-        temperature=0.5,        # lambda, in (0, 1]
-        t_range=(200, 800),     # timesteps, the first included, the last not
-        every: int = 1,         # it runs in every so many steps
-        n_t: int = 1,           # draws of timestep and noise per image and step
-        resize: bool = False,   # let a generator of another image size judge
-        prompt: str = None,     # default: the backbone's
-        seed: int = 0           # of timesteps and noise
+        generator: nn.Module,           # takes a mask; any class (`load_generator` opens one)
+        weight: float = 1.,             # of the term
+        temperature: float = 0.5,       # lambda, in (0, 1]
+        t_range: tuple = (200, 800),    # timesteps, the first included, the last not
+        every: int = 1,                 # it runs in every so many steps
+        n_t: int = 1,                   # draws of timestep and noise per image and step
+        resize: bool = False,           # let a generator of another image size judge
+        prompt: str = None,             # default: the backbone's
+        seed: int = 0                   # of timesteps and noise
     ):
         super().__init__(weight)
-        check_judge(generator, t_range); soft_mask(torch.zeros(1, 1, 1, 1), temperature)
+        check_judge(generator, t_range)
+        soft_mask(torch.zeros(1, 1, 1, 1), temperature)         # refuses a temperature out of range
         if every < 1 or n_t < 1: raise MedsynError(f"every {every}, n_t {n_t}: both must be at least 1")
-        self.generator, self.temperature, self.t_range, self.every, self.n_t, self.resize, self.prompt, self.seed = generator, temperature, tuple(t_range), every, n_t, resize, prompt, seed
+        self.generator, self.temperature, self.t_range = generator, temperature, tuple(t_range)
+        self.every, self.n_t, self.resize, self.prompt, self.seed = every, n_t, resize, prompt, seed
 
     def before_fit(self):
         super().before_fit()
@@ -113,15 +124,18 @@ class GenerativeFeedbackCB(LossTermCB):
         self.rng = torch.Generator().manual_seed(seed_of(self.seed, 'feedback'))
 
     def before_batch(self):
-        side, own = tuple(self.x.shape[-2:]), self.generator.backbone.size
-        if side != (own, own) and not self.resize:
-            raise MedsynError(f"the generator draws {own}x{own} px and the segmenter sees {side[1]}x{side[0]}: train both at one size, or pass resize=True to judge at the generator's")
+        height, width = self.x.shape[-2:]
+        size = self.generator.backbone.size
+        if (height, width) != (size, size) and not self.resize:
+            raise MedsynError(f"the generator draws {size}x{size} px and the segmenter sees {width}x{height}:"
+                              " train both at one size, or pass resize=True to judge at the generator's")
 
     def after_loss(self):
         self.learn.terms.pop(self.name, None)
         if self.learn.train_iter % self.every == 0: super().after_loss()
 
     def term(self):
-        m = soft_mask(self.pred, self.temperature)
-        value, grad = feedback(self.generator, noised_images(self.generator, self.x, self.rng, self.t_range, self.n_t, self.prompt), m)
-        return pulled(value, m, grad)
+        mask = soft_mask(self.pred, self.temperature)
+        noised = noised_images(self.generator, self.x, self.rng, self.t_range, self.n_t, self.prompt)
+        value, grad = feedback(self.generator, noised, mask)
+        return pulled(value, mask, grad)

@@ -9,6 +9,7 @@ __all__ = ['LOSSES', 'FLIPS', 'foreground', 'target', 'cross_entropy', 'bce_dice
 # %% ../../nbs/api/52_segment.learner.ipynb #c9994db7
 import contextlib
 from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ def foreground(out: Tensor  # network output (B,1,H,W) or (B,2,H,W)
     "The foreground's logit; of two channels, their difference."
     out = out.as_subclass(Tensor).float()
     if out.ndim != 4 or out.shape[1] not in (1, 2):
-        raise MedsynError(f"the network's output has shape {tuple(out.shape)}: (B,1,H,W) or (B,2,H,W) is needed")
+        raise MedsynError(f"the network's output has shape {tuple(out.shape)}:"
+                          " (B,1,H,W) or (B,2,H,W) is needed")
     return out[:, 0] if out.shape[1] == 1 else out[:, 1] - out[:, 0]
 
 def target(mask: Tensor     # (B,H,W) or (B,1,H,W), {0,1}
@@ -41,51 +43,64 @@ def target(mask: Tensor     # (B,H,W) or (B,1,H,W), {0,1}
     return m.reshape(len(m), *m.shape[-2:])
 
 # %% ../../nbs/api/52_segment.learner.ipynb #21795e40
-def cross_entropy(out: Tensor,  # network output (B,C,H,W), C = 1 or 2
-                  mask: Tensor  # (B,H,W) in {0,1}
-                 ) -> Tensor:   # scalar
-    "Mean cross-entropy per pixel, from one output channel or two."
-    return F.binary_cross_entropy_with_logits(foreground(out), target(mask))
+def _reduced(elements, reduction):
+    "The mean of the elements, or the elements."
+    return elements.mean() if pick(reduction, ('mean', 'none'), 'reduction') == 'mean' else elements
 
-def bce_dice(out: Tensor,       # network output (B,C,H,W), C = 1 or 2
-             mask: Tensor,      # (B,H,W) in {0,1}
-             smooth: float = 1. # pixels added above and below: an empty mask rightly left empty costs nothing
-            ) -> Tensor:        # scalar
+def cross_entropy(out: Tensor,              # network output (B,C,H,W), C = 1 or 2
+                  mask: Tensor,             # (B,H,W) in {0,1}
+                  reduction: str = 'mean'   # mean, or none: (B,H,W)
+                 ) -> Tensor:               # scalar
+    "Mean cross-entropy per pixel, from one output channel or two."
+    return F.binary_cross_entropy_with_logits(foreground(out), target(mask), reduction=reduction)
+
+def bce_dice(out: Tensor,               # network output (B,C,H,W), C = 1 or 2
+             mask: Tensor,              # (B,H,W) in {0,1}
+             smooth: float = 1.,        # pixels added above and below: an empty mask left empty costs 0
+             reduction: str = 'mean'    # mean, or none: (B,)
+            ) -> Tensor:                # scalar
     "Cross-entropy plus one minus the soft Dice, which is taken per image."
-    l, m = foreground(out), target(mask)
-    p = l.sigmoid()
+    logit, m = foreground(out), target(mask)
+    p = logit.sigmoid()
     dice = (2*(p*m).sum((1, 2)) + smooth) / (p.sum((1, 2)) + m.sum((1, 2)) + smooth)
-    return F.binary_cross_entropy_with_logits(l, m) + (1 - dice).mean()
+    if reduction == 'mean': return F.binary_cross_entropy_with_logits(logit, m) + (1 - dice).mean()
+    bce = F.binary_cross_entropy_with_logits(logit, m, reduction='none').mean((1, 2))
+    return _reduced(bce + 1 - dice, reduction)
 
 # %% ../../nbs/api/52_segment.learner.ipynb #9538d59b
 def edge_weights(m: Tensor,         # (B,H,W) float mask
                  kernel: int = 31   # side of the averaging window in pixels, odd; 31 at 352 px in PraNet
                 ) -> Tensor:        # (B,H,W), 1 in flat regions to 6
     "1 + 5 |local mean - mask|: large near edges."
-    return 1 + 5*(F.avg_pool2d(m[:, None], kernel, 1, kernel // 2)[:, 0] - m).abs()
+    local_mean = F.avg_pool2d(m[:, None], kernel, 1, kernel // 2)[:, 0]
+    return 1 + 5*(local_mean - m).abs()
 
-def structure_loss(out: Tensor,         # network output (B,C,H,W), C = 1 or 2
-                   mask: Tensor,        # (B,H,W) in {0,1}
-                   kernel: int = 31     # side of the averaging window in pixels, odd
-                  ) -> Tensor:          # scalar
-    "Edge-weighted cross-entropy plus edge-weighted IoU (F3Net, AAAI 2020; PraNet), with `reduction='none'`."
-    l, m = foreground(out), target(mask)
-    w, p = edge_weights(m, kernel), l.sigmoid()
-    bce = (w * F.binary_cross_entropy_with_logits(l, m, reduction='none')).sum((1, 2)) / w.sum((1, 2))
+def structure_loss(out: Tensor,             # network output (B,C,H,W), C = 1 or 2
+                   mask: Tensor,            # (B,H,W) in {0,1}
+                   kernel: int = 31,        # side of the averaging window in pixels, odd
+                   reduction: str = 'mean'  # mean, or none: (B,)
+                  ) -> Tensor:              # scalar
+    "Edge-weighted cross-entropy plus edge-weighted IoU (F3Net, AAAI 2020; PraNet)."
+    logit, m = foreground(out), target(mask)
+    w, p = edge_weights(m, kernel), logit.sigmoid()
+    elements = F.binary_cross_entropy_with_logits(logit, m, reduction='none')
+    bce = (w*elements).sum((1, 2)) / w.sum((1, 2))
     inter, union = (w*p*m).sum((1, 2)), (w*(p + m - p*m)).sum((1, 2))
-    return (bce + 1 - (inter + 1) / (union + 1)).mean()
+    return _reduced(bce + 1 - (inter + 1) / (union + 1), reduction)
 
 # %% ../../nbs/api/52_segment.learner.ipynb #7c1ff42c
 LOSSES = dict(bce_dice=bce_dice, cross_entropy=cross_entropy, structure_loss=structure_loss)
 
 # %% ../../nbs/api/52_segment.learner.ipynb #aceeab12
 class DiceMetric(Metric):
-    "Mean over images of the foreground's Dice at probability 0.5; 1 if nothing is there and nothing is found."
+    "Mean over images of the foreground's Dice at probability 0.5; 1 if mask and prediction are empty."
     def reset(self): self.total, self.count = 0., 0
     def accumulate(self, learn):
-        b, m = foreground(learn.pred) > 0, target(learn.y) > .5
-        inter, both = (b & m).sum((1, 2)).float(), (b.sum((1, 2)) + m.sum((1, 2))).float()
-        self.total += torch.where(both > 0, 2*inter / both.clamp(min=1), 1.).sum().item()
+        predicted, m = foreground(learn.pred) > 0, target(learn.y) > .5
+        inter = (predicted & m).sum((1, 2)).float()
+        areas = (predicted.sum((1, 2)) + m.sum((1, 2))).float()
+        dice = torch.where(areas > 0, 2*inter/areas.clamp(min=1), 1.)
+        self.total += dice.sum().item()
         self.count += len(m)
     @property
     def value(self): return self.total / self.count if self.count else None
@@ -97,7 +112,8 @@ class SegmenterEMACB(EMACB):
     "An `EMACB` that averages the running statistics of batch normalisation as far back as the weights."
     def layers(self) -> list:
         "The batch normalisations that have running statistics."
-        return [m for m in self.learn.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        modules = self.learn.model.modules()
+        return [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     def statistics(self) -> list:
         "The running mean and the running variance of each of `layers`."
@@ -105,7 +121,7 @@ class SegmenterEMACB(EMACB):
 
     def set_statistics(self,
         values: list    # as `statistics` returns them
-    ):
+    ) -> None:
         "Write running statistics into the model."
         for current, value in zip(self.statistics(), values, strict=True): current.copy_(value)
 
@@ -115,10 +131,10 @@ class SegmenterEMACB(EMACB):
 
     def after_step(self):
         super().after_step()
-        window = 1/(1 - self.avg.cur_decay_value)                           # steps that the weights look back
-        own_windows = [1/(layer.momentum or 0.1) for layer in self.layers() for _ in range(2)]
-        for average, current, own_window in zip(self.avg_statistics, self.statistics(), own_windows, strict=True):
-            average.lerp_(current, 1/max(window - own_window, 1))
+        window = 1/(1 - self.avg.cur_decay_value)               # steps that the weights look back
+        momenta = [layer.momentum or 0.1 for layer in self.layers() for _ in ('mean', 'variance')]
+        for average, current, momentum in zip(self.avg_statistics, self.statistics(), momenta, strict=True):
+            average.lerp_(current, 1/max(window - 1/momentum, 1))
 
     def after_fit(self):
         super().after_fit()
@@ -135,20 +151,20 @@ class SegmenterEMACB(EMACB):
 
 # %% ../../nbs/api/52_segment.learner.ipynb #ff8fbbfa
 def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,1], y (B,H,W) in {0,1}
-                    model: Segmenter,           # the network, trained in place
-                    loss='bce_dice',            # a key of `LOSSES`, or a function (out, mask) -> scalar
+                    model: nn.Module,           # a `Segmenter`, or any network for images in [0,1]
+                    loss: str | Callable = 'bce_dice', # key of `LOSSES`, or a function (out, mask) -> scalar
                     lr: float = 1e-3,           # peak learning rate
                     wd: float = 1e-2,           # AdamW's weight decay
-                    metrics=None,               # fastai metrics; `None`: `DiceMetric`
+                    metrics: list = None,       # fastai metrics; `None`: `DiceMetric`
                     clip: float = 1.,           # largest gradient norm; `None`: no clipping
-                    ema: float | str = None,    # decay of averaged weights, see `train.EMACB`; `None`: no averaging
-                    channels_last: bool = None, # memory format of the network; `None`: channels last on a CPU and on CUDA
+                    ema: float | str = None,    # decay of averaged weights, see `train.EMACB`; `None`: none
+                    channels_last: bool = None, # memory format of the network; `None`: on a CPU and on CUDA
                     cbs: list = ()              # further callbacks: what a paper adds
                    ) -> Learner:                # train it with `train.fit_steps`
     "A learner for a segmenter; `MedsynError` if the loss is unknown or the images do not fit the network."
     loss_func = loss if callable(loss) else LOSSES[pick(loss, LOSSES, 'loss')]
     size = getattr(dls, 'size', None)
-    if size and hasattr(model, 'stride'): check_size(size, size, model.stride, model.config['name'])
+    if size and isinstance(model, Segmenter): check_size(size, size, model.stride, model.config['name'])
     device = torch.device(dls.device or next(model.parameters()).device)
     if channels_last is None: channels_last = device.type in ('cpu', 'cuda')
     model = model.to(device)
@@ -161,23 +177,30 @@ def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,
 
 # %% ../../nbs/api/52_segment.learner.ipynb #2796245e
 def upsample(out: Tensor,   # logits (C,H,W) or (H,W)
-             shape          # (height, width) in pixels
+             shape: tuple   # (height, width) in pixels
             ) -> Tensor:    # (height, width) logit of the foreground
     "The foreground's logit of one image, bilinearly at another size."
-    l = foreground(out[None] if out.ndim == 3 else out[None, None])
-    return l[0] if l.shape[1:] == tuple(shape) else F.interpolate(l[None], tuple(shape), mode='bilinear', align_corners=False)[0, 0]
+    logit = foreground(out[None] if out.ndim == 3 else out[None, None])
+    if logit.shape[1:] == tuple(shape): return logit[0]
+    return F.interpolate(logit[None], tuple(shape), mode='bilinear', align_corners=False)[0, 0]
 
 def _image(item):
     "One image as uint8 (H,W,3), from an array or a `Pair`."
     a = read_image(item.image) if isinstance(item, Pair) else np.asarray(item)
     if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3:
-        raise MedsynError(f"an image of {a.dtype} and shape {a.shape} cannot be segmented: give pairs, or uint8 arrays (H,W,3)")
+        raise MedsynError(f"an image of {a.dtype} and shape {a.shape} cannot be segmented:"
+                          " give pairs, or uint8 arrays (H,W,3)")
     return a
+
+def _resized(image, size):
+    "An image (H,W,3) at (size,size,3)."
+    if image.shape[:2] == (size, size): return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.BILINEAR))
 
 def _batch(images, size, device):
     "Resized images as one batch (B,3,size,size) in [0,1]."
-    fit = [a if a.shape[:2] == (size, size) else np.asarray(Image.fromarray(a).resize((size, size), Image.BILINEAR)) for a in images]
-    return torch.from_numpy(np.stack(fit)).to(device).permute(0, 3, 1, 2).float() / 255
+    stacked = np.stack([_resized(image, size) for image in images])
+    return torch.from_numpy(stacked).to(device).permute(0, 3, 1, 2).float() / 255
 
 # %% ../../nbs/api/52_segment.learner.ipynb #5e9a02b4
 FLIPS = [(), (-1,), (-2,), (-2, -1)]    # dimensions that are reversed: none, width, height, both
@@ -192,8 +215,8 @@ def flip_averaged(model: nn.Module, # (B,3,H,W) -> (B,C,H,W)
 # %% ../../nbs/api/52_segment.learner.ipynb #9123a5fd
 @torch.no_grad()
 def predict(model: Segmenter,   # a segmenter, on any device
-            items,              # list of `Pair`, or uint8 images: (N,H,W,3) or a list of (H,W,3) of any sizes
-            size: int = None,   # side in pixels at which the network sees them; `None`: the model's own, else the images'
+            items: list,        # of `Pair`, or uint8 images: (N,H,W,3) or a list of (H,W,3) of any sizes
+            size: int = None,   # side in pixels for the network; `None`: the model's own, else the images'
             bs: int = 16,       # images per batch; it does not change the result
             device: str | torch.device = None, # where to run; `None`: where the model is
             logits: bool = False, # return logits instead of probabilities

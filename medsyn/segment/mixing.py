@@ -4,63 +4,71 @@
 
 # %% auto #0
 __all__ = ['MIX_SCHEDULES', 'find_partners', 'check_partners', 'PartnerDataset', 'PartnerDL', 'partner_dls', 'frozen_stats',
-           'MixedBatch', 'share_done', 'PairedMixCB', 'MixUpCB', 'CutMixCB']
+           'MixedBatch', 'PairedMixCB', 'MixUpCB', 'CutMixCB']
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #88addd90
 import contextlib
 import json
 import math
-import random
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Pipeline
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import LightingTfm
-from fasttransform import Pipeline
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import MedsynError, pick, seed_of, track
 from ..data.pairs import Pair, PairDataset, SeededDL, random_stream, read_image, read_mask
-from ..train import LossTermCB
+from ..train import LossTermCB, share_done
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #f524d25b
 def _manifest(folder):
     "The lines of a synthesis run as dictionaries."
-    f = Path(folder)/'manifest.jsonl'
-    if not f.is_file(): raise MedsynError(f"{folder} holds no manifest.jsonl: give a folder that synthesize wrote")
-    try: return [json.loads(l) for l in f.read_text().splitlines()]
-    except ValueError as e: raise MedsynError(f"{f} is damaged ({e}): run synthesize again, it goes on where it stopped") from e
+    file = Path(folder)/'manifest.jsonl'
+    if not file.is_file():
+        raise MedsynError(f"{folder} holds no manifest.jsonl: give a folder that synthesize wrote")
+    try: return [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError as e:
+        raise MedsynError(f"{file} is damaged ({e}): run synthesize again, it resumes") from e
 
-def find_partners(folder,       # what `synthesize(..., masks='real')` wrote
-                  pairs: list   # the real `Pair`s
-                 ) -> dict:     # name of a real pair -> its synthetic `Pair`s
-    "The synthetic images under each real image's own mask; `MedsynError` for moved masks and for masks of other data."
-    folder, real, out = Path(folder), {p.name: p for p in pairs}, defaultdict(list)
+def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` wrote
+                  pairs: list           # the real `Pair`s
+                 ) -> dict:             # name of a real pair -> its synthetic `Pair`s
+    "The synthetic images under each real image's own mask; `MedsynError` if masks were moved or are others."
+    folder, partners = Path(folder), defaultdict(list)
+    real_pairs = {p.name: p for p in pairs}
     for row in track(_manifest(folder), 'partners'):
-        if row['transform']['kind'] != 'real':
-            raise MedsynError(f"{folder/row['file']} was drawn under a mask that was moved ({row['transform']['kind']}): run synthesize with masks='real'")
-        if (p := real.get(row['source'])) is None: continue
-        mine = read_mask(folder/row['mask'])
-        if not np.array_equal(mine, read_mask(p.mask, len(mine))):
-            raise MedsynError(f"{folder/row['file']} was drawn under another mask than that of the real image {p.name!r}: give the folder that was drawn from these pairs")
-        out[p.name].append(Pair(f"{row['index']:06d}", folder/row['file'], folder/row['mask']))
-    return dict(out)
+        image, mask = folder/row['file'], folder/row['mask']
+        kind = row['transform']['kind']
+        if kind != 'real':
+            raise MedsynError(f"{image} was sampled under a mask that was moved ({kind}):"
+                              " run synthesize with masks='real'")
+        real = real_pairs.get(row['source'])
+        if real is None: continue
+        given_mask = read_mask(mask)
+        if not np.array_equal(given_mask, read_mask(real.mask, given_mask.shape)):
+            raise MedsynError(f"{image} was sampled under another mask than that of the real image"
+                              f" {real.name!r}: give the folder that was sampled from these pairs")
+        partners[real.name].append(Pair(f"{row['index']:06d}", image, mask))
+    return dict(partners)
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #d10eeb9b
 def check_partners(pairs: list,     # real training `Pair`s
                    partners: dict   # name of a real pair -> its synthetic `Pair`s
-                  ):
-    "`MedsynError` that names a real image without a partner, if there is one."
-    gone = [p.name for p in pairs if not partners.get(p.name)]
-    if gone: raise MedsynError(f"{len(gone)} of {len(pairs)} real images have no synthetic partner, {gone[0]!r} for one: draw more with synthesize(..., masks='real'), or take them out of the training pairs")
+                  ) -> None:
+    "`MedsynError` that names the first real image without a partner, if there is one."
+    lacking = [p.name for p in pairs if not partners.get(p.name)]
+    if lacking:
+        raise MedsynError(f"{len(lacking)} of {len(pairs)} real images have no synthetic partner,"
+                          f" {lacking[0]!r} first: sample more with synthesize(..., masks='real'),"
+                          " or leave these images out")
 
 class PartnerDataset:
     "(real, partner, mask), each decoded once; `epoch` decides which of several partners."
@@ -71,20 +79,25 @@ class PartnerDataset:
                  seed: int = 0          # of the choice among several
                 ):
         check_partners(real.pairs, partners)
-        self.real, self.partners, self.seed, self.epoch, self.cache = real, partners, seed, 0, {}
+        self.real, self.partners, self.seed = real, partners, seed
+        self.epoch, self.cache = 0, {}
 
     def __len__(self): return len(self.real)
 
-    def partner(self, i: int) -> Pair:
+    def partner(self,
+        i: int      # index of a real image
+    ) -> Pair:      # one of its partners
         "The partner of real image `i` in this epoch."
         name = self.real.pairs[i].name
-        return self.partners[name][seed_of(self.seed, 'partner', self.epoch, name) % len(self.partners[name])]
+        choices = self.partners[name]
+        return choices[seed_of(self.seed, 'partner', self.epoch, name) % len(choices)]
 
-    def _read(self, p):
-        if p.image not in self.cache:
-            im = Image.fromarray(read_image(p.image)).resize((self.real.size,)*2, Image.Resampling.BILINEAR)
-            self.cache[p.image] = TensorImage(torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous())
-        return self.cache[p.image]
+    def _read(self, pair):
+        "The image of a pair at the data set's size, uint8 (3,height,width)."
+        if pair.image not in self.cache:
+            pixels = torch.from_numpy(read_image(pair.image, self.real.size)).permute(2, 0, 1)
+            self.cache[pair.image] = TensorImage(pixels.contiguous())
+        return self.cache[pair.image]
 
     def __getitem__(self, i):
         real, mask = self.real[i]
@@ -92,28 +105,31 @@ class PartnerDataset:
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #65a1a3fd
 class _PartnerPipeline(Pipeline):
-    "Batch transforms of a triple: the real half as without a partner, the partner under the same stream for its geometry and another for its colours."
+    "Batch transforms of a triple: one stream for the geometry of all, another for the partner's colours."
     stream, batch = (0, 'none', 0), 0
     def __call__(self, b):
         real, partner, mask = b
         self.batch += 1
-        same, own = seed_of(*self.stream, self.batch), seed_of(*self.stream, self.batch, 'partner')
-        with random_stream(same, real.device): real, mask = super().__call__((real, mask))
-        with random_stream(same, real.device): partner = self._some(partner, False)
-        with random_stream(own, real.device): return real, self._some(partner, True), mask
+        shared_seed = seed_of(*self.stream, self.batch)
+        partner_seed = seed_of(*self.stream, self.batch, 'partner')
+        device = real.device
+        with random_stream(shared_seed, device): moved_real, moved_mask = super().__call__((real, mask))
+        with random_stream(shared_seed, device): moved = self._only((partner, mask), colours=False)
+        with random_stream(partner_seed, device): moved_partner, _ = self._only(moved, colours=True)
+        return moved_real, moved_partner, moved_mask
 
-    def _some(self, x, colour):
-        "The transforms of the colours, or the others."
-        for f in self.fs:
-            if isinstance(f, LightingTfm) == colour: x = f(x, split_idx=self.split_idx)
-        return x
+    def _only(self, pair, colours):
+        "An image and its mask under the transforms of colour alone, or under all others."
+        for transform in self.fs:
+            if isinstance(transform, LightingTfm) == colours: pair = transform(pair, split_idx=self.split_idx)
+        return pair
 
 class PartnerDL(SeededDL):
     "A `SeededDL` of triples: another partner each epoch, one geometry for the three."
     def __init__(self,
-                 dataset,           # a `PartnerDataset`
-                 *args,             # as in `SeededDL`
-                 **kwargs           # as in `SeededDL`
+                 dataset: PartnerDataset,   # real images with partners
+                 *args,                     # as in `SeededDL`
+                 **kwargs                   # as in `SeededDL`
                 ):
         super().__init__(dataset, *args, **kwargs)
         self.after_batch = _PartnerPipeline(self.after_batch)
@@ -125,24 +141,24 @@ class PartnerDL(SeededDL):
 # %% ../../nbs/api/53_segment.mixing.ipynb #d1d9c0ad
 def partner_dls(dls: DataLoaders,   # from `pair_dls`
                 partners: dict      # name of a real pair -> its synthetic `Pair`s, see `find_partners`
-               ) -> DataLoaders:    # training batches (real, partner, mask); validation as before, real images alone
-    "Give each training image of `dls` its synthetic partner; order and augmentation of the real images do not change."
-    ds = PartnerDataset(dls.train.dataset, partners, dls.train.seed)
-    new = DataLoaders(dls.train.new(ds, PartnerDL), dls.valid, device=dls.device)
-    new.pairs_train, new.pairs_valid, new.size = dls.pairs_train, dls.pairs_valid, dls.size
-    return new
+               ) -> DataLoaders:    # training batches (real, partner, mask); validation as before
+    "Give each training image its synthetic partner; order and augmentation of the real images do not change."
+    dataset = PartnerDataset(dls.train.dataset, partners, dls.train.seed)
+    with_partners = DataLoaders(dls.train.new(dataset, PartnerDL), dls.valid, device=dls.device)
+    for name in ('pairs_train', 'pairs_valid', 'size'): setattr(with_partners, name, getattr(dls, name))
+    return with_partners
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #3f70d074
 @contextlib.contextmanager
 def frozen_stats(model: nn.Module   # any network
-                ):
-    "Inside, batch normalisation in training mode uses the batch's statistics as always, but its running ones stay as they are."
-    was = [(m, m.track_running_stats) for m in model.modules() if isinstance(m, _BatchNorm)]
+                ):                  # context manager
+    "Inside, batch normalisation uses the batch's statistics as always; its running ones stay as they are."
+    tracked = [(m, m.track_running_stats) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
-        for m, _ in was: m.track_running_stats = False
+        for layer, _ in tracked: layer.track_running_stats = False
         yield
     finally:
-        for m, t in was: m.track_running_stats = t
+        for layer, value in tracked: layer.track_running_stats = value
 
 @dataclass
 class MixedBatch:
@@ -151,25 +167,29 @@ class MixedBatch:
     partner: Tensor         # (B,3,H,W) in [0,1]
     yb: tuple               # the target: the real images' masks (B,H,W)
     seed: int = 0           # of dropout, and of the strength per image
-    per_image: bool = False # every image its own strength, uniform in [0,s]
+    per_image: bool = False # every image has a strength of its own, uniform in [0,s]
 
-    def at(self, s: float) -> Tensor:
-        "The mixed images (B,3,H,W) at strength `s`; the same call gives the same images."
+    def at(self,
+        s: float    # strength, 0 (real) to 1 (partner)
+    ) -> Tensor:    # (B,3,H,W)
+        "The mixed images at strength `s`; the same call gives the same images."
         if not self.per_image: return torch.lerp(self.real, self.partner, s)
-        u = torch.rand(len(self.real), 1, 1, 1, generator=torch.Generator().manual_seed(self.seed)).to(self.real)
-        return torch.lerp(self.real, self.partner, s*u)
+        rng = torch.Generator().manual_seed(self.seed)
+        share = torch.rand(len(self.real), 1, 1, 1, generator=rng).to(self.real)
+        return torch.lerp(self.real, self.partner, s*share)
 
-    def loss(self, model, loss_func, s: float) -> Tensor:
-        "The loss at strength `s` in a pass of its own, which leaves random streams and running statistics alone."
-        with frozen_stats(model), random_stream(seed_of(self.seed, 'dropout'), self.real.device): return loss_func(model(self.at(s)), *self.yb)
+    def loss(self,
+        model: nn.Module,       # (B,3,H,W) -> network output
+        loss_func: Callable,    # (out, *yb) -> scalar
+        s: float                # strength, 0 to 1
+    ) -> Tensor:                # scalar
+        "The loss at strength `s` in a pass of its own; random streams and running statistics are untouched."
+        dropout_seed = seed_of(self.seed, 'dropout')
+        with frozen_stats(model), random_stream(dropout_seed, self.real.device):
+            return loss_func(model(self.at(s)), *self.yb)
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #8effafaf
 MIX_SCHEDULES = dict(fixed=lambda share: 1., cosine=lambda share: (1 + math.cos(math.pi*share))/2)
-
-def share_done(learn    # a learner in a fit
-              ) -> float: # 0 at the first step, towards 1 at the last
-    "The share of the fit that is done, in steps where `fit_steps` counts them."
-    return learn.steps.done/learn.steps.total if hasattr(learn, 'steps') else float(learn.pct_train)
 
 class PairedMixCB(LossTermCB):
     "Adds `w` times the loss of images mixed with their partners, under the real masks."
@@ -178,36 +198,42 @@ class PairedMixCB(LossTermCB):
         s: float = .5,              # mixing strength, 0 (real) to 1 (synthetic)
         w: float = 1.,              # weight of the mixed samples, 0 or more
         schedule: str = 'fixed',    # a key of `MIX_SCHEDULES`
-        per_image: bool = False,    # every image its own strength, uniform in [0,s]
+        per_image: bool = False,    # every image has a strength of its own, uniform in [0,s]
         passes: int = 2             # 1: both halves in one batch; 2: each with statistics of its own
     ):
         super().__init__(w)
-        if not 0 <= s <= 1 or w < 0 or passes not in (1, 2): raise MedsynError(f"s={s}, w={w}, passes={passes}: s must be in [0,1], w 0 or more, passes 1 or 2")
-        self.s, self.w, self.schedule, self.per_image, self.passes = s, w, pick(schedule, MIX_SCHEDULES, 'schedule'), per_image, passes
+        if not 0 <= s <= 1 or w < 0 or passes not in (1, 2):
+            raise MedsynError(f"s={s}, w={w}, passes={passes}: s must be in [0,1], w 0 or more,"
+                              " passes 1 or 2")
+        self.s, self.w, self.per_image, self.passes = s, w, per_image, passes
+        self.schedule = pick(schedule, MIX_SCHEDULES, 'schedule')
 
-    def levels(self):
+    def levels(self) -> tuple:
         "Strength and weight of this batch."
         if hasattr(self.learn, 'gates'): return self.learn.gates.levels()
-        f = MIX_SCHEDULES[self.schedule](share_done(self.learn))
-        return self.s*f, self.w*f
+        factor = MIX_SCHEDULES[self.schedule](share_done(self.learn))
+        return self.s*factor, self.w*factor
 
     def before_batch(self):
-        if len(self.yb) < 2: raise MedsynError("the training batches bring no partners: make the loaders with partner_dls")
-        (partner, *yb), (self.now, self.weight) = self.yb, self.levels()
-        self.learn.yb, self.mixed = tuple(yb), None
-        self.learn.terms.update(s=torch.tensor(self.now), w=torch.tensor(self.weight))
-        if not (self.now > 0 and self.weight > 0): return
-        self.mixed = MixedBatch(self.x, partner, self.learn.yb, seed_of(self.dls.train.seed, 'mix', self.train_iter), self.per_image)
-        if self.passes == 1: self.learn.xb = (torch.cat([self.x, self.mixed.at(self.now)]),)
+        if len(self.yb) < 2:
+            raise MedsynError("the training batches bring no partners: make the loaders with partner_dls")
+        partner, *masks = self.yb
+        self.learn.yb, self.mixed = tuple(masks), None
+        self.strength, self.weight = self.levels()
+        self.learn.terms.update(s=torch.tensor(self.strength), w=torch.tensor(self.weight))
+        if self.strength == 0 or self.weight == 0: return
+        seed = seed_of(self.dls.train.seed, 'mix', self.train_iter)
+        self.mixed = MixedBatch(self.x, partner, self.learn.yb, seed, self.per_image)
+        if self.passes == 1: self.learn.xb = (torch.cat([self.x, self.mixed.at(self.strength)]),)
 
     def after_pred(self):
         if not self.mixed or self.passes == 2: return
         self.learn.pred, self.pred_mix = self.pred.chunk(2)
-        self.learn.xb = (self.mixed.real,)          # what other terms see is the real batch, as in two passes
+        self.learn.xb = (self.mixed.real,)          # the other terms see the real batch, as in two passes
 
     def term(self):
         if self.passes == 1: return self.learn.loss_func(self.pred_mix, *self.yb)
-        return self.mixed.loss(self.model, self.learn.loss_func, self.now)
+        return self.mixed.loss(self.model, self.learn.loss_func, self.strength)
 
     def after_loss(self):
         if self.mixed: super().after_loss()
@@ -218,15 +244,19 @@ class MixUpCB(MixUp):
     "fastai's MixUp of images and masks; its randomness follows the loader's seed."
     def before_batch(self):
         self.learn.yb = (self.y.float(),)
-        with random_stream(seed_of(self.dls.train.seed, 'mixup', self.train_iter), self.x.device): super().before_batch()
+        seed = seed_of(self.dls.train.seed, 'mixup', self.train_iter)
+        with random_stream(seed, self.x.device): super().before_batch()
 
 class CutMixCB(CutMix):
     "CutMix for dense labels: the box of another image, with the box of its mask."
     def before_batch(self):
         x, y = self.x, self.y
-        with random_stream(seed_of(self.dls.train.seed, 'cutmix', self.train_iter), x.device):
+        seed = seed_of(self.dls.train.seed, 'cutmix', self.train_iter)
+        with random_stream(seed, x.device):
             other = torch.randperm(len(x), device=x.device)
-            x1, y1, x2, y2 = map(int, self.rand_bbox(x.shape[-1], x.shape[-2], self.distrib.sample((1,)).to(x.device)))
+            share = self.distrib.sample((1,)).to(x.device)
+            left, top, right, bottom = map(int, self.rand_bbox(x.shape[-1], x.shape[-2], share))
         box = torch.zeros(x.shape[-2:], dtype=torch.bool, device=x.device)
-        box[y1:y2, x1:x2] = True
-        self.learn.xb, self.learn.yb = (torch.where(box, x[other], x),), (torch.where(box, y[other], y),)
+        box[top:bottom, left:right] = True
+        self.learn.xb = (torch.where(box, x[other], x),)
+        self.learn.yb = (torch.where(box, y[other], y),)

@@ -25,55 +25,74 @@ from ..core import MedsynError, load_json, pick, save_json, write_atomic
 # %% ../../nbs/api/50_segment.models.ipynb #4a1aa42f
 def encoder_name(name: str      # a name of smp ("resnet18") or of timm ("convnext_atto", "tu-convnext_atto")
                 ) -> str:       # the name under which smp knows it
-    "The encoder's name as smp spells it; a `MedsynError` with the nearest names if neither smp nor timm has it."
-    own, name = smp.encoders.get_encoder_names(), str(name)
-    if name in own: return name
+    "The encoder's name as smp spells it; a `MedsynError` with similar names if neither smp nor timm has it."
+    name, of_smp = str(name), smp.encoders.get_encoder_names()
+    if name in of_smp: return name
     bare = name.removeprefix('tu-')
     if timm.is_model(bare): return f'tu-{bare}'
-    near = get_close_matches(name, own, 3, .5) or get_close_matches(bare, timm.list_models(), 3, .5)
-    guess = f": did you mean {' or '.join(near)}?" if near else ": see smp.encoders.get_encoder_names() and timm.list_models()"
-    raise MedsynError(f"unknown encoder {name!r}{guess}")
+    similar = get_close_matches(name, of_smp, 3, .5) or get_close_matches(bare, timm.list_models(), 3, .5)
+    if similar: advice = f"did you mean {' or '.join(similar)}?"
+    else: advice = "see smp.encoders.get_encoder_names() and timm.list_models()"
+    raise MedsynError(f"unknown encoder {name!r}: {advice}")
 
 # %% ../../nbs/api/50_segment.models.ipynb #3d2ca55b
-def read_weights(path           # a .safetensors file, or a PyTorch state dict
-                ) -> dict:      # name -> tensor
-    "The tensors in a file, never its code; `MedsynError` if it is missing, damaged, or holds anything but tensors."
+def _state_dict(content):
+    "The state dict inside what a training script saved, which may nest it."
+    for key in ('state_dict', 'model'):
+        if isinstance(content, dict) and isinstance(content.get(key), dict): return _state_dict(content[key])
+    return content
+
+def read_weights(path: str | Path   # a .safetensors file, or a PyTorch state dict
+                ) -> dict:          # name -> tensor
+    "The tensors in a file, never its code; `MedsynError` if it is missing, damaged, or holds other things."
     path = Path(path)
+    advice = "save the state_dict alone, best as .safetensors"
     if not path.is_file(): raise MedsynError(f"weights {path} do not exist: check the path")
     try:
         if path.suffix == '.safetensors': return load_file(path)
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except SafetensorError as e: raise MedsynError(f"{path} is not a complete safetensors file ({e}): copy it again") from e
-    except Exception as e: raise MedsynError(f"{path} is not a plain PyTorch state dict: save the state_dict alone, best as .safetensors") from e
-    while isinstance(state, dict) and (inner := next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), None)): state = inner
+        state = _state_dict(torch.load(path, map_location='cpu', weights_only=True))
+    except SafetensorError as e:
+        raise MedsynError(f"{path} is not a complete safetensors file ({e}): copy it again") from e
+    except Exception as e: raise MedsynError(f"{path} is not a plain PyTorch state dict: {advice}") from e
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise MedsynError(f"{path} holds more than tensors: save the state_dict alone, best as .safetensors")
+        raise MedsynError(f"{path} holds more than tensors: {advice}")
     return state
 
 # %% ../../nbs/api/50_segment.models.ipynb #b40d2cc4
+def _without_prefix(state, names):
+    "The tensors of `state` that belong to `names`, without the prefix under which most of them are found."
+    prefixes = {''} | {key.removesuffix(names[0]) for key in state if key.endswith(names[0])}
+    def under(prefix): return {name: state[prefix + name] for name in names if prefix + name in state}
+    return max(map(under, sorted(prefixes, key=len)), key=len)
+
 def fit_weights(module: nn.Module,  # what the weights are for
-                state: dict,        # name -> tensor; the names may carry a prefix, further tensors (a classifier's) are left alone
+                state: dict,        # name -> tensor; names may carry a prefix, further tensors are left alone
                 where: str,         # the file, for the message
                 what: str           # the module in words, for the message
                ) -> nn.Module:      # `module`, loaded
     "Load every tensor of `module` from `state`; `MedsynError` if one is missing or has another shape."
-    own = module.state_dict()
-    need = [k for k in own if not k.endswith('num_batches_tracked')]
-    prefixes = {''} | {k[:-len(n)] for k in state for n in need[:1] if k.endswith(n)}
-    state = max(({k: state[p + k] for k in own if p + k in state} for p in sorted(prefixes, key=len)), key=len)
-    lack = [k for k in need if k not in state]
-    if lack: raise MedsynError(f"{where} does not fit {what}: {len(lack)} of {len(need)} tensors are missing, {lack[0]!r} first; give the weights of this very network")
-    for k in need:
-        if state[k].shape != own[k].shape:
-            raise MedsynError(f"{where} does not fit {what}: {k!r} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here; give the weights of this very network")
-    module.load_state_dict({**own, **state})
+    current = module.state_dict()
+    needed = [name for name in current if not name.endswith('num_batches_tracked')]
+    counters = [name for name in current if name.endswith('num_batches_tracked')]
+    given = _without_prefix(state, needed + counters)
+    missing = [name for name in needed if name not in given]
+    advice = "give the weights of this very network"
+    if missing:
+        raise MedsynError(f"{where} does not fit {what}: {len(missing)} of {len(needed)} tensors are missing,"
+                          f" {missing[0]!r} first; {advice}")
+    for name in needed:
+        there, here = tuple(given[name].shape), tuple(current[name].shape)
+        if there != here:
+            raise MedsynError(f"{where} does not fit {what}: {name!r} is {there} there and {here} here;"
+                              f" {advice}")
+    module.load_state_dict({**current, **given})
     return module
 
 # %% ../../nbs/api/50_segment.models.ipynb #cadc9912
-def _from_smp(cls, encoder, classes, kw):
-    "A network of smp with random weights; its options are checked, since smp hands unknown ones on in silence."
-    for k in kw: pick(k, inspect.signature(cls).parameters, f'option of {cls.__name__}')
-    return cls(encoder, encoder_weights=None, classes=classes, **kw)
+def _from_smp(cls, encoder, classes, options):
+    "A network of smp with random weights; its options are checked, since smp ignores unknown ones."
+    for name in options: pick(name, inspect.signature(cls).parameters, f'option of {cls.__name__}')
+    return cls(encoder, encoder_weights=None, classes=classes, **options)
 
 def unet(encoder: str,  # smp's name of the encoder
          classes: int,  # output channels
@@ -96,18 +115,21 @@ def good_sizes(side: int,           # a side in pixels
                stride: int = 32     # what it must be a multiple of
               ) -> list[int]:       # the nearest multiples: one if it fits, else those below and above
     "The sizes nearest to `side` that a network of this stride takes."
-    low = side // stride * stride
-    return [side] if low == side > 0 else [s for s in (low, low + stride) if s > 0]
+    below = side // stride * stride
+    if below == side > 0: return [side]
+    return [size for size in (below, below + stride) if size > 0]
 
-def check_size(h: int, w: int,      # height and width in pixels
-               stride: int,         # what both must be multiples of
-               what: str            # the network, for the message
-              ):
+def check_size(h: int,      # height in pixels
+               w: int,      # width in pixels
+               stride: int, # what both must be multiples of
+               what: str    # the network, for the message
+              ) -> None:
     "Refuse sides that are no multiples of `stride`, naming the nearest that are."
-    bad = [s for s in (h, w) if s % stride or s < stride]
-    if bad:
-        raise MedsynError(f"images of {h}x{w} pixels do not fit {what}, whose sides must be multiples of {stride}:"
-                          f" resize {bad[0]} to {' or '.join(map(str, good_sizes(bad[0], stride)))}")
+    bad = [side for side in (h, w) if side % stride or side < stride]
+    if not bad: return
+    sizes = ' or '.join(map(str, good_sizes(bad[0], stride)))
+    raise MedsynError(f"images of {h}x{w} pixels do not fit {what}, whose sides must be multiples"
+                      f" of {stride}: resize {bad[0]} to {sizes}")
 
 # %% ../../nbs/api/50_segment.models.ipynb #5e9a01b8
 def is_weights_file(weights: str | Path    # what was given as `encoder_weights`
@@ -118,7 +140,7 @@ def is_weights_file(weights: str | Path    # what was given as `encoder_weights`
 
 def normalisation(encoder: str,             # an encoder as smp spells it, see `encoder_name`
                   weights: str | Path = None # its weights: `None` (random), a name ('imagenet') or a file
-                 ) -> tuple:                # mean and standard deviation, each a list of 3 numbers for images in [0,1]
+                 ) -> tuple:                # mean and standard deviation, a list of 3 numbers each
     "The mean and standard deviation per channel with which an encoder's weights were trained."
     imagenet = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     if weights is None: return imagenet
@@ -134,7 +156,7 @@ class Segmenter(nn.Module):
     def __init__(self,
         net: nn.Module, # the network, for normalised images
         stride: int,    # what both sides must be multiples of
-        config: dict    # the arguments of `segmenter` that build it again; its `mean` and `std` are the normalisation
+        config: dict    # the arguments of `segmenter` that build it again, `mean` and `std` among them
     ):
         super().__init__()
         self.net, self.stride, self.config = net, stride, config
@@ -147,79 +169,99 @@ class Segmenter(nn.Module):
         try: return self.net((x - self.mean) / self.std)
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
-            raise MedsynError(f"a training batch of {len(x)} image of {x.shape[-2]}x{x.shape[-1]} pixels leaves one value per channel at 1/{self.stride} of the size, too few"
-                              " for batch normalisation: use two or more images per batch, or larger ones") from e
+            raise MedsynError(f"a training batch of {len(x)} image of {x.shape[-2]}x{x.shape[-1]} pixels"
+                              f" leaves one value per channel at 1/{self.stride} of the size, too few for"
+                              " batch normalisation: use two or more images per batch, or larger ones") from e
 
 # %% ../../nbs/api/50_segment.models.ipynb #80fbe7b0
 def _timm_names(encoder, state):
-    "Add the tensors of timm's own files under the names that smp's wrapper gives them (`stages.0` there, `model.stages_0` here)."
-    flat = lambda k: k.removeprefix('model.').replace('.', '_')
-    theirs = {flat(k): v for k, v in state.items()}
-    return state | {k: theirs[flat(k)] for k in encoder.state_dict() if k not in state and flat(k) in theirs}
+    "Add timm's tensors under the names of smp's wrapper (`stages.0` there, `model.stages_0` here)."
+    def flat(name): return name.removeprefix('model.').replace('.', '_')
+    by_flat_name = {flat(name): v for name, v in state.items()}
+    renamed = {name: by_flat_name[flat(name)] for name in encoder.state_dict() if flat(name) in by_flat_name}
+    return renamed | state
 
 def _load_encoder(net, encoder, weights):
     "Put pretrained weights into `net.encoder`: from a file, or by smp's or timm's own name."
-    w = str(weights)
-    if is_weights_file(w):
-        return fit_weights(net.encoder, _timm_names(net.encoder, read_weights(w)), w, f'encoder {encoder}')
-    if not encoder.startswith('tu-'): pick(w, smp.encoders.encoders[encoder]['pretrained_settings'], f'encoder_weights of {encoder}')
-    try: pre = smp.encoders.get_encoder(encoder, weights=w)
+    weights = str(weights)
+    if is_weights_file(weights):
+        state = _timm_names(net.encoder, read_weights(weights))
+        fit_weights(net.encoder, state, weights, f'encoder {encoder}')
+        return
+    if not encoder.startswith('tu-'):
+        published = smp.encoders.encoders[encoder]['pretrained_settings']
+        pick(weights, published, f'encoder_weights of {encoder}')
+    try: pretrained = smp.encoders.get_encoder(encoder, weights=weights)
     except MedsynError: raise
     except Exception as e:
-        raise MedsynError(f"cannot fetch the {w!r} weights of {encoder} ({type(e).__name__}): give encoder_weights the path of a file, or leave it unset") from e
-    net.encoder.load_state_dict(pre.state_dict())
+        raise MedsynError(f"cannot fetch the {weights!r} weights of {encoder} ({type(e).__name__}):"
+                          " give encoder_weights the path of a file, or leave it unset") from e
+    net.encoder.load_state_dict(pretrained.state_dict())
+
+def _three_numbers(given, expected):
+    "A number per channel: those given, else those that the weights expect."
+    return [float(v) for v in (expected if given is None else given)]
 
 def segmenter(name: str = 'unet',           # a key of `NETWORKS`
               encoder: str = 'resnet18',    # an encoder of smp or timm
               encoder_weights: str | Path = None, # `None`: random; a name ('imagenet'): fetched; a path: read
-              size: int = None,             # side in pixels it will be used at, checked now rather than at the first batch
+              size: int = None,             # side in pixels it will be used at, checked at once
               classes: int = 1,             # output channels: 1 (a logit) or 2 (background and foreground)
-              mean: list = None,            # of each channel of images in [0,1]; `None`: what the weights expect, see `normalisation`
-              std: list = None,             # standard deviation of each channel; `None`: what the weights expect
-              **kw                          # options of the network (`decoder_channels`, `encoder_depth`, ...)
+              mean: list = None,            # of each channel; `None`: what the weights expect
+              std: list = None,             # of each channel, above 0; `None`: what the weights expect
+              **kw                          # the network's options (`decoder_channels`, `encoder_depth`, ...)
              ) -> Segmenter:                # a segmenter with fresh weights, in training mode
-    "Build a segmentation network; `MedsynError` for an unknown name, encoder or weights, or a size that does not fit."
-    build, enc = NETWORKS[pick(name, NETWORKS, 'segmenter')], encoder_name(encoder)
-    if classes not in (1, 2): raise MedsynError(f"classes is {classes}: lesion masks are two-valued, give 1 or 2")
-    try: net = build(enc, classes, **kw)
+    "Build a segmentation network; `MedsynError` for unknown names and for a size that does not fit."
+    build, encoder_of_smp = NETWORKS[pick(name, NETWORKS, 'segmenter')], encoder_name(encoder)
+    if classes not in (1, 2):
+        raise MedsynError(f"classes is {classes}: lesion masks are two-valued, give 1 or 2")
+    try: net = build(encoder_of_smp, classes, **kw)
     except MedsynError: raise
-    except Exception as e: raise MedsynError(f"{name} cannot use the encoder {encoder!r} with options {kw} ({str(e).splitlines()[0]}): choose another encoder") from e
+    except Exception as e:
+        reason = str(e).splitlines()[0]
+        raise MedsynError(f"{name} cannot use the encoder {encoder!r} with options {kw} ({reason}):"
+                          " choose another encoder") from e
     stride = net.encoder.output_stride
     if size is not None: check_size(size, size, stride, name)
-    if encoder_weights is not None: _load_encoder(net, enc, encoder_weights)
-    expected_mean, expected_std = normalisation(enc, encoder_weights)
-    config = dict(name=name, encoder=encoder, size=size, classes=classes, **kw)
-    config['mean'] = [float(v) for v in (expected_mean if mean is None else mean)]
-    config['std'] = [float(v) for v in (expected_std if std is None else std)]
-    if len(config['mean']) != 3 or len(config['std']) != 3 or min(config['std']) <= 0:
-        raise MedsynError(f"mean {config['mean']}, std {config['std']}: give three numbers each, the std above 0")
+    if encoder_weights is not None: _load_encoder(net, encoder_of_smp, encoder_weights)
+    expected_mean, expected_std = normalisation(encoder_of_smp, encoder_weights)
+    mean, std = _three_numbers(mean, expected_mean), _three_numbers(std, expected_std)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise MedsynError(f"mean {mean}, std {std}: give three numbers each, the std above 0")
+    config = dict(name=name, encoder=encoder, size=size, classes=classes, mean=mean, std=std, **kw)
     return Segmenter(net, stride, config)
 
 # %% ../../nbs/api/50_segment.models.ipynb #d046ffee
 @patch
 def save_pretrained(self: Segmenter,
-                    path        # a folder, made if it does not exist
-                   ) -> Path:   # the folder
+                    path: str | Path    # a folder, made if it does not exist
+                   ) -> Path:           # the folder
     "Write `config.json` and `model.safetensors` into the folder `path`, each whole or not at all."
     path = Path(path)
-    state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+    state = {name: v.detach().cpu().contiguous() for name, v in self.state_dict().items()}
     write_atomic(path/'model.safetensors', save(state, metadata={'format': 'pt'}))
     save_json(path/'config.json', dict(kind='segmenter', **self.config))
     return path
 
 @patch(cls_method=True)
 def from_pretrained(cls: Segmenter,
-                    path            # a folder that `save_pretrained` wrote
-                   ) -> Segmenter:  # in evaluation mode
+                    path: str | Path    # a folder that `save_pretrained` wrote
+                   ) -> Segmenter:      # in evaluation mode
     "Open a folder that `save_pretrained` wrote, in evaluation mode; `MedsynError` if it holds anything else."
-    path = Path(path)
-    if not path.is_dir(): raise MedsynError(f"{path} is not a folder: give the folder that save_pretrained wrote")
+    path, advice = Path(path), "give the folder that save_pretrained wrote"
+    if not path.is_dir(): raise MedsynError(f"{path} is not a folder: {advice}")
     config = load_json(path/'config.json')
     kind = config.pop('kind', None) if isinstance(config, dict) else None
-    if kind != 'segmenter': raise MedsynError(f"{path} holds {f'a {kind}' if kind else 'no segmenter'} and a segmenter is needed: give the folder that save_pretrained wrote")
+    if kind != 'segmenter':
+        content = f'a {kind}' if kind else 'no segmenter'
+        raise MedsynError(f"{path} holds {content} and a segmenter is needed: {advice}")
     model = segmenter(**config)
     state = read_weights(path/'model.safetensors')
-    for k in [k for k in state if k.startswith('kept_')]: model.register_buffer(k, state[k])     # what a callback left with the model
-    odd = sorted({*state} - {*model.state_dict()})
-    if odd: raise MedsynError(f"{path} holds weights of another architecture than its config.json says ({config['name']}, {config['encoder']}), {odd[0]!r} for one: copy both files again")
+    for name in state:                  # buffers that a callback left with the model
+        if name.startswith('kept_'): model.register_buffer(name, state[name])
+    unknown = sorted({*state} - {*model.state_dict()})
+    what = f"{config['name']}, {config['encoder']}"
+    if unknown:
+        raise MedsynError(f"{path} holds weights of another architecture than its config.json says ({what}),"
+                          f" {unknown[0]!r} first: copy both files again")
     return fit_weights(model, state, str(path), f"{config['name']} with {config['encoder']}").eval()

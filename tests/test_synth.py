@@ -1,0 +1,121 @@
+"""Synthesis from noise and from real images: exact limits, resuming, filters, and what is refused."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from medsyn.core import MedsynError
+from medsyn.data.lesions import lesion_folder
+from medsyn.data.paste import feathered
+from medsyn.data.pairs import find_pairs, read_image, read_mask, read_pair
+from medsyn.diffusion.backbone import Backbone
+from medsyn.generate.control import ControlGenerator
+from medsyn.segment.mixing import find_partners
+from medsyn.segment.streams import read_ignored
+from medsyn.synth import Job, from_inpaint, from_paste, keep_all, keep_new, synthesize
+
+SIZE = 32
+QUICK = dict(n=6, steps=3, bs=4, seed=3)
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Real pairs, frames, and an untrained generator whose control branch is not zero."
+    d = tmp_path_factory.mktemp('synth')
+    pairs = find_pairs(lesion_folder(d/'real', 8, size=SIZE, seed=0))
+    frames = [p.image for p in find_pairs(lesion_folder(d/'frames', 5, size=SIZE, seed=1))]
+    x0 = torch.stack([torch.from_numpy(read_image(p.image)) for p in pairs]).permute(0, 3, 1, 2)/127.5 - 1
+    generator = ControlGenerator(Backbone.tiny(x0, SIZE, channels=(16, 32)))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in generator.parameters(): p += .02*torch.randn(p.shape, generator=rng)
+    return pairs, frames, generator
+
+def rows(folder): return [json.loads(line) for line in (folder/'manifest.jsonl').read_text().splitlines()]
+def tree(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+
+STARTS = [dict(start='real', strength=.4), dict(start='paste'), dict(start='inpaint'), dict(start='inpaint', masks='real')]
+
+@pytest.mark.parametrize('kw', STARTS, ids=str)
+def test_a_run_resumes_with_the_same_bytes(made, tmp_path, kw):
+    pairs, frames, generator = made
+    if kw['start'] == 'paste': kw = dict(kw, into=frames)
+    synthesize(generator, pairs, tmp_path/'a', **QUICK, **kw)
+    lines = (tmp_path/'a'/'manifest.jsonl').read_text().splitlines(keepends=True)
+    for cut in (0, 2, 5):
+        shutil.copytree(tmp_path/'a', tmp_path/f'b{cut}')
+        (tmp_path/f'b{cut}'/'manifest.jsonl').write_text(''.join(lines[:cut]) + lines[cut][:20])
+        if cut == 2 and 'into' in kw: (tmp_path/'b2'/'ignored'/'000001.png').write_bytes(b'torn')
+        synthesize(generator, pairs, tmp_path/f'b{cut}', **QUICK, **kw)
+        assert tree(tmp_path/f'b{cut}') == tree(tmp_path/'a')
+    with pytest.raises(MedsynError, match='holds another synth run'):
+        synthesize(generator, pairs, tmp_path/'a', **QUICK, **dict(kw, strength=.9))
+
+@pytest.mark.parametrize('start', ['real', 'paste', 'inpaint'])
+def test_strength_zero_asks_no_generator(made, tmp_path, start):
+    pairs, _, generator = made
+    class Deaf(ControlGenerator):
+        def forward(self, *args, **kw): raise AssertionError('was asked')
+    deaf = Deaf(generator.backbone)
+    pictures = synthesize(deaf, pairs, tmp_path/'a', start=start, strength=0, least_margin=.5, **QUICK)
+    for p, row in zip(pictures, rows(tmp_path/'a')):
+        source = next(q for q in pairs if q.name == row.get('into', row['source']))
+        image, mask = read_pair(source, SIZE)
+        if start != 'paste': assert np.array_equal(read_image(p.image), image)
+        assert (read_mask(p.mask) >= mask).all()
+
+def test_what_is_not_new_stays_as_it_was(made, tmp_path):
+    pairs, _, generator = made
+    job = Job(sorted(pairs, key=lambda p: p.name), SIZE, QUICK['seed'])
+    for i, p in enumerate(synthesize(generator, pairs, tmp_path/'a', start='inpaint', **QUICK)):
+        draft = from_inpaint(job, i)
+        alpha = feathered(torch.from_numpy(draft.fresh)[None, None].float())[0, 0].numpy()
+        image = read_image(p.image)
+        assert np.array_equal(image[alpha == 0], draft.init[alpha == 0])
+        assert not np.array_equal(image[draft.fresh > 0], draft.init[draft.fresh > 0])
+
+def test_real_variants_are_partners(made, tmp_path):
+    "Variants of real images under their own masks serve for mixing."
+    pairs, _, generator = made
+    for name, kw in dict(real=dict(start='real'), inplace=dict(start='inpaint', masks='real')).items():
+        synthesize(generator, pairs, tmp_path/name, n=8, steps=2, seed=1, **kw)
+        assert set(find_partners(tmp_path/name, pairs)) == {p.name for p in pairs}
+
+def test_frames_without_masks_mark_what_is_unknown(made, tmp_path):
+    pairs, frames, generator = made
+    out = synthesize(generator, pairs, tmp_path/'a', start='paste', into=frames, **QUICK)
+    ignored = read_ignored(tmp_path/'a'/'ignored', out)
+    for i, p in enumerate(out):
+        draft = from_paste(Job(sorted(pairs, key=lambda q: q.name), SIZE, QUICK['seed'], 'real', frames), i)
+        assert np.array_equal(ignored[p.name], draft.unknown > 0) and not ignored[p.name][draft.mask > 0].any()
+    assert {r['into'] for r in rows(tmp_path/'a')} <= {f.stem for f in frames}
+
+def test_batch_size_and_hardness(made, tmp_path):
+    pairs, _, generator = made
+    a = synthesize(generator, pairs, tmp_path/'a', start='real', **QUICK)
+    b = synthesize(generator, pairs, tmp_path/'b', start='real', **dict(QUICK, bs=2))
+    for p, q in zip(a, b): assert np.abs(read_image(p.image).astype(int) - read_image(q.image)).max() <= 1
+    only = {p.name: float(p is pairs[2]) for p in pairs}
+    synthesize(generator, pairs, tmp_path/'c', start='real', strength=0, hardness=only, **QUICK)
+    assert {r['source'] for r in rows(tmp_path/'c')} == {pairs[2].name}
+
+def test_tests_go_together_and_the_teacher_is_named(made, tmp_path):
+    pairs, _, generator = made
+    def teacher(image, mask): return True, dict(dice=.9)
+    teacher.about = dict(kind='obedient', segmenter='0123456789abcdef')
+    keep = keep_all(teacher, keep_new(lambda image: image.mean(), 0.))
+    synthesize(generator, pairs, tmp_path/'a', start='real', keep=keep, **QUICK)
+    assert {r['teacher'] for r in rows(tmp_path/'a')} == {'0123456789abcdef'}
+    assert set(rows(tmp_path/'a')[0]['score']) == {'obedient', 'new'}
+    none = keep_new(lambda image: 0., 1.)
+    with pytest.raises(MedsynError, match='keep dropped 12 of 12 images'):
+        synthesize(generator, pairs, tmp_path/'b', keep=none, tries=2, **QUICK)
+
+def test_a_generator_that_ignores_its_mask_is_refused(made, tmp_path):
+    pairs, _, generator = made
+    ignorant = ControlGenerator(generator.backbone)
+    with pytest.raises(MedsynError, match='hardly follows its mask'):
+        synthesize(ignorant, pairs, tmp_path/'a', least_margin=.001, **QUICK)
+    assert not (tmp_path/'a').exists()
+    assert len(synthesize(ignorant, pairs, tmp_path/'a', least_margin=.001, anyway=True, **QUICK)) == 6
