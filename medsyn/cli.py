@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
 
-# %% ../nbs/api/80_cli.ipynb #6baf5f31
+# %% ../nbs/api/80_cli.ipynb #d30c3bd8
 @dataclass(frozen=True)
 class Option:
     "A parameter of a function, as the command line sees it."
@@ -211,13 +211,14 @@ def train(
     print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
-@command('synth.synthesize', leave='pairs', late='keep least',
+@command('synth.synthesize', leave='pairs hardness', late='into keep least',
          example='medsyn synth generator --data data --out synthetic -n 200')
 def synth(
     generator: str,    # folder of medsyn train
     out: str,          # folder to write: images, masks, manifest.jsonl
     data: str = None,  # folder or list of pairs whose masks are used, all but the held-out tenth
     n: int = 200,      # pairs to draw
+    into: str = None,  # folder of pairs or images that receive the lesions of start paste or inpaint
     keep: str = None,  # folder of a segmenter (medsyn segment): images that disobey their mask are dropped
     least: float = 0.5,  # with keep: smallest Dice between its prediction and the mask
     **kw               # of `synthesize`
@@ -231,12 +232,19 @@ def synth(
     if data is None and not draws_pairs(opened):
         raise MedsynError("this generator draws under given masks: say whose with --data")
     pairs = None if draws_pairs(opened) else split_once(data).train
-    made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), **kw)
+    made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into), **kw)
     n_dropped = len(finished(Path(out))) - len(made)
     dropped = f'; {n_dropped} were dropped' if keep or n_dropped else ''
     print(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl{dropped}')
     print(f"Next: medsyn score {out} --real {data or 'REAL_FOLDER'}, then"
           f" medsyn compare {data or 'REAL_FOLDER'} --tests TEST_FOLDER --arms real {out} --out results")
+
+def _receivers(folder):
+    "Pairs, or images without masks; nothing without a folder."
+    if not folder: return None
+    from medsyn.data.pairs import find_images, find_pairs
+    try: return find_pairs(folder)
+    except MedsynError: return find_images(folder)
 
 def _obedient(segmenter, least):
     "What keeps an image that obeys its mask; nothing without a segmenter."
@@ -246,7 +254,7 @@ def _obedient(segmenter, least):
     from medsyn.segment.models import Segmenter
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
-# %% ../nbs/api/80_cli.ipynb #50c2597d
+# %% ../nbs/api/80_cli.ipynb #4b99a333
 @command('experiment.train_segmenter', leave='pairs device', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -275,7 +283,7 @@ def segment(data: str,             # folder or list of real pairs
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
-# %% ../nbs/api/80_cli.ipynb #a64c9f38
+# %% ../nbs/api/80_cli.ipynb #fafbd5b3
 @command('fit.fit', leave='labelled synthesis', example='medsyn fit data --out fitted --minutes 60')
 def fit(data: str,              # folder or list of labelled pairs, 8 or more
         out: str,               # folder to write: model/, report.md, cv/; the same command resumes
@@ -487,7 +495,8 @@ def parser_of(name: str     # a command
     words = [o.name.upper() if o.name in positional else f'--{o.name} {_placeholder(o)}' for o in needed]
     usage = ' '.join(['medsyn', name, *words, '[options]'])
     parser = argparse.ArgumentParser(prog=f'medsyn {name}', usage=usage, description=one.run.__doc__,
-                                     epilog=f'Example: {one.example}', formatter_class=_OneLine, allow_abbrev=False)
+                                     epilog=f'Example: {one.example}', formatter_class=_OneLine,
+                                     allow_abbrev=False)
     for option in options.values(): _add(parser, option, option.name in positional)
     return parser
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'digest', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once',
-           'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm',
-           'unlabelled_images', 'check_unlabelled', 'open_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
+           'unlabelled_images', 'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run',
+           'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores',
            'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
            'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
@@ -56,7 +56,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #37b4f8bb
+# %% ../nbs/api/70_experiment.ipynb #a20cde33
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -82,7 +82,31 @@ def split_once(
                           " for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #0a6ec997
+# %% ../nbs/api/70_experiment.ipynb #d257c4f1
+def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
+                     ) -> list:                         # of image files
+    "The images without masks that were given."
+    if isinstance(given, (str, Path)): return find_images(given)
+    return [Path(f) for f in given or ()]
+
+def check_unlabelled(unlabelled: Sequence,  # image files without masks
+                     pairs: Sequence,       # `Pair`s
+                     what: str              # what these are: "labelled", "test"
+                    ):
+    "`MedsynError` if an image without a mask has the pixels of one of the pairs' images."
+    both = same_images(unlabelled, pairs) if len(unlabelled) else []
+    if both:
+        raise MedsynError(f"{len(both)} of {len(unlabelled)} images without masks are {what} images"
+                          f" ({both[0].name} first): take them out of the unlabelled ones")
+
+def open_arm(form: object,              # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
+             split: Split,              # the labelled pairs
+             unlabelled: Sequence = ()  # image files without masks, or their folder
+            ) -> Arm:                   # the arm
+    "An arm for a split; `MedsynError` if it cannot be made or trained on it."
+    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
+
+# %% ../nbs/api/70_experiment.ipynb #0f173cd8
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -149,7 +173,7 @@ def train_segmenter(
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #10d6fba6
+# %% ../nbs/api/70_experiment.ipynb #5b14d388
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -200,7 +224,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, network, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #ea844bd1
+# %% ../nbs/api/70_experiment.ipynb #dce2f6e3
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -287,30 +311,7 @@ def describe_arm(arm: Arm   # any arm
 
 _describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #d73772b8
-def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
-                     ) -> list:                         # of image files
-    "The images without masks that were given."
-    if isinstance(given, (str, Path)): return find_images(given)
-    return [Path(f) for f in given or ()]
-
-def check_unlabelled(unlabelled: Sequence,  # image files without masks
-                     pairs: Sequence,       # `Pair`s
-                     what: str              # what these are: "labelled", "test"
-                    ):
-    "`MedsynError` if an image without a mask has the pixels of one of the pairs' images."
-    both = same_images(unlabelled, pairs) if len(unlabelled) else []
-    if both:
-        raise MedsynError(f"{len(both)} of {len(unlabelled)} images without masks are {what} images"
-                          f" ({both[0].name} first): take them out of the unlabelled ones")
-
-def open_arm(form: object,              # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
-             split: Split,              # the labelled pairs
-             unlabelled: Sequence = ()  # image files without masks, or their folder
-            ) -> Arm:                   # the arm
-    "An arm for a split; `MedsynError` if it cannot be made or trained on it."
-    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
-
+# %% ../nbs/api/70_experiment.ipynb #84f61d5e
 def _check_arm(name, arm, split):
     "`MedsynError` if an arm cannot be trained on a split."
     if arm.partners is not None: check_partners(split.train, arm.partners)
@@ -500,7 +501,7 @@ def compare(
     save_json(out/'run.json', about)
     return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #6fa73a1b
+# %% ../nbs/api/70_experiment.ipynb #047abe89
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])

@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_
            'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
            'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
 
-# %% ../nbs/api/72_fit.ipynb #63b92f70
+# %% ../nbs/api/72_fit.ipynb #53ef0321
 import csv
 import io
 import math
@@ -26,9 +26,10 @@ from .core import (MedsynError, default_device, file_hash, hardware, load_json, 
                          pick, save_json, seed_of, track, write_atomic)
 from .data.pairs import group_of, pairs_hash, read_image, split_pairs
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, generator_dls,
-                               images_of, make_backbone, make_generator, open_arm, read_scores, report,
-                               score_run, share_runs, split_once, train_segmenter, unlabelled_images)
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, draws_pairs,
+                               generator_dls, images_of, make_backbone, make_generator, open_arm,
+                               read_scores, report, score_run, share_runs, split_once, train_segmenter,
+                               unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
 from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
@@ -36,7 +37,7 @@ from .segment.models import Segmenter, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
 
-# %% ../nbs/api/72_fit.ipynb #6839e751
+# %% ../nbs/api/72_fit.ipynb #10de5037
 def make_folds(pairs: Sequence,     # labelled `Pair`s
                k: int,              # folds, 2 or more
                seed: int = 0        # another seed, other folds
@@ -50,7 +51,7 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
     held_parts.append(remaining)
     return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
 
-# %% ../nbs/api/72_fit.ipynb #08b42b4f
+# %% ../nbs/api/72_fit.ipynb #134f9505
 SPARE = .9              # share of the minutes that is planned with
 GENERATOR_SHARE = .3    # share of it that generators may take
 WORTH_STEPS = 400       # a further arm is tried only if every run gets so many steps
@@ -142,7 +143,7 @@ def _choose_folds(arms, budget, most, enough_steps, generator_steps):
     possible = [k for k in (5, 3) if k <= most and run_seconds(enough_steps, arms, k) <= budget]
     return possible[0] if possible else 2
 
-# %% ../nbs/api/72_fit.ipynb #0603205e
+# %% ../nbs/api/72_fit.ipynb #7d8f9922
 class ClockCB(Callback):
     "Notes when each training step ends."
     order = 99
@@ -166,7 +167,7 @@ def seconds_a_step(split: Split,    # the labelled pairs
     train_segmenter(split, replace(arm, cbs=lambda: [*arm.cbs(), clock]), steps=steps, **kw)
     return clock.step_seconds
 
-# %% ../nbs/api/72_fit.ipynb #a4adb8a6
+# %% ../nbs/api/72_fit.ipynb #c1c24c8c
 def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row a labelled image and arm
                order: Sequence[str],        # names of arms; of equal ones the first wins
                metric: str = 'dice@0.5'     # what is compared
@@ -191,7 +192,7 @@ def verdict(winner: str,                # the chosen arm
         f"{winner} is best in cross-validation, as far as can be told: {which}."
     return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
-# %% ../nbs/api/72_fit.ipynb #3107b424
+# %% ../nbs/api/72_fit.ipynb #ff31ae68
 def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
               last: float = .2      # share of the run that is looked at
              ) -> float:            # rise of the mean held-out Dice in it, in points
@@ -201,7 +202,7 @@ def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
     earlier = mean[mean.index <= (1 - last)*mean.index[-1]]
     return float(100*(mean.iloc[-1] - earlier.iloc[-1])) if len(earlier) else float('nan')
 
-# %% ../nbs/api/72_fit.ipynb #6c08fb90
+# %% ../nbs/api/72_fit.ipynb #0dbe5e0b
 SYNTHETIC_ARM = 'stream-annealed'       # a second stream of synthetic pairs whose weight falls to 0
 
 @dataclass
@@ -215,6 +216,8 @@ class Synthesis:
     most_steps: int = 8000                          # beyond which it is not trained
     per_pair: int = 4                               # synthetic pairs per labelled one
     sample_steps: int = 20                          # of the sampler
+    start: str = 'real'                             # what an image starts from, see `synth.STARTS`
+    strength: float = None                          # how far that is noised, in [0,1]; `None`: as usual
 
     def backbone(self, split, frames, out, size, steps, seed):
         "The backbone that a generator starts from; `None` for a method with networks of its own."
@@ -252,8 +255,9 @@ class Synthesis:
         generator = make_generator(split, backbone, out/'generator', self.method, steps, self.bs, size=size,
                                    seed=seed, unlabelled=learns_from).to(default_device())
         n = self.per_pair*len(split.pairs)
+        start = {} if draws_pairs(generator) else dict(start=self.start, strength=self.strength)
         synthesize(generator, split.train, out/'synthetic', n, steps=self.sample_steps, sampler='dpm++',
-                   seed=seed)
+                   seed=seed, **start)
         return out/'synthetic'
 
 @dataclass
@@ -280,7 +284,7 @@ def default_arms(unlabelled: bool   # whether there are images without masks
     "The arms worth trying: real images alone, the same with twice the compute, semi-supervised, synthetic."
     return ['real', 'two-passes', *(['fixmatch'] if unlabelled else []), SYNTHETIC_ARM]
 
-# %% ../nbs/api/72_fit.ipynb #794224c2
+# %% ../nbs/api/72_fit.ipynb #e429fc77
 def _measured(job, names):
     "Seconds a step of each arm, and of a generator; kept, so that a resumed job keeps its plan."
     file = job.out/'speed.json'
@@ -381,7 +385,7 @@ def _report(job, winner, said, advice):
                          n_unlabelled=len(job.unlabelled), hardware=hardware())
     write_atomic(job.out/'report.md', text)
 
-# %% ../nbs/api/72_fit.ipynb #de31df5c
+# %% ../nbs/api/72_fit.ipynb #5870e06d
 def fit(
     labelled: 'list | str | Path',  # labelled pairs (8 or more): their folder or list
     out: 'str | Path',             # folder to write; the same call resumes
@@ -432,7 +436,7 @@ def fit(
     _report(job, winner, said, _advice(job, winner, gain))
     return job.out
 
-# %% ../nbs/api/72_fit.ipynb #4ee90e60
+# %% ../nbs/api/72_fit.ipynb #1e232f6a
 PREDICTED = ['file', 'height', 'width', 'area', 'confidence']
 
 def overlay(image: np.ndarray,      # uint8 (H,W,3)

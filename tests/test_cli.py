@@ -15,191 +15,255 @@ from PIL import Image
 
 from medsyn.cli import COMMANDS, main, parser_of
 from medsyn.data.lesions import lesion_folder
+from medsyn.data.pairs import find_pairs, save_list
 
 warnings.filterwarnings('ignore')
 
+def medsyn(line):
+    "The exit status of a command, written as one line."
+    return main(shlex.split(line))
+
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    "A folder with pairs, a backbone, a generator, synthetic pairs and a segmenter, made by the commands themselves."
+    "A folder with pairs, a backbone, a generator, synthetic pairs and a segmenter, made by the commands."
     d = tmp_path_factory.mktemp('cli')
-    lesion_folder(d/'train', 16, size=32, seed=0); lesion_folder(d/'test', 8, size=32, seed=1)
-    c = lambda *a: main([str(x) for x in a])
-    assert c('pretrain', d/'train', '--out', d/'bb', '--size', 32, '--steps', 2, '--channels', 16, 32) == 0
-    assert c('train', d/'train', '--backbone', d/'bb', '--out', d/'gen', '--steps', 2) == 0
-    assert c('synth', d/'gen', '--data', d/'train', '--out', d/'syn', '-n', 9, '--steps', 2, '--sampler', 'dpm++') == 0
-    assert c('segment', d/'train', '--out', d/'seg', '--synthetic', d/'syn', '--size', 32, '--steps', 2) == 0
+    lesion_folder(d/'train', 16, size=32, seed=0)
+    lesion_folder(d/'test', 8, size=32, seed=1)
+    assert medsyn(f'pretrain {d}/train --out {d}/bb --size 32 --steps 2 --channels 16 32') == 0
+    assert medsyn(f'train {d}/train --backbone {d}/bb --out {d}/gen --steps 2') == 0
+    assert medsyn(f'synth {d}/gen --data {d}/train --out {d}/syn -n 9 --steps 2 --sampler dpm++') == 0
+    assert medsyn(f'segment {d}/train --out {d}/seg --synthetic {d}/syn --size 32 --steps 2') == 0
     return d
 
-def fails(capsys, *argv):
+def fails(capsys, line):
     "Runs a command that must be refused: status 2, one line, no traceback; returns the line."
     capsys.readouterr()
-    status = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    lines = [l for l in err.splitlines() if l.startswith('medsyn: error: ')]
+    status = medsyn(line)
+    _, err = capsys.readouterr()
+    lines = [text for text in err.splitlines() if text.startswith('medsyn: error: ')]
     assert status == 2 and len(lines) == 1 and 'Traceback' not in err, (status, err)
     return lines[0]
 
-def test_every_command_leaves_what_it_says(made, capsys):
-    assert (made/'bb'/'backbone.json').exists() and (made/'gen'/'generator.json').exists() and (made/'seg'/'model.safetensors').exists()
-    rows = [json.loads(l) for l in (made/'syn'/'manifest.jsonl').read_text().splitlines()]
-    assert len(rows) == 9 and all((made/'syn'/r['file']).exists() and (made/'syn'/r['mask']).exists() for r in rows)
-    assert {'file', 'mask', 'source', 'transform', 'seed', 'sampler', 'steps', 'guidance', 'prompt', 'generator', 'versions'} <= set(rows[0])
+def manifest(folder):
+    "The lines of a synthetic set."
+    return [json.loads(line) for line in (folder/'manifest.jsonl').read_text().splitlines()]
+
+# What the commands leave ---------------------------------------------------------------------------
+
+def test_every_command_leaves_what_it_says(made):
+    for file in ('bb/backbone.json', 'gen/generator.json', 'seg/model.safetensors', 'seg/log.csv'):
+        assert (made/file).exists()
+    rows = manifest(made/'syn')
+    assert len(rows) == 9
+    assert all((made/'syn'/r['file']).exists() and (made/'syn'/r['mask']).exists() for r in rows)
+    told = 'file mask source transform seed sampler steps guidance prompt generator versions'.split()
+    assert set(told) <= set(rows[0])
     assert {'step', 'right', 'shuffled', 'margin'} <= set(pd.read_csv(made/'gen'/'probe.csv'))
 
 def test_siamese_from_the_command_line(made, tmp_path):
     "Trained, drawn from and compared like any other generator; nothing of the image branch is in its folder."
-    run = lambda *argv: main([str(a) for a in argv])
-    assert run('train', made/'train', '--backbone', made/'bb', '--out', tmp_path/'gen', '--method', 'siamese', '--steps', 3, '--bs', 4) == 0
-    assert json.loads((tmp_path/'gen'/'generator.json').read_text())['class'] == 'SiameseGenerator'
-    assert {'L_i', 'L_c', "L_m'", 'w_i', 'augmented'} <= set(pd.read_csv(tmp_path/'gen'/'log.csv'))
-    assert run('synth', tmp_path/'gen', '--data', made/'train', '--out', tmp_path/'syn', '-n', 3, '--steps', 2, '--sampler', 'dpm++') == 0
-    assert run('compare', made/'train', '--tests', made/'test', '--arms', 'real', tmp_path/'syn', '--out', tmp_path/'r', '--size', 32, '--steps', 2, '--seeds', 0) == 0
-    assert set(pd.read_csv(tmp_path/'r'/'scores.csv').arm) == {'real', 'syn'}
+    gen, syn, results = tmp_path/'gen', tmp_path/'syn', tmp_path/'r'
+    assert medsyn(f'train {made}/train --backbone {made}/bb --out {gen} --method siamese --steps 3'
+                  ' --bs 4') == 0
+    assert json.loads((gen/'generator.json').read_text())['class'] == 'SiameseGenerator'
+    assert {'L_i', 'L_c', "L_m'", 'w_i', 'augmented'} <= set(pd.read_csv(gen/'log.csv'))
+    assert medsyn(f'synth {gen} --data {made}/train --out {syn} -n 3 --steps 2 --sampler dpm++') == 0
+    assert medsyn(f'compare {made}/train --tests {made}/test --arms real {syn} --out {results}'
+                  ' --size 32 --steps 2 --seeds 0') == 0
+    assert set(pd.read_csv(results/'scores.csv').arm) == {'real', 'syn'}
+
+def test_settings_reach_the_method(made, tmp_path, capsys):
+    train = f'train {made}/train --backbone {made}/bb --method siamese --steps 2 --bs 4'
+    assert medsyn(f'{train} --out {tmp_path}/gen --set w_c=0.5') == 0
+    assert json.loads((tmp_path/'gen'/'train.json').read_text())['settings'] == {'w_c': .5}
+    assert 'not of the form name=value' in fails(capsys, f'{train} --out {tmp_path}/x --set w_c')
+    assert "did you mean 'w_c'?" in fails(capsys, f'{train} --out {tmp_path}/x --set wc=1')
+    assert not (tmp_path/'x').exists()
 
 def test_score_prints_both_conventions_and_both_averages(made, capsys):
     capsys.readouterr()
-    assert main(['score', str(made/'seg'), '--tests', f'a={made}/test', f'b={made}/train', '--out', str(made/'s.csv')]) == 0
+    assert medsyn(f'score {made}/seg --tests a={made}/test b={made}/train --out {made}/s.csv') == 0
     out = capsys.readouterr().out
-    assert all(w in out for w in ('dice@0.5', 'dice@256', 'Overall', 'AVE'))
+    assert all(word in out for word in ('dice@0.5', 'dice@256', 'Overall', 'AVE'))
     assert len(pd.read_csv(made/'s.csv')) == 24
 
-def test_compare_takes_folders_as_arms(made, capsys):
-    assert main(['compare', str(made/'train'), '--tests', str(made/'test'), '--arms', 'real', 'real-twice', f'mine={made}/syn', '--out', str(made/'cmp'),
-                 '--size', '32', '--steps', '2', '--seeds', '0']) == 0
-    assert set(pd.read_csv(made/'cmp'/'scores.csv').arm) == {'real', 'real-twice', 'mine'}
-    assert set(json.loads((made/'cmp'/'run.json').read_text())) >= {'command', 'hardware', 'versions', 'seconds'}
-    assert (made/'cmp'/'figure.png').stat().st_size > 1000
+def test_compare_takes_folders_as_arms(made):
+    out = made/'cmp'
+    assert medsyn(f'compare {made}/train --tests {made}/test --arms real real-twice mine={made}/syn'
+                  f' --out {out} --size 32 --steps 2 --seeds 0') == 0
+    assert set(pd.read_csv(out/'scores.csv').arm) == {'real', 'real-twice', 'mine'}
+    assert set(json.loads((out/'run.json').read_text())) >= {'command', 'hardware', 'versions', 'seconds'}
+    assert (out/'figure.png').stat().st_size > 1000
+
+QUICK = ('--size 32 --pretrain-steps 2 --train-steps 2 --segment-steps 2 --sample-steps 2'
+         ' --channels 16 32 --seeds 0')
 
 def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
-    small = ['--n-train', '12', '--n-test', '8', '--size', '32', '--pretrain-steps', '2', '--train-steps', '2', '--segment-steps', '2', '--n-synth', '8',
-             '--sample-steps', '2', '--channels', '16', '32', '--seeds', '0']
+    "The images that the commands draw again are the same to the byte: their hashes are in the manifest."
     q = tmp_path/'q'
-    assert main(['quickstart', '--out', str(q), *small]) == 0
-    for f in ('pairs.png', 'probe.png', 'commands.sh', 'quickstart.json', 'synthetic/manifest.jsonl', 'results/table.md', 'results/run.json'): assert (q/f).exists(), f
+    assert medsyn(f'quickstart --out {q} --n-train 12 --n-test 8 --n-synth 8 {QUICK}') == 0
+    files = ('pairs.png', 'probe.png', 'commands.sh', 'quickstart.json', 'synthetic/manifest.jsonl',
+             'results/table.md', 'results/run.json')
+    for f in files: assert (q/f).exists(), f
     env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
     subprocess.run(['bash', '-e', str(q/'commands.sh')], check=True, env=env, capture_output=True)
-    lines = lambda p: [{k: v for k, v in json.loads(l).items()} for l in p.read_text().splitlines()]
-    assert lines(q/'synthetic'/'manifest.jsonl') == lines(q/'again'/'synthetic'/'manifest.jsonl')       # the same images, to the byte: their hashes are in it
+    assert manifest(q/'synthetic') == manifest(q/'again'/'synthetic')
 
 def test_quickstart_on_a_folder(made, tmp_path):
-    assert main(['quickstart', '--data', str(made/'train'), '--out', str(tmp_path/'q'), '--size', '32', '--pretrain-steps', '2', '--train-steps', '2', '--segment-steps', '2',
-                 '--sample-steps', '2', '--channels', '16', '32', '--seeds', '0', '--n-synth', '4']) == 0
-    train, test = (set(pd.read_csv(tmp_path/'q'/'data'/f'{k}.csv', dtype=str).name) for k in ('train', 'test'))
+    assert medsyn(f'quickstart --data {made}/train --out {tmp_path}/q --n-synth 4 {QUICK}') == 0
+    lists = [tmp_path/'q'/'data'/f'{k}.csv' for k in ('train', 'test')]
+    train, test = (set(pd.read_csv(f, dtype=str).name) for f in lists)
     assert len(test) == 4 and len(train) == 12 and not train & test
 
 def test_a_list_of_pairs_stands_for_a_folder(made, tmp_path, capsys):
-    from medsyn.data.pairs import find_pairs, save_list
     save_list(tmp_path/'some.csv', find_pairs(made/'train')[:9])
-    assert main(['check', str(tmp_path/'some.csv')]) == 0
+    assert medsyn(f'check {tmp_path}/some.csv') == 0
     assert capsys.readouterr().out.startswith('9 pairs, 0 errors')
+
+# Wrong data ----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def data(tmp_path): return lesion_folder(tmp_path/'data', 10, size=32, seed=3)
 
-def _train(d, out): return ('pretrain', d, '--out', out, '--size', 32, '--steps', 1, '--channels', 16, 32)
+def pretrain(data, out): return f'pretrain {data} --out {out} --size 32 --steps 1 --channels 16 32'
 
 def test_truncated_image(data, tmp_path, capsys):
-    f = data/'images'/'0004.png'; f.write_bytes(f.read_bytes()[:200])
-    e = fails(capsys, *_train(data, tmp_path/'out')); assert '0004.png' in e and 'again' in e
+    f = data/'images'/'0004.png'
+    f.write_bytes(f.read_bytes()[:200])
+    e = fails(capsys, pretrain(data, tmp_path/'out'))
+    assert '0004.png' in e and 'again' in e
     assert not (tmp_path/'out').exists()
 
 def test_image_and_mask_of_different_size(data, tmp_path, capsys):
-    Image.open(data/'masks'/'0002.png').resize((40, 40), Image.NEAREST).save(data/'masks'/'0002.png')
-    e = fails(capsys, *_train(data, tmp_path/'out')); assert '0002' in e and '32x32' in e and '40x40' in e
+    mask = data/'masks'/'0002.png'
+    Image.open(mask).resize((40, 40), Image.NEAREST).save(mask)
+    e = fails(capsys, pretrain(data, tmp_path/'out'))
+    assert '0002' in e and '32x32' in e and '40x40' in e
 
-@pytest.mark.parametrize('how, word', [('jpeg', 'jpeg'), ('grey', 'values'), ('alpha', 'alpha')])
-def test_mask_that_is_not_two_valued(data, tmp_path, capsys, how, word):
-    f = data/'masks'/'0001.png'; m = np.array(Image.open(f))
-    if how == 'jpeg': f.unlink(); Image.fromarray(m).resize((32, 32), Image.BILINEAR).save(f.with_suffix('.jpg'), quality=30)
-    elif how == 'grey': m[::2] = 77; m[1::4] = 130; Image.fromarray(m).save(f)
-    else: Image.fromarray(np.dstack([m, m, m, np.random.default_rng(0).integers(0, 255, m.shape, np.uint8)])).save(f)
-    e = fails(capsys, *_train(data, tmp_path/'out')); assert '0001' in e and word in e.lower(), e
+def as_jpeg(f, m):
+    f.unlink()
+    Image.fromarray(m).resize((32, 32), Image.BILINEAR).save(f.with_suffix('.jpg'), quality=30)
+
+def with_grey(f, m):
+    m[::2], m[1::4] = 77, 130
+    Image.fromarray(m).save(f)
+
+def with_alpha(f, m):
+    alpha = np.random.default_rng(0).integers(0, 255, m.shape, np.uint8)
+    Image.fromarray(np.dstack([m, m, m, alpha])).save(f)
+
+@pytest.mark.parametrize('spoil, word', [(as_jpeg, 'jpeg'), (with_grey, 'values'), (with_alpha, 'alpha')])
+def test_mask_that_is_not_two_valued(data, tmp_path, capsys, spoil, word):
+    f = data/'masks'/'0001.png'
+    spoil(f, np.array(Image.open(f)))
+    e = fails(capsys, pretrain(data, tmp_path/'out'))
+    assert '0001' in e and word in e.lower(), e
 
 def test_unpaired_file_and_duplicate_stem(data, tmp_path, capsys):
-    shutil.copy(data/'images'/'0000.png', data/'images'/'extra.png')
-    e = fails(capsys, *_train(data, tmp_path/'out')); assert 'extra.png' in e and 'mask' in e
-    (data/'images'/'extra.png').unlink(); shutil.copy(data/'images'/'0000.png', data/'images'/'0000.bmp')
-    e = fails(capsys, *_train(data, tmp_path/'out')); assert '0000.bmp' in e and '0000.png' in e
+    images = data/'images'
+    shutil.copy(images/'0000.png', images/'extra.png')
+    e = fails(capsys, pretrain(data, tmp_path/'out'))
+    assert 'extra.png' in e and 'mask' in e
+    (images/'extra.png').unlink()
+    shutil.copy(images/'0000.png', images/'0000.bmp')
+    e = fails(capsys, pretrain(data, tmp_path/'out'))
+    assert '0000.bmp' in e and '0000.png' in e
 
 def test_folder_without_pairs_and_too_few(tmp_path, capsys):
     (tmp_path/'empty').mkdir()
-    assert 'no image/mask pairs' in fails(capsys, *_train(tmp_path/'empty', tmp_path/'out'))
+    assert 'no image/mask pairs' in fails(capsys, pretrain(tmp_path/'empty', tmp_path/'out'))
     lesion_folder(tmp_path/'few', 5, size=32)
-    assert 'only 5 pairs' in fails(capsys, *_train(tmp_path/'few', tmp_path/'out'))
+    assert 'only 5 pairs' in fails(capsys, pretrain(tmp_path/'few', tmp_path/'out'))
     assert not (tmp_path/'out').exists()
 
-def test_size_that_does_not_fit_the_network(made, data, tmp_path, capsys):
-    assert 'stride' in fails(capsys, 'pretrain', data, '--out', tmp_path/'o', '--size', 30, '--steps', 1, '--channels', 16, 32)
-    assert 'multiples of 32' in fails(capsys, 'segment', data, '--out', tmp_path/'o', '--size', 40, '--steps', 1)
-    assert 'multiples of 32' in fails(capsys, 'segment', data, '--out', tmp_path/'o', '--size', 16, '--steps', 1)
-    assert not (tmp_path/'o').exists()
+def test_size_that_does_not_fit_the_network(data, tmp_path, capsys):
+    out = tmp_path/'o'
+    assert 'stride' in fails(capsys, f'pretrain {data} --out {out} --size 30 --steps 1 --channels 16 32')
+    for size in (40, 16):
+        assert 'multiples of 32' in fails(capsys, f'segment {data} --out {out} --size {size} --steps 1')
+    assert not out.exists()
 
 def test_masks_without_a_lesion(made, data, tmp_path, capsys):
     for f in (data/'masks').iterdir(): Image.new('L', (32, 32)).save(f)
-    assert 'none of the 9 masks has a lesion' in fails(capsys, 'synth', made/'gen', '--data', data, '--out', tmp_path/'o', '-n', 2)
+    e = fails(capsys, f'synth {made}/gen --data {data} --out {tmp_path}/o -n 2')
+    assert 'none of the 9 masks has a lesion' in e              # nine of ten: one is held out
     assert not (tmp_path/'o').exists()
+
+# Folders that are not free -------------------------------------------------------------------------
 
 def test_output_folder_of_another_run(made, capsys):
     before = (made/'syn'/'manifest.jsonl').read_bytes()
-    e = fails(capsys, 'synth', made/'gen', '--data', made/'train', '--out', made/'syn', '-n', 9, '--steps', 3, '--sampler', 'dpm++'); assert 'steps was 2, now 3' in e
-    assert 'is not empty' in fails(capsys, *_train(made/'train', made/'test'))
+    e = fails(capsys, f'synth {made}/gen --data {made}/train --out {made}/syn -n 9 --steps 3 --sampler dpm++')
+    assert 'steps was 2, now 3' in e
+    assert 'is not empty' in fails(capsys, pretrain(made/'train', made/'test'))
     assert (made/'syn'/'manifest.jsonl').read_bytes() == before
 
 def test_unwritable_output(made, tmp_path, capsys):
     (tmp_path/'file').write_text('')
-    assert 'a file stands where a folder is needed' in fails(capsys, *_train(made/'train', tmp_path/'file'/'out'))
+    e = fails(capsys, pretrain(made/'train', tmp_path/'file'/'out'))
+    assert 'a file stands where a folder is needed' in e
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
 def test_full_disk_leaves_what_is_complete(made, tmp_path, monkeypatch, capsys):
-    "The disk fills up during the fourth pair; with space again the run ends with the same bytes as an unbroken one."
-    import medsyn.core
+    "The disk fills up during the fourth pair; with space again the run ends as an unbroken one, to the byte."
     real, count = os.fsync, [0]
     def fsync(fd):
         count[0] += 1
         if count[0] == 14: raise OSError(28, 'No space left on device')
         return real(fd)
-    argv = ['synth', made/'gen', '--data', made/'train', '--out', tmp_path/'o', '-n', 9, '--steps', 2, '--sampler', 'dpm++']
-    monkeypatch.setattr(medsyn.core.os, 'fsync', fsync)
-    assert 'the disk is full' in fails(capsys, *argv)
+    line = f'synth {made}/gen --data {made}/train --out {tmp_path}/o -n 9 --steps 2 --sampler dpm++'
+    monkeypatch.setattr(os, 'fsync', fsync)
+    assert 'the disk is full' in fails(capsys, line)
     monkeypatch.undo()
     assert not list((tmp_path/'o').rglob('.*.png*'))
-    assert main([str(a) for a in argv]) == 0
-    tree = lambda p: {str(f.relative_to(p)): f.read_bytes() for f in sorted(p.rglob('*')) if f.is_file()}
+    assert medsyn(line) == 0
+    def tree(p): return {str(f.relative_to(p)): f.read_bytes() for f in sorted(p.rglob('*')) if f.is_file()}
     assert tree(tmp_path/'o') == tree(made/'syn')
 
-@pytest.mark.parametrize('argv, words', [
-    (('segment', '{d}/train', '--out', '{t}', '--encoder', 'resnet81', '--size', 32), ("unknown encoder 'resnet81'", 'resnet18')),
-    (('segment', '{d}/train', '--out', '{t}', '--network', 'unett', '--size', 32), ("did you mean 'unet'",)),
-    (('segment', '{d}/train', '--out', '{t}', '--loss', 'dice', '--size', 32), ("unknown loss 'dice'",)),
-    (('synth', '{d}/gen', '--data', '{d}/train', '--out', '{t}', '--sampler', 'ddmi'), ("did you mean 'ddim'",)),
-    (('synth', '{d}/gen', '--data', '{d}/train', '--out', '{t}', '--masks', 'rand'), ("did you mean 'random'",)),
-    (('synth', '{d}/bb', '--data', '{d}/train', '--out', '{t}'), ('holds no generator', 'medsyn train')),
-    (('synth', '{d}/gen', '--data', '{d}/train', '--out', '{t}', '--prompt', 'a cat'), ("does not know the prompt 'a cat'",)),
-    (('train', '{d}/train', '--backbone', '{d}/nowhere', '--out', '{t}'), ('is not a folder', 'medsyn pretrain')),
-    (('train', '{d}/train', '--backbone', '{d}/bb', '--out', '{t}', '--method', 'controll'), ("did you mean 'control'",)),
-    (('train', '{d}/train', '--backbone', '{d}/bb', '--out', '{t}', '--steps', 0), ('0 training steps',)),
-    (('score', '{d}/gen', '--tests', '{d}/test'), ('{d}/gen',)),
-    (('score', '{d}/seg', '--tests', '{d}/nowhere'), ('nowhere',)),
-    (('compare', '{d}/train', '--tests', '{d}/train', '--out', '{t}', '--size', 32), ('are training images too',)),
-    (('compare', '{d}/train', '--tests', '{d}/test', '--arms', 'real', '{d}/nope', '--out', '{t}', '--size', 32), ('nope',)),
-    (('quickstart', '--data', '{d}/nowhere', '--out', '{t}'), ('nowhere',)),
-    (('bench', '--what', 'siamees'), ("did you mean 'siamese'",)),
-    (('check', '{d}/nowhere'), ('nowhere',))])
-def test_wrong_names_and_folders(made, tmp_path, capsys, argv, words):
+# Wrong names ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('line, words', [
+    ('segment {d}/train --out {t} --encoder resnet81 --size 32', ("unknown encoder 'resnet81'", 'resnet18')),
+    ('segment {d}/train --out {t} --network unett --size 32', ("did you mean 'unet'",)),
+    ('segment {d}/train --out {t} --loss dice --size 32', ("unknown loss 'dice'",)),
+    ('segment {d}/train --out {t} --arm two-pases --size 32', ("did you mean 'two-passes'",)),
+    ('segment {d}/train --out {t} --arm fixmatch --size 32', ('needs images without masks',)),
+    ('synth {d}/gen --data {d}/train --out {t} --sampler ddmi', ("did you mean 'ddim'",)),
+    ('synth {d}/gen --data {d}/train --out {t} --masks rand', ("did you mean 'random'",)),
+    ('synth {d}/bb --data {d}/train --out {t}', ('holds no generator', 'medsyn train')),
+    ('synth {d}/gen --data {d}/train --out {t} --prompt "a cat"', ("does not know the prompt 'a cat'",)),
+    ('train {d}/train --backbone {d}/nowhere --out {t}', ('is not a folder', 'medsyn pretrain')),
+    ('train {d}/train --backbone {d}/bb --out {t} --method controll', ("did you mean 'control'",)),
+    ('train {d}/train --backbone {d}/bb --out {t} --steps 0', ('0 training steps',)),
+    ('score {d}/gen --tests {d}/test', ('{d}/gen',)),
+    ('score {d}/seg --tests {d}/nowhere', ('nowhere',)),
+    ('compare {d}/train --tests {d}/train --out {t} --size 32', ('are training images too',)),
+    ('compare {d}/train --tests {d}/test --arms real {d}/nope --out {t} --size 32', ('nope',)),
+    ('compare {d}/train --tests {d}/test --unlabelled {d}/test --out {t} --size 32', ('test (test) images',)),
+    ('fit {d}/train --out {t} --unlabelled {d}/train --size 32', ('16 of 16 images without masks',)),
+    ('predict {d}/gen {d}/test --out {t}', ('{d}/gen',)),
+    ('predict {d}/seg {d}/nowhere --out {t}', ('nowhere',)),
+    ('quickstart --data {d}/nowhere --out {t}', ('nowhere',)),
+    ('bench --what siamees', ("did you mean 'siamese'",)),
+    ('check {d}/nowhere', ('nowhere',))])
+def test_wrong_names_and_folders(made, tmp_path, capsys, line, words):
     out = tmp_path/'out'
-    fill = lambda s: str(s).replace('{d}', str(made)).replace('{t}', str(out))
-    e = fails(capsys, *map(fill, argv))
+    def fill(text): return text.replace('{d}', str(made)).replace('{t}', str(out))
+    e = fails(capsys, fill(line))
     assert all(fill(w) in e for w in words), e
     assert not out.exists()                                 # nothing half-written
 
 def test_checkpoint_of_another_architecture(made, tmp_path, capsys):
     shutil.copytree(made/'seg', tmp_path/'seg')
-    c = json.loads((tmp_path/'seg'/'config.json').read_text()); c['encoder'] = 'resnet34'; (tmp_path/'seg'/'config.json').write_text(json.dumps(c))
-    assert str(tmp_path/'seg') in fails(capsys, 'score', tmp_path/'seg', '--tests', made/'test')
+    config = tmp_path/'seg'/'config.json'
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'encoder': 'resnet34'}))
+    assert str(tmp_path/'seg') in fails(capsys, f'score {tmp_path}/seg --tests {made}/test')
     shutil.copytree(made/'gen', tmp_path/'gen')
     shutil.copy(made/'gen'/'codec'/'model.safetensors', tmp_path/'gen'/'prompts'/'model.safetensors')
-    assert 'belongs to another model' in fails(capsys, 'synth', tmp_path/'gen', '--data', made/'train', '--out', tmp_path/'o', '-n', 1)
-    assert not (tmp_path/'o').exists()
+    e = fails(capsys, f'synth {tmp_path}/gen --data {made}/train --out {tmp_path}/o -n 1')
+    assert 'belongs to another model' in e and not (tmp_path/'o').exists()
+
+# Help ----------------------------------------------------------------------------------------------
 
 HEAVY = ('torch', 'numpy', 'pandas', 'matplotlib', 'fastai', 'diffusers')
 
@@ -207,7 +271,7 @@ HEAVY = ('torch', 'numpy', 'pandas', 'matplotlib', 'fastai', 'diffusers')
 def test_help_needs_nothing_heavy(argv):
     "What makes help quick: it imports no heavy library. (Seconds depend on the machine.)"
     code = f"""import sys
-from medsyn.cli import COMMANDS, main, parser_of
+from medsyn.cli import main
 try: main({argv!r})
 except SystemExit: pass
 sys.exit(any(m in sys.modules for m in {HEAVY}))"""
@@ -225,12 +289,14 @@ def test_help_fits_one_screen(name):
     assert required == sorted(required, reverse=True)
 
 # What makes an example small enough to be run here.
-SMALL = dict(quickstart='--n-train 12 --n-test 4 --size 32 --pretrain-steps 1 --train-steps 1 --segment-steps 1 --n-synth 4'
-                        ' --sample-steps 1 --channels 16 32 --seeds 0',
-             pretrain='--size 32 --steps 1 --channels 16 32', train='--steps 2 --bs 4', synth='-n 4 --steps 1 --sampler dpm++',
+SMALL = dict(quickstart=f'--n-train 12 --n-test 4 --n-synth 4 {QUICK}',
+             pretrain='--size 32 --steps 1 --channels 16 32',
+             train='--steps 2 --bs 4',
+             synth='-n 4 --steps 1 --sampler dpm++',
              segment='--size 32 --steps 1 --bs 4',
-             fit='--size 32 --bs 4 --minutes 5 --least-steps 1 --most-steps 1 --most-folds 2 --arms real two-passes'
-                 ' --encoder mobilenetv3_small_050', compare='--size 32 --steps 1 --bs 4 --seeds 0')
+             fit='--size 32 --bs 4 --minutes 5 --least-steps 1 --most-steps 1 --most-folds 2'
+                 ' --encoder mobilenetv3_small_050 --arms real two-passes',
+             compare='--size 32 --steps 1 --bs 4 --seeds 0')
 NOT_RUN = {'bench'}     # a benchmark has no small size; nbs/api/71_bench runs each with one
 
 def test_every_example_runs(tmp_path, monkeypatch, capsys):
@@ -240,13 +306,6 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, command in COMMANDS.items():
         if name in NOT_RUN: continue
-        argv = shlex.split(f"{command.example} {SMALL.get(name, '')}")
-        assert argv[:2] == ['medsyn', name]
-        assert main(argv[1:]) == 0, (name, capsys.readouterr().err)
-
-def test_settings_reach_the_method(made, tmp_path, capsys):
-    train = 'train', made/'train', '--backbone', made/'bb', '--method', 'siamese', '--steps', 2, '--bs', 4
-    assert main([str(a) for a in (*train, '--out', tmp_path/'gen', '--set', 'w_c=0.5')]) == 0
-    assert json.loads((tmp_path/'gen'/'train.json').read_text())['settings'] == {'w_c': .5}
-    assert 'not of the form name=value' in fails(capsys, *train, '--out', tmp_path/'x', '--set', 'w_c')
-    assert not (tmp_path/'x').exists()
+        assert command.example.split()[:2] == ['medsyn', name]
+        line = command.example.removeprefix('medsyn ')
+        assert medsyn(f'{line} {SMALL.get(name, "")}') == 0, (name, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"Comparisons: one split for everything, equal real streams, runs shared by processes, factors and their table."
+"Comparisons: one split for everything, equal real streams, runs shared by processes, and factors."
 import json
 import subprocess
 import sys
@@ -13,10 +13,12 @@ from medsyn import experiment
 from medsyn.core import MedsynError
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_images, find_pairs
-from medsyn.experiment import HeldOutCurveCB, compare, open_arm, quickstart, run_log, split_once, train_segmenter
+from medsyn.experiment import (HeldOutCurveCB, compare, open_arm, quickstart, run_log, split_once,
+                               train_segmenter)
 from medsyn.segment.catalog import Arm
 
 SMALL = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], size=32, bs=4)
+TWO = dict(SMALL, jobs=2, seeds=(0,), steps=1)          # two processes, next to nothing to do
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
@@ -46,8 +48,8 @@ def test_nothing_learns_from_the_held_out_pairs(tmp_path, monkeypatch):
     watch('images_of', 0)                   # the codec
     watch('pair_dls', 0)                    # backbone, generator, segmenters
     watch('synthesize', 1)
-    quickstart(tmp_path/'q', n_train=20, n_test=4, size=32, pretrain_steps=1, train_steps=1, segment_steps=1, n_synth=4,
-               sample_steps=1, channels=(16, 32), seeds=(0,))
+    quickstart(tmp_path/'q', n_train=20, n_test=4, size=32, pretrain_steps=1, train_steps=1, segment_steps=1,
+               n_synth=4, sample_steps=1, channels=(16, 32), seeds=(0,))
     split = split_once(tmp_path/'q'/'data'/'train.csv')
     held, real = names(split.held), names(split.train)
     assert len(held) == 2 and set(taught) == {'images_of', 'pair_dls', 'synthesize'}
@@ -73,7 +75,8 @@ def test_arms_get_the_same_real_stream(train, folders):
         train_segmenter(split, with_batches, encoder='mobilenetv3_small_050', size=32, steps=6, bs=4)
         return torch.stack(kept.kept)
     real = batches('real')
-    for form in ('two-passes', f"stream:{folders}/extra", 'fixmatch'): assert torch.equal(batches(form), real), form
+    for form in ('two-passes', f"stream:{folders}/extra", 'fixmatch'):
+        assert torch.equal(batches(form), real), form
 
 def test_the_held_out_curve_changes_nothing(train):
     "Measured twice or six times, the run is the same; the log has the measured steps."
@@ -102,11 +105,11 @@ def test_a_process_that_fails_is_reported(folders, tmp_path, monkeypatch):
     (tmp_path/'medsyn').mkdir()
     (tmp_path/'medsyn'/'__init__.py').write_text('raise SystemExit("no such luck")')
     with pytest.raises(MedsynError, match='no such luck'):
-        compare(folders/'train', {'t': folders/'test'}, {'real': 'real'}, tmp_path/'out', jobs=2, seeds=(0,), steps=1, **SMALL)
+        compare(folders/'train', {'t': folders/'test'}, {'real': 'real'}, tmp_path/'out', **TWO)
 
 def test_python_objects_stay_in_their_process(folders, tmp_path):
     with pytest.raises(MedsynError, match='cannot be handed to another process'):
-        compare(folders/'train', {'t': folders/'test'}, {'real': Arm()}, tmp_path/'out', jobs=2, seeds=(0,), steps=1, **SMALL)
+        compare(folders/'train', {'t': folders/'test'}, {'real': Arm()}, tmp_path/'out', **TWO)
 
 def test_a_killed_run_is_taken_over(train, test, tmp_path):
     "The claim of a process that was killed in the middle of a run does not hold up the others."
@@ -124,12 +127,13 @@ def test_a_killed_run_is_taken_over(train, test, tmp_path):
 def test_subsets_and_generators_are_factors(train, test, folders, tmp_path):
     subsets = {'a': train[:10], 'b': train[10:]}
     arms = {'mine': 'real', 'drawn': f'{folders}/{{generator}}', 'own': {'a': 'real', 'b': 'mixup'}}
-    out = compare(None, {'t': test}, arms, tmp_path/'out', subsets=subsets, generators=('extra',), seeds=(0,), steps=1, **SMALL)
+    out = compare(None, {'t': test}, arms, tmp_path/'out', subsets=subsets, generators=('extra',), seeds=(0,),
+                  steps=1, **SMALL)
     scores = pd.read_csv(out/'scores.csv', keep_default_na=False)
     assert scores.groupby(['arm', 'subset', 'generator'])['name'].count().to_dict() == {
         ('drawn', 'a', 'extra'): 4, ('drawn', 'b', 'extra'): 4, ('mine', 'a', ''): 4, ('mine', 'b', ''): 4,
         ('own', 'a', ''): 4, ('own', 'b', ''): 4}
-    assert 'against mine' in (out/'table.md').read_text()       # without an arm called real, the first is the baseline
+    assert 'against mine' in (out/'table.md').read_text()       # no arm is called real: the first
     marks = json.loads((out/'compare.json').read_text())['arms']
     assert marks['own_a']['cbs'] == [] and 'MixUpCB' in marks['own_b']['cbs'][0]
 
@@ -137,7 +141,8 @@ def test_wrong_factors_are_refused(train, test, tmp_path):
     kw = dict(SMALL, seeds=(0,), steps=1)
     for words, changed in {
         'no generators are named': dict(arms={'a': 'pooled:x_{generator}'}),
-        "unknown labelled subset of an arm 'b'": dict(arms={'real': {'a': 'real'}}, subsets={'a': train, 'b': train}),
+        "unknown labelled subset of an arm 'b'":
+            dict(arms={'real': {'a': 'real'}}, subsets={'a': train, 'b': train}),
         "did you mean 'bce_dice'": dict(loss='bce_dise'),
         'unknown segmenter': dict(segmenters=['unett']),
         'no subsets': dict(subsets={}),

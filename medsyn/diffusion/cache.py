@@ -24,7 +24,7 @@ from .backbone import Backbone, ClipText
 _ABOUT_THE_FILE = ('transformers_version', 'dtype', 'torch_dtype')
 
 def _settings(config):
-    "The settings that determine a computation, without where the configuration came from and which version wrote it."
+    "The settings that determine a computation, without the file's origin and version."
     settings = config.to_dict() if hasattr(config, 'to_dict') else dict(config or {})
     return {k: str(v) for k, v in settings.items() if not k.startswith('_') and k not in _ABOUT_THE_FILE}
 
@@ -110,19 +110,20 @@ class WithMoments:
         return image, self.moments[i].float(), mask
 
 def cached_dls(dls: DataLoaders,        # from `pair_dls(..., augment=False)`
-               backbone: Backbone,      # whose codec encodes; codec and text encoder are moved to the device of `dls`
+               backbone: Backbone,      # its codec and text encoder are moved to the device of `dls`
                folder: str | Path,      # where latents.safetensors and text.safetensors are kept
-               dtype: torch.dtype = torch.float32   # how latents are stored; float16 halves the file and rounds
-              ) -> DataLoaders:         # the same batches in the same order, with the moments as a second input
-    "DataLoaders whose training batches bring the codec's moments; `MedsynError` if images are augmented at random."
+               dtype: torch.dtype = torch.float32   # of the stored latents; float16 halves the file
+              ) -> DataLoaders:         # the same batches in the same order, the moments as a second input
+    "DataLoaders whose training batches bring the codec's moments; `MedsynError` if images are augmented."
     random = [type(t).__name__ for t in dls.train.after_batch.fs if not isinstance(t, IntToFloatTensor)]
     if random:
-        raise MedsynError(f"the images are augmented at random ({', '.join(random)}), so their latents cannot be kept: "
-                          "use augment=False with a cache")
+        raise MedsynError(f"the images are augmented at random ({', '.join(random)}), "
+                          "so their latents cannot be kept: use augment=False with a cache")
     folder = Path(folder)
     backbone.codec.to(dls.device); backbone.text.to(dls.device)
     moments = latent_moments(folder/'latents.safetensors', dls.train.dataset, backbone.codec, dtype)
-    if isinstance(backbone.text, ClipText): cached_text(folder/'text.safetensors', backbone.text, ['', backbone.prompt])
+    if isinstance(backbone.text, ClipText):
+        cached_text(folder/'text.safetensors', backbone.text, ['', backbone.prompt])
     new, train = copy.copy(dls), dls.train.new(WithMoments(dls.train.dataset, moments))
     for k in ('_n_inp', '_types'): vars(train).pop(k, None)        # fastai's notes on the old batches
     new.loaders = [train, *dls.loaders[1:]]

@@ -33,7 +33,7 @@ class Cond:
     mask: Tensor = None     # (B,1,H,W) in [0,1]
     text: Tensor = None     # (B,L,D) embedded prompts
     image: Tensor = None    # (B,3,H,W) in [-1,1], for generators that also see the image
-    has_mask: Tensor = field(default=None, kw_only=True)    # (B,) 1 where a mask is given, else 0; `None`: all
+    has_mask: Tensor = field(default=None, kw_only=True)    # (B,) 1 where a mask is given; `None`: all are
 
     def map(self, f) -> 'Cond':
         "A condition with `f` applied to every part that is there."
@@ -128,7 +128,7 @@ class Denoiser(nn.Module):
 
     def save_pretrained(self,
         path        # folder to write
-    ) -> Path:      # the folder: the backbone with the trained U-Net, the generator's own parts, generator.json
+    ) -> Path:      # the folder: backbone with the trained U-Net, the generator's parts, generator.json
         "Write safetensors and JSON, openable by `from_pretrained`."
         path = self.backbone.save_pretrained(path)
         for name, m in self.parts().items():
@@ -151,7 +151,8 @@ class Denoiser(nn.Module):
         "The saved keywords, after checking that the folder holds this class."
         file = Path(path)/'generator.json'
         if not file.exists():
-            raise MedsynError(f"{path} holds no generator (no generator.json): give a folder that medsyn train made")
+            raise MedsynError(f"{path} holds no generator (no generator.json): "
+                              "give a folder that medsyn train made")
         config = load_json(file)
         name = config.pop('class', None)
         if name != cls.__name__:
@@ -161,12 +162,13 @@ class Denoiser(nn.Module):
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #a4b07c92
 class MaskGenerator(Denoiser):
-    "Base class of generators that sample images under given masks; a subclass defines `forward` and `trainable`."
+    "Base class of generators that sample images under given masks; a subclass defines `forward`."
     needs_mask = True
 
 class PairGenerator(nn.Module):
     "Base class of generators that sample images and masks together."
-    needs_mask, needs_image, own_masks = False, False, True     # own_masks: `isinstance(g, PairGenerator)` says the same
+    needs_mask, needs_image = False, False
+    own_masks = True    # earlier form of `isinstance(g, PairGenerator)`
     size: int           # side of the images it was trained on, pixels
     steps: int = 50     # sampler steps unless told otherwise
     schedule = None     # its noise schedule
@@ -181,19 +183,19 @@ class PairGenerator(nn.Module):
         bs: int = 8             # pairs sampled together; does not change them
     ) -> tuple:                 # images (N,H,W,3) uint8, soft masks (N,H,W) float in about [-1,1]
         "Sample images with their masks; pair i depends on `seeds[i]` alone."
-        raise TypeError(f"{type(self).__name__} has no sample_pairs(): define one that returns images and masks")
+        raise TypeError(f"{type(self).__name__} has no sample_pairs(): define one")
 
     def clean_mask(self,
         soft        # (H,W) one sampled mask, about [-1,1]
     ) -> tuple:     # mask uint8 (H,W) in {0,1}; what was done, a dict; why it is refused, or `None`
         "Threshold a sampled mask and decide whether it can be used."
-        raise TypeError(f"{type(self).__name__} has no clean_mask(): define one that thresholds a sampled mask")
+        raise TypeError(f"{type(self).__name__} has no clean_mask(): define one")
 
     def check_size(self,
         size: int   # side of images, pixels
     ):
         "`MedsynError` unless images of this side fit the networks."
-        raise TypeError(f"{type(self).__name__} has no check_size(): define one that refuses wrong sizes")
+        raise TypeError(f"{type(self).__name__} has no check_size(): define one")
 
     def draw(self, seeds, steps=None, sampler='ddim', **kw):
         "The earlier name of `sample_pairs`."
@@ -283,7 +285,7 @@ class DiffusionCB(Callback):
 def lesion_weights(mask: Tensor,    # (B,1,H,W) in {0,1}
                    size             # (h,w) of the latent
                   ) -> Tensor:      # (B,1,h,w), positive, mean 1 per image
-    "ArSDM's pixel weights at the latent's resolution, divided by their mean; 1 everywhere for an empty or full mask."
+    "ArSDM's pixel weights divided by their mean; 1 everywhere for an empty or full mask."
     m = F.adaptive_avg_pool2d(mask, size)
     r = m.mean((2, 3), keepdim=True)
     weights, mean = m*(1 - r) + (1 - m)*r, 2*r*(1 - r)
@@ -298,15 +300,15 @@ class DenoisingWeightCB(WeightedLossCB):
         super().__init__()
         self.min_snr, self.lesion = min_snr, lesion
         if min_snr is not None and min_snr <= 0:
-            raise MedsynError(f"min-SNR weighting with gamma {min_snr}: give a positive number, 5 in the paper")
+            raise MedsynError(f"min-SNR weighting with gamma {min_snr}: give a positive number, such as 5")
 
     def weights(self):
         "(B,) or (B,1,h,w)."
         n, schedule = self.learn.noised, self.model.backbone.schedule
-        by_pixel = lesion_weights(n.mask, n.z0.shape[-2:]) if self.lesion and n.mask is not None else None
-        if self.min_snr is None: return torch.ones_like(n.t, dtype=torch.float32) if by_pixel is None else by_pixel
-        by_time = min_snr_weight(schedule, n.t, self.min_snr)
-        return by_time if by_pixel is None else by_time.reshape(-1, 1, 1, 1)*by_pixel
+        by_time = torch.ones(len(n.t), device=n.t.device)
+        if self.min_snr is not None: by_time = min_snr_weight(schedule, n.t, self.min_snr)
+        if not self.lesion or n.mask is None: return by_time
+        return by_time.reshape(-1, 1, 1, 1)*lesion_weights(n.mask, n.z0.shape[-2:])
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #e762e122
 def _shift(m): return m.roll((m.shape[-2]//4, m.shape[-1]//4), (-2, -1))
@@ -314,17 +316,18 @@ def _dilate(m):
     reach = m.shape[-1]//16
     return F.max_pool2d(m, 2*reach + 1, 1, reach)
 
-MASKS = dict(right=lambda m: m, shuffled=lambda m: m.roll(1, 0), empty=lambda m: m*0, shifted=_shift, dilated=_dilate)
+MASKS = dict(right=lambda m: m, shuffled=lambda m: m.roll(1, 0), empty=lambda m: m*0,
+             shifted=_shift, dilated=_dilate)
 
 @torch.no_grad()
 def denoising_losses(model: Denoiser,                   # a trained or untrained generator
                      x0: Tensor,                        # (N,3,H,W) images in [-1,1]
                      mask: Tensor,                      # (N,1,H,W) their masks in {0,1}
-                     masks=('right', 'shuffled'),       # names in `MASKS`, or a dict name -> function of (N,1,H,W)
+                     masks=('right', 'shuffled'),       # names in `MASKS`, or a dict name -> function
                      ts=(100, 300, 500, 700, 900),      # timesteps
                      seed: int = 0,                     # of the noise, the same for every mask
                      prompt: str = None                 # default: the backbone's
-                    ) -> pd.DataFrame:                  # image, t, mask, loss (mean squared error of the noise)
+                    ) -> pd.DataFrame:                  # image, t, mask, loss (squared error of the noise)
     "Denoising loss per image, timestep and mask (Free Lunch, Sec. 3: the free lunch itself)."
     bb = model.backbone
     variants = masks if isinstance(masks, dict) else {k: MASKS[k] for k in masks}
@@ -391,15 +394,16 @@ def denoising_learner(
     probe: int = None,              # steps between obedience probes; `None`: ten in a run
     cbs: list = ()                  # what the method adds
 ) -> Learner:                       # train it with `fit_steps`
-    "A fastai Learner with the plain denoising loss; `MedsynError` if the image size does not fit the network."
+    "A fastai Learner with the plain denoising loss; `MedsynError` if the image size does not fit."
     model.backbone.check_size(dls.size)
     lr = lr or (5e-4 if model.backbone.is_tiny else 1e-5)
     model.freeze_rest().to(dls.device)
     unet = model.backbone.unet
-    if any(m is unet for m in model.trainable()): model.backbone.source = None      # soon no longer what is on disk
+    if any(m is unet for m in model.trainable()): model.backbone.source = None      # soon not what is on disk
     if model.slow(): lr = np.array([*model.slow().values(), 1.])*lr
     weighting = [DenoisingWeightCB(min_snr, lesion_weight)] if lesion_weight or min_snr is not None else []
-    plain = [DiffusionCB(seed, drop_prompt, drop_mask=drop_mask), *common_cbs(dls.device, ema=ema), ObedienceCB(probe)]
+    noising = DiffusionCB(seed, drop_prompt, drop_mask=drop_mask)
+    plain = [noising, *common_cbs(dls.device, ema=ema), ObedienceCB(probe)]
     return Learner(dls, model, loss_func=denoising_loss, opt_func=_adamw, lr=lr, wd=wd, splitter=_groups,
                    cbs=[*plain, *weighting, *cbs])
 
@@ -427,7 +431,8 @@ def pretrain_backbone(
 ) -> Learner:               # the finished learner: `.history` holds the loss
     "Fit the U-Net and the prompts of a tiny backbone on images alone."
     if not backbone.is_tiny:
-        raise MedsynError("pretraining is for tiny backbones: Stable Diffusion's is already trained, give it to medsyn train")
+        raise MedsynError("pretraining is for tiny backbones: "
+                          "Stable Diffusion's is already trained, give it to medsyn train")
     learn = denoising_learner(dls, _Pretraining(backbone), lr=lr, drop_prompt=0.1, seed=seed, cbs=cbs)
     fit_steps(learn, steps, schedule='cosine', desc='pretrain')
     backbone.eval()

@@ -27,8 +27,8 @@ def start_noise(seeds,              # one seed an image
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #81ba9afb
-GUIDES = {'prompt': lambda cond, empty: replace(cond, text=empty),      # the papers': without the prompt, with the mask
-          'mask': lambda cond, empty: cond.without_mask()}              # with the prompt, without a mask
+GUIDES = {'prompt': lambda cond, empty: replace(cond, text=empty),      # the papers': with the mask alone
+          'mask': lambda cond, empty: cond.without_mask()}              # with the prompt alone
 
 def guided(model: Denoiser,     # any generator
            zt: Tensor,          # (B,K,h,w) noised latents
@@ -48,7 +48,7 @@ def defaults_of(generator: Denoiser,    # any generator
                 guidance: float = None, # g, or nothing
                 guide: str = None       # a key of `GUIDES`, or nothing
                ) -> tuple:              # guidance and guide, filled in
-    "Guidance as the generator's class has it on Stable Diffusion; on a tiny backbone by the mask, if it takes one."
+    "Guidance as the generator's class has it on Stable Diffusion; by the mask on a tiny backbone."
     if not generator.backbone.is_tiny: usual, usual_guide = generator.guidance, generator.guide
     elif generator.needs_mask: usual, usual_guide = TINY_GUIDANCE, 'mask'
     else: usual, usual_guide = 1., 'prompt'
@@ -138,7 +138,8 @@ def check_masks(generator: Denoiser,    # it decides which sizes fit
         raise MedsynError(f"{what} of shape {tuple(m.shape)}: give at least one, as (N,H,W) or (N,1,H,W)")
     m = m.float()
     if ((m != 0) & (m != 1)).any():
-        raise MedsynError(f"{what} hold values other than 0 and 1 ({m.min():g} to {m.max():g}): threshold them first")
+        found = f"{m.min():g} to {m.max():g}"
+        raise MedsynError(f"{what} hold values other than 0 and 1 ({found}): threshold them first")
     for side in m.shape[-2:]: generator.backbone.check_size(side)
     return m
 
@@ -152,9 +153,10 @@ def _check_inputs(generator, masks, steps, strength, sampler, resample, **each):
             wanted = f"{masks.shape[-1]}x{masks.shape[-2]}"
             raise MedsynError(f"{name} of {size[1]}x{size[0]} px for masks of {wanted} px: resize them")
     if generator.needs_image and each['images'] is None:
-        raise MedsynError("this generator was trained with mask and image (M+I): pass images, one for each mask")
+        raise MedsynError("this generator was trained with mask and image (M+I): "
+                          "pass images, one for each mask")
     if each['keep'] is not None and each['init'] is None:
-        raise MedsynError("keep names the region of a real image that is kept, and there is no image: pass init")
+        raise MedsynError("keep names a region of a real image, and there is no image: pass init")
     if steps < 1 or not 0 <= strength <= 1:
         raise MedsynError(f"steps {steps}, strength {strength}: steps must be at least 1, strength in [0, 1]")
     if resample < 1 or resample > 1 and sampler != 'ddim':
@@ -166,14 +168,14 @@ def sample(generator: Denoiser,         # any generator
            masks: Tensor,               # (N,1,H,W) in {0,1}; (N,H,W) and numpy are taken too
            steps: int = 50,             # sampler steps (DDIM 50 in Siamese-Diffusion)
            guidance: float = None,      # g, 1 is none; `None`: see `defaults_of`
-           guide: str = None,           # what the weaker half lacks: prompt or mask; `None`: see `defaults_of`
+           guide: str = None,           # what the weaker half lacks: prompt or mask; `None` as above
            sampler: str = 'ddim',       # ddim (eta 0), dpm++ or unipc
            seeds=0,                     # one seed an image, or one number s for s, s+1, s+2, ...
            prompt: str = None,          # default: the backbone's
            bs: int = 8,                 # images sampled together; does not change them
            images: Tensor = None,       # (N,3,H,W) in [-1,1], for generators that also see the image (M+I)
            init: Tensor = None,         # (N,3,H,W) in [-1,1] to start from instead of noise
-           strength: float = None,      # with `init`: share of the schedule, [0,1]; `None`: 0.6, with `keep` 1
+           strength: float = None,      # share of the schedule for `init`, [0,1]; `None`: 0.6, with `keep` 1
            keep: Tensor = None,         # (N,1,H,W) in {0,1}: where `init` is kept (1); the rest is generated
            resample: int = 1,           # with `keep`: how often each step is made (RePaint)
            desc: str = 'sample'         # title of the progress bar

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import MedsynError, pick
 
 # %% ../../nbs/api/20_diffusion.schedule.ipynb #33d7ef1c
-KINDS = ('scaled_linear', 'linear', 'squaredcos_cap_v2')    # Stable Diffusion; DDPM and PIG; cosine (diffusers' names)
+KINDS = ('scaled_linear', 'linear', 'squaredcos_cap_v2')    # Stable Diffusion; DDPM and PIG; cosine
 
 def _cosine_betas(T):
     "The cosine schedule's betas (Nichol & Dhariwal 2021, Eq. 17), (T,) float64."
@@ -22,8 +22,8 @@ def _cosine_betas(T):
     return (1 - f[1:]/f[:-1]).clamp(max=0.999)
 
 def alphas_bar(T: int = 1000,                   # number of timesteps
-               beta_start: float = 0.00085,     # noise added in the first step (variance); the cosine schedule ignores it
-               beta_end: float = 0.012,         # noise added in the last step (variance); the cosine schedule ignores it
+               beta_start: float = 0.00085,     # variance added in the first step; not used by cosine
+               beta_end: float = 0.012,         # variance added in the last step; not used by cosine
                kind: str = 'scaled_linear'      # one of `KINDS`
               ) -> Tensor:                      # (T,) float64, falling from almost 1 to almost 0
     "The share of signal power left at each timestep (Ho et al. 2020, Eq. 4)."
@@ -40,23 +40,24 @@ class Schedule:
         T: int = 1000,                      # number of timesteps
         beta_start: float = 0.00085,        # variance added in the first step
         beta_end: float = 0.012,            # variance added in the last step
-        kind: str = 'scaled_linear',        # one of `KINDS`: scaled_linear, linear or squaredcos_cap_v2 (cosine)
+        kind: str = 'scaled_linear',        # one of `KINDS`
         prediction: str = 'epsilon',        # what the network predicts: epsilon or v_prediction
         spacing: str = 'trailing',          # which timesteps a sampler visits: trailing or leading
-        steps_offset: int = 0               # added to each visited timestep if spacing is leading; 1 in Stable Diffusion
+        steps_offset: int = 0               # added to each timestep if spacing is leading; 1 in SD 1.x
     ):
         self.T, self.prediction = T, pick(prediction, ['epsilon', 'v_prediction'], 'prediction type')
         self.abar = alphas_bar(T, beta_start, beta_end, kind)       # stays on the CPU
-        self._tables = {}                                           # (device, dtype) -> amplitudes of signal and noise
-        self.config = dict(num_train_timesteps=T, beta_start=beta_start, beta_end=beta_end, beta_schedule=kind,
-                           prediction_type=prediction, timestep_spacing=spacing, steps_offset=steps_offset,
-                           clip_sample=False)
+        self._tables = {}                                           # (device, dtype) -> amplitudes
+        self.config = dict(
+            num_train_timesteps=T, beta_start=beta_start, beta_end=beta_end, beta_schedule=kind,
+            prediction_type=prediction, timestep_spacing=spacing, steps_offset=steps_offset,
+            clip_sample=False)
 
     @classmethod
     def from_diffusers(cls,
         config      # configuration of any diffusers scheduler (its `.config` or the JSON it was saved as)
     ) -> 'Schedule':
-        "The schedule that a diffusers scheduler was made with; `MedsynError` for one this class cannot express."
+        "The schedule of a diffusers scheduler; `MedsynError` for one that this class cannot express."
         if config.get('trained_betas') is not None or config.get('rescale_betas_zero_snr'):
             raise MedsynError("this scheduler has trained betas or a zero terminal signal: "
                               f"only the schedules {', '.join(KINDS)} are supported")
@@ -150,8 +151,9 @@ def min_snr_weight(schedule: Schedule,      # it says what the network predicts
                    t: Tensor,               # (B,) timesteps
                    gamma: float = 5.        # the largest signal-to-noise ratio that counts
                   ) -> Tensor:              # (B,) float32
-    "Weights of the denoising loss by timestep (min-SNR; Hang et al. 2023, Sec. 3.4); `MedsynError` unless gamma is positive."
-    if gamma <= 0: raise MedsynError(f"min-SNR weighting with gamma {gamma}: give a positive number, 5 in the paper")
+    "Weights of the denoising loss by timestep (Hang et al. 2023); `MedsynError` unless gamma is positive."
+    if gamma <= 0:
+        raise MedsynError(f"min-SNR weighting with gamma {gamma}: give a positive number, such as 5")
     snr = schedule.snr(t)
     unit = snr if schedule.prediction == 'epsilon' else snr + 1
     return snr.clamp(max=gamma)/unit

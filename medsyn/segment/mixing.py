@@ -21,7 +21,6 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import DataLoaders, Pipeline
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import LightingTfm
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -54,7 +53,7 @@ def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` w
         real = real_pairs.get(row['source'])
         if real is None: continue
         given_mask = read_mask(mask)
-        if not np.array_equal(given_mask, read_mask(real.mask, len(given_mask))):
+        if not np.array_equal(given_mask, read_mask(real.mask, given_mask.shape)):
             raise MedsynError(f"{image} was sampled under another mask than that of the real image"
                               f" {real.name!r}: give the folder that was sampled from these pairs")
         partners[real.name].append(Pair(f"{row['index']:06d}", image, mask))
@@ -94,11 +93,9 @@ class PartnerDataset:
         return choices[seed_of(self.seed, 'partner', self.epoch, name) % len(choices)]
 
     def _read(self, pair):
-        "The image of a pair at the data set's size, uint8 (3,size,size)."
+        "The image of a pair at the data set's size, uint8 (3,height,width)."
         if pair.image not in self.cache:
-            size = self.real.size
-            image = Image.fromarray(read_image(pair.image)).resize((size, size), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            pixels = torch.from_numpy(read_image(pair.image, self.real.size)).permute(2, 0, 1)
             self.cache[pair.image] = TensorImage(pixels.contiguous())
         return self.cache[pair.image]
 
@@ -115,16 +112,17 @@ class _PartnerPipeline(Pipeline):
         self.batch += 1
         shared_seed = seed_of(*self.stream, self.batch)
         partner_seed = seed_of(*self.stream, self.batch, 'partner')
-        with random_stream(shared_seed, real.device): real, mask = super().__call__((real, mask))
-        with random_stream(shared_seed, real.device): partner = self._only(partner, colours=False)
-        with random_stream(partner_seed, real.device): partner = self._only(partner, colours=True)
-        return real, partner, mask
+        device = real.device
+        with random_stream(shared_seed, device): moved_real, moved_mask = super().__call__((real, mask))
+        with random_stream(shared_seed, device): moved = self._only((partner, mask), colours=False)
+        with random_stream(partner_seed, device): moved_partner, _ = self._only(moved, colours=True)
+        return moved_real, moved_partner, moved_mask
 
-    def _only(self, x, colours):
-        "The transforms of the colours, or all others."
+    def _only(self, pair, colours):
+        "An image and its mask under the transforms of colour alone, or under all others."
         for transform in self.fs:
-            if isinstance(transform, LightingTfm) == colours: x = transform(x, split_idx=self.split_idx)
-        return x
+            if isinstance(transform, LightingTfm) == colours: pair = transform(pair, split_idx=self.split_idx)
+        return pair
 
 class PartnerDL(SeededDL):
     "A `SeededDL` of triples: another partner each epoch, one geometry for the three."
