@@ -1,4 +1,4 @@
-"""Generative feedback: its gradient against plain differentiation, who gets it, its switches, where it pulls a mask."""
+"""Generative feedback: its gradient, who gets it, its switches, and where it pulls a mask."""
 import tempfile
 from contextlib import nullcontext
 
@@ -36,7 +36,8 @@ def judge(kind='control', size=32, seed=0, image=False):
     return gen.eval()
 
 def net(classes=1):
-    with seeded(0): return segmenter('unet', size=32, classes=classes, encoder_depth=3, decoder_channels=(32, 16, 8))
+    with seeded(0):
+        return segmenter('unet', size=32, classes=classes, encoder_depth=3, decoder_channels=(32, 16, 8))
 
 @pytest.fixture(scope='module')
 def pairs():
@@ -47,14 +48,15 @@ def batches(pairs): return pair_dls(pairs, size=32, bs=4, valid=0.25, seed=0, au
 @pytest.fixture
 def dls(pairs): return batches(pairs)
 
-def draws(gen, x, n_t=1, seed=3, **kw): return list(noised_images(gen, x, torch.Generator().manual_seed(seed), n_t=n_t, **kw))
+def draws(gen, x, n_t=1, seed=3, **kw):
+    return list(noised_images(gen, x, torch.Generator().manual_seed(seed), n_t=n_t, **kw))
 
-# The gradient --------------------------------------------------------------------------------------------------------
+# The gradient -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('classes', [1, 2])
 def test_gradient_is_plain_differentiation(kind, classes):
-    "In float64, the segmenter's gradients are those of one graph through segmenter and generator, written from Eq. 8-10."
+    "In float64, the gradients are those of one graph through segmenter and generator, written from Eq. 8-10."
     gen, model = judge(kind).double(), net(classes).double().eval()
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bb, flags = gen.backbone, [p.requires_grad for p in gen.parameters()]
@@ -72,20 +74,21 @@ def test_gradient_is_plain_differentiation(kind, classes):
     want = ((gen.eps(zt, n.t, Cond(soft, text)) - n.eps)**2).mean()
     torch.testing.assert_close(v, want.detach().to(v), rtol=1e-5, atol=0)
     grads = torch.autograd.grad(want, list(model.parameters()), allow_unused=True)
-    top = max(b_.norm() for b_ in grads if b_ is not None)                      # the mask is float32, all else float64
+    top = max(b_.norm() for b_ in grads if b_ is not None)  # the mask is float32, all else float64
     for a_, b_ in zip(got, grads, strict=True):
         if b_ is not None: assert (a_ - b_).norm() <= 1e-4*b_.norm() + 1e-4*top
-    assert [p.requires_grad for p in gen.parameters()] == flags and all(p.grad is None for p in gen.parameters())
+    assert [p.requires_grad for p in gen.parameters()] == flags
+    assert all(p.grad is None for p in gen.parameters())
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_only_the_segmenter_learns(kind, pairs):
-    "During training: every generator gradient is None, every weight of it stays; the segmenter's move because of the term."
+    "The generator's gradients are None and its weights stay; the segmenter's move because of the term."
     class Spy(Callback):
         order = 5
         def after_backward(self):
             assert all(p.grad is None for p in gen.parameters())
             self.learn.moved = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-    gen = judge(kind).train().requires_grad_(True)                                           # even if somebody left it like this
+    gen = judge(kind).train().requires_grad_(True)  # even if somebody left it like this
     before = {k: v.clone() for k, v in gen.state_dict().items()}
     def run(cbs): return fit_steps(segment_learner(batches(pairs), net(), cbs=[Spy(), *cbs], clip=None), 1)
     plain, fed = run([]), run([GenerativeFeedbackCB(gen, weight=10.)])
@@ -93,7 +96,7 @@ def test_only_the_segmenter_learns(kind, pairs):
     assert all(p.requires_grad for p in gen.parameters())
     assert any((a - b).abs().max() > 1e-6 for a, b in zip(plain.moved, fed.moved, strict=True))
     log = fed.history.frame()
-    assert log.loss[0] == plain.history.frame().loss[0] and log.L_fb[0] > 0                  # the plain loss stays readable
+    assert log.loss[0] == plain.history.frame().loss[0] and log.L_fb[0] > 0  # the plain loss stays readable
 
 def test_weight_zero_is_plain_training(pairs):
     run = lambda cbs: fit_steps(segment_learner(batches(pairs), net(), cbs=cbs), 3)
@@ -104,15 +107,19 @@ def test_averaged_weights(pairs):
     "The judge still sees the raw network and is not averaged; the evaluated network has the averages."
     gen = judge()
     before = {k: v.clone() for k, v in gen.state_dict().items()}
-    def run(ema): return fit_steps(segment_learner(batches(pairs), net(), ema=ema, lr=1e-2, cbs=[GenerativeFeedbackCB(gen)]), 6)
+    def run(ema):
+        learn = segment_learner(batches(pairs), net(), ema=ema, lr=1e-2, cbs=[GenerativeFeedbackCB(gen)])
+        return fit_steps(learn, 6)
     plain, averaged = run(None), run(0.8)
     assert plain.history.frame().L_fb.tolist() == averaged.history.frame().L_fb.tolist()
-    assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items()) and all(p.grad is None for p in gen.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in gen.state_dict().items())
+    assert all(p.grad is None for p in gen.parameters())
     assert len(averaged.ema.params()) == len(list(averaged.model.parameters()))
     end, raw = averaged.model.state_dict(), plain.model.state_dict()
     assert any(not torch.equal(end[k], raw[k]) for k in end if k.endswith('weight'))
     statistics = [k for k in end if k.endswith('running_mean')]
-    for k, average in zip(statistics, averaged.ema.avg_statistics[::2], strict=True): assert torch.equal(end[k], average)
+    for k, average in zip(statistics, averaged.ema.avg_statistics[::2], strict=True):
+        assert torch.equal(end[k], average)
 
 def test_mask_and_image_generator():
     "A generator that also sees the image (M+I) is given it."
@@ -146,12 +153,12 @@ def test_one_timestep(pairs):
     learn = segment_learner(batches(pairs), net(), cbs=[GenerativeFeedbackCB(gen, t_range=(999, 1000))])
     assert fit_steps(learn, 1).history.frame().L_fb[0] > 0
 
-# Precision -----------------------------------------------------------------------------------------------------------
+# Precision ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('how', ['autocast', 'weights'])
 def test_bf16(kind, how):
-    "Under autocast (what a bf16 learner does) and with a generator of bf16 weights: nearly the same value and direction."
+    "Under autocast, as in a bf16 learner, and with bf16 weights: nearly the same value and direction."
     x, mask = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 1, 32, 32)
     mask[..., 8:20, 8:20] = 0.9
     v, g = feedback(gen := judge(kind), draws(gen, x), mask)
@@ -163,10 +170,11 @@ def test_bf16(kind, how):
     assert v2.dtype == torch.float32 and abs(v2 - v) < 0.05*v
     assert torch.cosine_similarity(g.flatten(), g2.float().flatten(), 0) > 0.95 and out.grad.abs().sum() > 0
 
-# What it costs -------------------------------------------------------------------------------------------------------
+# What it costs ------------------------------------------------------------------------------------
 
 def test_every(dls):
-    log = fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(judge(), every=3)]), 7).history.frame()
+    learn = segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(judge(), every=3)])
+    log = fit_steps(learn, 7).history.frame()
     assert log.L_fb.notna().tolist() == [k % 3 == 0 for k in range(7)]
 
 def test_n_t_is_the_mean_of_draws():
@@ -193,8 +201,9 @@ def test_trunk_is_computed_once_for_many_masks(monkeypatch):
 def test_lower_resolution_judge(dls):
     gen, x = judge(size=16), torch.rand(2, 3, 32, 32)
     v, g = feedback(gen, draws(gen, x), torch.rand(2, 1, 32, 32))
-    assert g.shape == (2, 1, 32, 32) and (g != 0).float().mean() > 0.9          # every pixel of the large mask counts
-    log = fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, resize=True)]), 2).history.frame()
+    assert g.shape == (2, 1, 32, 32) and (g != 0).float().mean() > 0.9  # every pixel of the large mask counts
+    learn = segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, resize=True)])
+    log = fit_steps(learn, 2).history.frame()
     assert (log.L_fb > 0).all()
     with pytest.raises(MedsynError, match='draws 16x16 px and the segmenter sees 32x32'):
         fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen)]), 1)
@@ -208,11 +217,11 @@ def test_timesteps_and_seeds(pairs):
         return fit_steps(learn, 2).history.frame().L_fb.tolist()
     assert run(0) == run(0) != run(1)
 
-# The pull ------------------------------------------------------------------------------------------------------------
+# The pull -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def trained():
-    "A generator trained for seconds on lesions with inverted colours; images it has not seen, and their masks."
+    "A generator trained for seconds on lesions with inverted colours; unseen images and their masks."
     with tempfile.TemporaryDirectory() as d:
         pairs = find_pairs(lesion_folder(d, 40, size=32, seed=0))
         for p in pairs:
@@ -222,7 +231,8 @@ def trained():
         bb = Backbone.tiny(torch.cat([x for x, _ in dls.train])*2 - 1, 32, channels=(32, 64))
         pretrain_backbone(dls, bb, steps=40, lr=2e-3)
         gen = fit_steps(generator_learner('control', dls, bb, lr=2e-3, probe=60), 60).model.eval()
-        yield gen, *(torch.cat([v.as_subclass(torch.Tensor) for v in o]).float() for o in zip(*dls.valid, strict=True))
+        def joined(batches): return torch.cat([v.as_subclass(torch.Tensor) for v in batches]).float()
+        yield gen, *map(joined, zip(*dls.valid, strict=True))
 
 class Free(torch.nn.Module):
     "A segmenter that is nothing but its logits, begun at a mask."
@@ -232,17 +242,19 @@ class Free(torch.nn.Module):
 def dice(a, b): return 2*(a*b).sum((1, 2))/(a.sum((1, 2)) + b.sum((1, 2)))
 
 def ended(gen, x, wrong, steps=40):
-    "The mask after descent on the feedback alone, the learner's plain loss being nothing; it never sees the right mask."
+    "The mask after descent on the feedback alone: the learner's plain loss is 0 and sees no right mask."
     dl = DataLoader(list(zip(x, wrong, strict=True)), bs=len(x), device='cpu')
     def nothing(out, y): return 0*out.sum()
-    learn = segment_learner(DataLoaders(dl, dl), Free(wrong), loss=nothing, wd=0, clip=None, cbs=[GenerativeFeedbackCB(gen)])
+    cbs = [GenerativeFeedbackCB(gen)]
+    learn = segment_learner(DataLoaders(dl, dl), Free(wrong), loss=nothing, wd=0, clip=None, cbs=cbs)
     return (fit_steps(learn, steps, 0.2).model.logits[:, 0] > 0).float()
 
 def test_pulls_a_wrong_mask_to_the_right_one(trained):
     gen, x, mask = trained
     wrong = MASKS['shifted'](mask[:, None])[:, 0]
     before, after = dice(wrong, mask), dice(ended(gen, x, wrong), mask)
-    assert before.mean() < 0.2 and after.mean() > before.mean() + 0.4 and (after > before).float().mean() > 0.8, (before, after)
+    assert before.mean() < 0.2 and after.mean() > before.mean() + 0.4, (before, after)
+    assert (after > before).float().mean() > 0.8, (before, after)
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_an_untrained_judge_does_not(trained, kind):
@@ -253,11 +265,12 @@ def test_an_untrained_judge_does_not(trained, kind):
     moved = ended(judge(kind), x, wrong, 20)
     assert (moved != wrong).any() and dice(moved, mask).mean() < dice(wrong, mask).mean() + 0.2
 
-# Faults --------------------------------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 def test_bad_input(dls):
     gen = judge()
-    refused = ((dict(temperature=0), r'temperature 0: choose one in \(0, 1\]'), (dict(temperature=1.01), r'temperature 1.01'),
+    refused = ((dict(temperature=0), r'temperature 0: choose one in \(0, 1\]'),
+               (dict(temperature=1.01), r'temperature 1.01'),
                (dict(t_range=(0, 1001)), 't_range 0, 1001'), (dict(t_range=(500, 500)), 't_range'),
                (dict(every=0), 'every 0'), (dict(n_t=0), 'n_t 0'))
     for kw, said in refused:
@@ -268,6 +281,8 @@ def test_bad_input(dls):
         def __init__(self): super().__init__(); self.net = torch.nn.Conv2d(3, 3, 1)
         def forward(self, x): return self.net(x.as_subclass(torch.Tensor))
     with pytest.raises(MedsynError, match=r'shape \(4, 3, 32, 32\): \(B,1,H,W\) or \(B,2,H,W\) is needed'):
-        fit_steps(segment_learner(dls, Three(), loss=lambda out, y: out.mean(), cbs=[GenerativeFeedbackCB(gen)]), 1)
+        cbs = [GenerativeFeedbackCB(gen)]
+        fit_steps(segment_learner(dls, Three(), loss=lambda out, y: out.mean(), cbs=cbs), 1)
     twice = [GenerativeFeedbackCB(gen), GenerativeFeedbackCB(gen)]
-    with pytest.raises(MedsynError, match='two loss terms'): fit_steps(segment_learner(dls, net(), cbs=twice), 1)
+    with pytest.raises(MedsynError, match='two loss terms'):
+        fit_steps(segment_learner(dls, net(), cbs=twice), 1)

@@ -1,4 +1,4 @@
-"Distances between image sets against torchmetrics, scipy and plain sums; extractors, the cache, and bad input."
+"Distances between image sets against torchmetrics, scipy and sums; extractors, the cache, bad input."
 import json
 import math
 import warnings
@@ -17,8 +17,9 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.pairs import find_pairs
-from medsyn.evaluate.fidelity import (Extractor, InceptionFID, as_extractor, clip_extractor, cmmd, extract, fidelity, frechet_distance, image_list,
-                                      inception_extractor, inception_score, kernel_distance, lpips, lpips_network)
+from medsyn.evaluate.fidelity import (
+    InceptionFID, as_extractor, clip_extractor, cmmd, extract, fidelity, frechet_distance,
+    image_list, inception_extractor, inception_score, kernel_distance, lpips, lpips_network)
 
 pytestmark = pytest.mark.filterwarnings('ignore:Metric .* will save all extracted features:UserWarning')
 
@@ -30,7 +31,8 @@ class AsIs(nn.Identity):
 def sets(n, m, d, seed=0):
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(d, d, generator=g, dtype=torch.float64)/math.sqrt(d)
-    return torch.randn(n, d, generator=g, dtype=torch.float64) @ w, .3 + 1.5*torch.randn(m, d, generator=g, dtype=torch.float64)
+    a = torch.randn(n, d, generator=g, dtype=torch.float64) @ w
+    return a, .3 + 1.5*torch.randn(m, d, generator=g, dtype=torch.float64)
 
 
 @pytest.mark.parametrize('n,m,d', [(500, 300, 16), (60, 500, 32), (33, 32, 32), (20, 25, 64), (2, 3, 40)])
@@ -40,9 +42,11 @@ def test_frechet_distance(n, m, d):
     fid = FrechetInceptionDistance(feature=AsIs(d)); fid.update(a, real=True); fid.update(b, real=False)
     assert ours == pytest.approx(float(fid.compute()), rel=1e-5)
     root = linalg.sqrtm(np.cov(a.numpy().T) @ np.cov(b.numpy().T))
-    want = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(np.cov(a.numpy().T) + np.cov(b.numpy().T) - 2*np.real(root))
+    spread = np.trace(np.cov(a.numpy().T) + np.cov(b.numpy().T) - 2*np.real(root))
+    want = float((a.mean(0) - b.mean(0)).square().sum()) + spread
     assert ours == pytest.approx(want, rel=1e-4)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-7) and ours == pytest.approx(frechet_distance(b, a))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-7)
+    assert ours == pytest.approx(frechet_distance(b, a))
 
 
 @pytest.mark.parametrize('subset', [10, 40, 1000])
@@ -51,11 +55,13 @@ def test_kernel_distance(subset):
     kid = KernelInceptionDistance(feature=AsIs(12), subset_size=min(subset, 55), subsets=20)
     kid.update(a, real=True); kid.update(b, real=False)
     torch.manual_seed(9)
-    assert kernel_distance(a, b, subset, 20, seed=9) == pytest.approx([float(v) for v in kid.compute()], rel=1e-9)
+    want = [float(v) for v in kid.compute()]
+    assert kernel_distance(a, b, subset, 20, seed=9) == pytest.approx(want, rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased():
-    d = [kernel_distance(*[x for x in torch.randn(2, 15, 20, generator=torch.Generator().manual_seed(s))])[0] for s in range(300)]
+    pairs = [torch.randn(2, 15, 20, generator=torch.Generator().manual_seed(s)) for s in range(300)]
+    d = [kernel_distance(a, b)[0] for a, b in pairs]
     assert abs(np.mean(d)) < 4*np.std(d)/math.sqrt(300)
 
 
@@ -76,7 +82,8 @@ def test_inception_score(splits):
         warnings.simplefilter('ignore')
         mean, std = m.compute()
     got = inception_score(l, splits, seed=2)
-    assert got[0] == pytest.approx(float(mean)) and (splits == 1 and math.isnan(got[1]) or got[1] == pytest.approx(float(std)))
+    assert got[0] == pytest.approx(float(mean))
+    assert splits == 1 and math.isnan(got[1]) or got[1] == pytest.approx(float(std))
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +98,7 @@ def weights(tmp_path_factory):
 
 
 def test_inception_equals_torch_fidelity(weights, tmp_path):
-    pytest.importorskip('torch_fidelity', reason='torch-fidelity is not installed: the layer-by-layer oracle is not run')
+    pytest.importorskip('torch_fidelity', reason='torch-fidelity, the oracle, is not installed')
     from safetensors.torch import load_file
     from torchmetrics.image.fid import NoTrainInceptionV3
     torch.save(load_file(weights), tmp_path/'w.pth')
@@ -99,7 +106,8 @@ def test_inception_equals_torch_fidelity(weights, tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (3, 80, 64, 3), dtype=np.uint8)
     ours = inception_extractor(weights)(list(x))
     with torch.no_grad(): f, l = theirs._torch_fidelity_forward(torch.from_numpy(x).permute(0, 3, 1, 2))
-    assert torch.allclose(ours['features'], f, rtol=1e-3, atol=1e-4*float(f.abs().max())) and torch.allclose(ours['logits'], l, rtol=1e-3, atol=1e-4*float(l.abs().max()))
+    assert torch.allclose(ours['features'], f, rtol=1e-3, atol=1e-4*float(f.abs().max()))
+    assert torch.allclose(ours['logits'], l, rtol=1e-3, atol=1e-4*float(l.abs().max()))
     assert f.std(0).max() > 0
 
 
@@ -123,7 +131,9 @@ def test_one_pass_equals_the_classes_of_torchmetrics(weights):
         def __init__(self, what): super().__init__(); self.what = what
         def forward(self, x): return ex(list(x.permute(0, 2, 3, 1).numpy()))[self.what]
     r, f = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (real, fake))
-    fid, kid, isc = FrechetInceptionDistance(feature=Run('features')), KernelInceptionDistance(feature=Run('features'), subset_size=8), InceptionScore(feature=Run('logits'), splits=4)
+    fid = FrechetInceptionDistance(feature=Run('features'))
+    kid = KernelInceptionDistance(feature=Run('features'), subset_size=8)
+    isc = InceptionScore(feature=Run('logits'), splits=4)
     for m in (fid, kid): m.update(r, real=True); m.update(f, real=False)
     isc.update(f)
     with warnings.catch_warnings():
@@ -137,14 +147,19 @@ def test_one_pass_equals_the_classes_of_torchmetrics(weights):
 
 def test_weights_that_do_not_fit(tmp_path, weights):
     save_file({'conv1.weight': torch.zeros(3)}, tmp_path/'a.safetensors')
-    with pytest.raises(MedsynError, match="a.safetensors does not fit FID's Inception"): as_extractor(tmp_path/'a.safetensors')
+    with pytest.raises(MedsynError, match="a.safetensors does not fit FID's Inception"):
+        as_extractor(tmp_path/'a.safetensors')
     import torchvision
-    save_file(torchvision.models.inception_v3(weights=None, init_weights=False).state_dict(), tmp_path/'tv.safetensors')
-    with pytest.raises(MedsynError, match="torchvision's ImageNet Inception"): as_extractor(tmp_path/'tv.safetensors')
+    imagenet = torchvision.models.inception_v3(weights=None, init_weights=False)
+    save_file(imagenet.state_dict(), tmp_path/'tv.safetensors')
+    with pytest.raises(MedsynError, match="torchvision's ImageNet Inception"):
+        as_extractor(tmp_path/'tv.safetensors')
     (tmp_path/'b.pth').write_bytes(b'hello')
-    with pytest.raises(MedsynError, match='b.pth is not a plain PyTorch state dict'): as_extractor(tmp_path/'b.pth')
+    with pytest.raises(MedsynError, match='b.pth is not a plain PyTorch state dict'):
+        as_extractor(tmp_path/'b.pth')
     save_file({'features.0.weight': torch.zeros(3)}, tmp_path/'c.safetensors')
-    with pytest.raises(MedsynError, match='c.safetensors does not fit the alex backbone'): lpips_network(tmp_path/'c.safetensors')
+    with pytest.raises(MedsynError, match='c.safetensors does not fit the alex backbone'):
+        lpips_network(tmp_path/'c.safetensors')
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +169,8 @@ def clip(tmp_path_factory):
     torch.manual_seed(0)
     small = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
     d = tmp_path_factory.mktemp('clip')/'tiny'
-    CLIPModel(CLIPConfig(text_config=dict(**small, vocab_size=50), vision_config=dict(**small, image_size=24, patch_size=8), projection_dim=12)).save_pretrained(d)
+    text, vision = dict(**small, vocab_size=50), dict(**small, image_size=24, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(d)
     CLIPImageProcessor().save_pretrained(d)
     return d
 
@@ -162,11 +178,15 @@ def clip(tmp_path_factory):
 def test_clip_rows(clip):
     real, fake = (draw_lesions(5, size=40, seed=s)[0] for s in (1, 2))
     t = fidelity(real, fake, clip, device='cpu').set_index('metric')
-    assert list(t.index) == ['CMMD', 'CLIP-I'] and 'all against all' in t.note['CLIP-I'] and 'clip tiny' in t.extractor['CMMD']
-    a, b = (nn.functional.normalize(extract(x, clip, device='cpu')['features'].double(), dim=1) for x in (real, fake))
+    assert list(t.index) == ['CMMD', 'CLIP-I']
+    assert 'all against all' in t.note['CLIP-I']
+    assert 'clip tiny' in t.extractor['CMMD']
+    a, b = (extract(x, clip, device='cpu')['features'].double() for x in (real, fake))
+    a, b = (nn.functional.normalize(x, dim=1) for x in (a, b))
     assert t.value['CLIP-I'] == pytest.approx(float((a @ b.T).mean()), abs=1e-6)
     m = fidelity(real, fake, clip, match=[4, 3, 2, 1, 0], device='cpu').set_index('metric')
-    assert m.value['CLIP-I'] == pytest.approx(float((a.flip(0)*b).sum(1).mean()), abs=1e-6) and 'matched' in m.note['CLIP-I']
+    assert m.value['CLIP-I'] == pytest.approx(float((a.flip(0)*b).sum(1).mean()), abs=1e-6)
+    assert 'matched' in m.note['CLIP-I']
 
 
 def test_clip_refusals(clip, tmp_path):
@@ -183,13 +203,16 @@ def test_names_follow_the_extractor(clip):
     t = fidelity(real, fake, [as_extractor(own, name='FID'), clip], device='cpu')
     assert list(t.metric) == ['KD-FID', 'FD-FID', 'CMMD', 'CLIP-I']
     assert (t.n_real == 4).all() and (t.n_fake == 4).all() and t.extractor.str.len().min() > 10
-    with pytest.raises(MedsynError, match='unknown metric'): fidelity(real, fake, own, metrics=['KID'], device='cpu')
-    assert list(fidelity(real, fake, own, metrics=['KD-Sequential'], device='cpu').metric) == ['KD-Sequential']
+    with pytest.raises(MedsynError, match='unknown metric'):
+        fidelity(real, fake, own, metrics=['KID'], device='cpu')
+    chosen = fidelity(real, fake, own, metrics=['KD-Sequential'], device='cpu')
+    assert list(chosen.metric) == ['KD-Sequential']
 
 
 def test_small_fid_warns(weights):
     real = draw_lesions(3, size=32)[0]
-    with pytest.warns(UserWarning, match='FID from 3 real and 3 synthetic images is biased'): t = fidelity(real, real, weights, device='cpu')
+    with pytest.warns(UserWarning, match='FID from 3 real and 3 synthetic images is biased'):
+        t = fidelity(real, real, weights, device='cpu')
     assert np.isfinite(t.value).all() and t.note[1].startswith('biased upwards')
 
 
@@ -206,11 +229,14 @@ def test_bad_image_sets(tmp_path):
     (tmp_path/'empty').mkdir()
     with pytest.raises(MedsynError, match='no image in'): fidelity(tmp_path/'empty', ok, net)
     with pytest.raises(MedsynError, match='is not a folder'): fidelity(ok, tmp_path/'missing', net)
-    with pytest.raises(MedsynError, match='3 real and 1 synthetic'): fidelity(ok, draw_lesions(1, size=32)[0], net)
-    with pytest.raises(MedsynError, match='different sizes'): fidelity(ok, lesion_folder(tmp_path/'big', 3, size=48).joinpath('images'), net, bs=2, device='cpu')
+    with pytest.raises(MedsynError, match='3 real and 1 synthetic'):
+        fidelity(ok, draw_lesions(1, size=32)[0], net)
+    with pytest.raises(MedsynError, match='different sizes'):
+        fidelity(ok, lesion_folder(tmp_path/'big', 3, size=48).joinpath('images'), net, bs=2, device='cpu')
     with pytest.raises(MedsynError, match='is no feature extractor'): fidelity(ok, ok, 'inception')
     Image.new('I;16', (32, 32)).save(tmp_path/'ok'/'images'/'deep.png')
-    with pytest.raises(MedsynError, match='deep.png has more than 8 bits'): fidelity(ok, ok, net, device='cpu')
+    with pytest.raises(MedsynError, match='deep.png has more than 8 bits'):
+        fidelity(ok, ok, net, device='cpu')
     with pytest.raises(MedsynError, match='not finite'):
         bad = nn.Conv2d(3, 4, 3); nn.init.constant_(bad.weight, math.nan)
         fidelity(*[draw_lesions(3, size=32)[0]]*2, bad, device='cpu')
@@ -219,7 +245,8 @@ def test_bad_image_sets(tmp_path):
 def test_image_lists_agree(tmp_path):
     f = lesion_folder(tmp_path/'d', 4, size=32)
     files = sorted((f/'images').glob('*.png'))
-    assert image_list(f) == image_list(f/'images') == image_list(files) == image_list([str(x) for x in files]) == image_list(find_pairs(f))
+    names = [str(x) for x in files]
+    for same in (f/'images', files, names, find_pairs(f)): assert image_list(f) == image_list(same)
 
 
 class Counting(nn.Module):
@@ -246,7 +273,8 @@ def test_cache_knows_weights_size_and_flips(tmp_path):
     one = lambda net, **kw: extract(ims, net, device='cpu', cache=tmp_path, **kw)['features']
     assert not torch.allclose(one(a), one(b)) and len(list(tmp_path.iterdir())) == 2
     one(as_extractor(a, size=16)); assert len(list(tmp_path.iterdir())) == 3
-    assert torch.allclose(one(a, flip='h'), extract(ims[:, :, ::-1].copy(), a, device='cpu')['features'], atol=1e-6)
+    mirrored = extract(ims[:, :, ::-1].copy(), a, device='cpu')['features']
+    assert torch.allclose(one(a, flip='h'), mirrored, atol=1e-6)
     seen = a.seen
     one(a, flip='h'); one(a); assert a.seen == seen
 
@@ -272,6 +300,8 @@ def test_lpips_rows():
     torch.manual_seed(0)
     net = lpips_network(None)
     ims = draw_lesions(4, size=64)[0]
-    t = fidelity(ims, ims, nn.Conv2d(3, 4, 3), lpips_weights=net, match=range(4), device='cpu').set_index('metric')
+    t = fidelity(ims, ims, nn.Conv2d(3, 4, 3), lpips_weights=net, match=range(4), device='cpu')
+    t = t.set_index('metric')
     assert t.value['LPIPS'] == pytest.approx(0, abs=1e-7) and t.note['LPIPS'] == '4 matched pairs'
-    assert (lpips(ims, ims, net, n_pairs=6, size=64, device='cpu', seed=1) == lpips(ims, ims, net, n_pairs=6, size=64, device='cpu', seed=1)).all()
+    once, again = (lpips(ims, ims, net, n_pairs=6, size=64, device='cpu', seed=1) for _ in range(2))
+    assert (once == again).all()

@@ -1,6 +1,6 @@
-"""MCPMix and its annealing: limits to the bit, the look-ahead gradient against finite differences, what the gates do.
+"""MCPMix and its annealing: limits to the bit, the look-ahead gradient, what the gates do.
 
-The finite differences take the step for real, on a copy of the network, and know nothing of the code under test.
+The finite differences take the step for real, on a copy of the network, without the code under test.
 """
 import copy
 import gc
@@ -73,12 +73,12 @@ def state(learn):
     kept = {k: v for k, v in learn.model.state_dict().items() if not k.startswith('kept_')}
     return torch.cat([v.double().flatten() for v in kept.values()])
 
-# Limits ---------------------------------------------------------------------------------------------------------------
+# Limits -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kw', [dict(s=0), dict(w=0), dict(s=0, passes=1), dict(w=0, passes=1), dict(w=1e-30),
                                 dict(s=.9, w=1e-30, per_image=True)], ids=str)
 def test_limits_are_real_only_training_bit_for_bit(discs, kw):
-    "With w = 1e-30 the mixed pass runs in full and must leave no trace: statistics, dropout's stream, gradients."
+    "With w = 1e-30 the mixed pass runs in full and must leave no trace in statistics, streams or gradients."
     plain = train(discs, None, [], 12, augment=True)
     mixed = train(discs, 'good', [PairedMixCB(**kw)], 12, augment=True)
     assert torch.equal(state(plain), state(mixed))
@@ -90,11 +90,13 @@ def test_one_pass_leaves_a_trace(discs):
     assert not torch.equal(state(train(discs, None, [], 3)), state(one_pass))
 
 def test_partner_equal_to_the_image_is_a_second_real_pass(discs):
-    "With the real image as its own partner the strength does not matter: the term is the real loss, whatever s."
+    "With the real image as its own partner the term is the real loss, whatever the strength."
     pairs, _ = discs
     itself = pairs, {'itself': {p.name: [p] for p in pairs}}
-    logs = [train(itself, 'itself', [PairedMixCB(s)], 4).history.frame()[['loss', 'L_mix']].to_numpy() for s in (.2, 1.)]
-    np.testing.assert_allclose(logs[0], logs[1], rtol=1e-4)
+    def log(s):
+        learn = train(itself, 'itself', [PairedMixCB(s)], 4)
+        return learn.history.frame()[['loss', 'L_mix']].to_numpy()
+    np.testing.assert_allclose(log(.2), log(1.), rtol=1e-4)
 
 @pytest.mark.parametrize('schedule', list(MIX_SCHEDULES))
 def test_schedules_end_where_they_say(schedule):
@@ -103,13 +105,15 @@ def test_schedules_end_where_they_say(schedule):
 
 @pytest.mark.parametrize('s', [0., .3, 1.])
 def test_strength_of_each_image(s):
-    "Uniform in [0, s], the same at every call, exactly the real image at s = 0, and never below the real one or beyond s."
+    "Uniform in [0, s], the same at every call, exactly the real image at s = 0."
     torch.manual_seed(0)
     b = MixedBatch(torch.zeros(64, 3, 4, 4), torch.ones(64, 3, 4, 4), (), seed=5, per_image=True)
     mixed = b.at(s)
     assert torch.equal(mixed, b.at(s)) and mixed.min() >= 0 and mixed.max() <= s
-    assert (mixed.flatten(1).std(1) == 0).all()                                         # one strength an image
-    if s: assert mixed[:, 0, 0, 0].mean() == pytest.approx(s/2, abs=.1*s) and mixed[:, 0, 0, 0].unique().numel() > 60
+    assert (mixed.flatten(1).std(1) == 0).all()  # one strength an image
+    if s:
+        assert mixed[:, 0, 0, 0].mean() == pytest.approx(s/2, abs=.1*s)
+        assert mixed[:, 0, 0, 0].unique().numel() > 60
 
 @pytest.mark.parametrize('augment', ['none', 'flip', 'full', 'strong'])
 def test_partners_stay_in_register(discs, augment):
@@ -142,7 +146,8 @@ def test_no_partners_at_all(discs):
 def test_damaged_manifest(tmp_path, discs):
     folder = synthetic(tmp_path/'s', discs[0][:2])
     (folder/'manifest.jsonl').write_text((folder/'manifest.jsonl').read_text()[:-5])
-    with pytest.raises(MedsynError, match='is damaged .* run synthesize again'): find_partners(folder, discs[0])
+    with pytest.raises(MedsynError, match='is damaged .* run synthesize again'):
+        find_partners(folder, discs[0])
 
 def test_statistics_are_thawed_after_an_error():
     m = net()
@@ -150,7 +155,7 @@ def test_statistics_are_thawed_after_an_error():
         with frozen_stats(m): m(torch.rand(2, 5, S, S))
     assert all(b.track_running_stats for b in m.modules() if isinstance(b, nn.BatchNorm2d))
 
-# The look-ahead gradient ------------------------------------------------------------------------------------------------
+# The look-ahead gradient --------------------------------------------------------------------------
 
 def bce(out, m): return nn.functional.binary_cross_entropy_with_logits(out[:, 0], m)
 
@@ -160,7 +165,8 @@ def test_hypergradient_is_the_look_ahead_loss(s, w, per_image):
     torch.manual_seed(1)
     m = nn.Sequential(*[o for o in net(4, nn.SiLU) if not isinstance(o, nn.Dropout)]).double().train()
     draw, masks = lambda: torch.rand(4, 3, 12, 12).double(), lambda: (torch.rand(4, 12, 12) > .7).double()
-    b, (ax, ay), eta = MixedBatch(draw(), draw(), (masks(),), seed=3, per_image=per_image), (draw(), masks()), .2
+    b = MixedBatch(draw(), draw(), (masks(),), seed=3, per_image=per_image)
+    (ax, ay), eta = (draw(), masks()), .2
     u = torch.rand(4, 1, 1, 1, generator=torch.Generator().manual_seed(3)).double() if per_image else 1.
     mix = lambda s: b.real + u*s*(b.partner - b.real)
     def ahead(s, w):
@@ -178,32 +184,35 @@ def test_hypergradient_is_the_look_ahead_loss(s, w, per_image):
     fs, fw = (ahead(s + h, w) - ahead(s - h, w))/(2*h), (ahead(s, w + h) - ahead(s, w - h))/(2*h)
     assert abs(dw - fw) < 1e-6*abs(fw) + 1e-5*scale*h
     assert abs(ds - fs) < 1e-4*abs(fs) + 1e-4*scale*h
-    assert abs(fw) <= scale/w                                                           # the unit bounds the mixed part
+    assert abs(fw) <= scale/w  # the unit bounds the mixed part
 
 def test_weight_zero_has_no_gradient_in_strength():
     "dL_A/ds is proportional to w; the direction in which w would help remains."
     torch.manual_seed(0)
     m = nn.Conv2d(3, 1, 3, padding=1).double()
-    b = MixedBatch(torch.rand(2, 3, 8, 8).double(), torch.rand(2, 3, 8, 8).double(), ((torch.rand(2, 8, 8) > .5).double(),))
+    real, partner = torch.rand(2, 2, 3, 8, 8).double()
+    b = MixedBatch(real, partner, ((torch.rand(2, 8, 8) > .5).double(),))
     grads = dict(zip(('weight', 'bias'), torch.autograd.grad(bce(m(b.real), *b.yb), list(m.parameters()))))
     ds, dw, scale = hypergradient(m, bce, grads, b, (b.real, *b.yb), .5, 0., .1)
     assert ds == 0 and dw != 0 and scale > 0
 
 def test_real_partners_help_a_real_anchor():
-    "If partner, anchor and batch are the same images, a larger weight is a longer step down the anchor's own gradient."
+    "With the same images as partner, anchor and batch, more weight is a longer step the right way."
     torch.manual_seed(0)
     m = nn.Conv2d(3, 1, 3, padding=1).double()
     x, y = torch.rand(4, 3, 8, 8).double(), (torch.rand(4, 8, 8) > .5).double()
     grads = dict(zip(('weight', 'bias'), torch.autograd.grad(bce(m(x), y), list(m.parameters()))))
     ds, dw, scale = hypergradient(m, bce, grads, MixedBatch(x, x, (y,)), (x, y), .5, 1., 1e-6)
     force_s, force_w = unit_forces(ds, dw, scale, 1., 1.)
-    assert force_s == pytest.approx(0, abs=1e-6) and force_w == pytest.approx(-1, abs=1e-3)     # full force: open the weight
+    assert force_s == pytest.approx(0, abs=1e-6)
+    assert force_w == pytest.approx(-1, abs=1e-3)       # full force: open the weight
 
-@pytest.mark.parametrize('a,force,want', [(0., 0., 0.), (1., 1., .5), (1., -1., 1.5), (3.9, -9., 4.), (-3.9, 9., -4.)])
+@pytest.mark.parametrize('a,force,want', [(0., 0., 0.), (1., 1., .5), (1., -1., 1.5),
+                                          (3.9, -9., 4.), (-3.9, 9., -4.)])
 def test_move_gate(a, force, want): assert move_gate(a, force, .5) == pytest.approx(want)
 
 def test_anchor_batches(discs):
-    "The same seed gives the same pairs, another seed others; never more than there are, never a training pair, no augmentation."
+    "The same seed gives the same pairs, another seed others; held-out pairs alone, without augmentation."
     pairs, _ = discs
     dls = pair_dls(pairs, S, 8, valid=.2, seed=0, augment='strong', device='cpu')
     a, b, c = (anchor_batch(dls.valid, 8, seed) for seed in (1, 1, 2))
@@ -213,7 +222,7 @@ def test_anchor_batches(discs):
     for image in a[0].as_subclass(torch.Tensor):
         assert (held_out - image).abs().amax((1, 2, 3)).min() < 1e-6
 
-# What the gates do --------------------------------------------------------------------------------------------------------
+# What the gates do --------------------------------------------------------------------------------
 
 def test_good_partners_keep_the_gates_open_longer(discs):
     h = {k: train(discs, k, [PairedMixCB(s=.9, w=1.), RealAnchorCB(every=8)]).history.frame() for k in KINDS}
@@ -223,20 +232,23 @@ def test_good_partners_keep_the_gates_open_longer(discs):
         assert amount['good'] > 1.2*amount[bad], amount
         assert open_['good'] > open_[bad] + 8, open_
     for v in h.values():
-        assert v.s.iloc[-1] < .1 and v.w.iloc[-1] < .1 and v.s.between(0, .9).all() and v.w.between(0, 1).all()
+        assert v.s.iloc[-1] < .1 and v.w.iloc[-1] < .1
+        assert v.s.between(0, .9).all() and v.w.between(0, 1).all()
         assert v[['force_s', 'force_w']].abs().max().max() <= 1 and v.prior.is_monotonic_increasing
 
 def test_gates_travel_with_the_model(tmp_path):
     pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
-    dls = lambda: partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), {p.name: [p] for p in pairs})
-    cbs = lambda: [PairedMixCB(.8, .6), RealAnchorCB(every=2)]
-    learn = fit_steps(segment_learner(dls(), segmenter('unet', 'mobilenetv3_small_050', size=32), cbs=cbs()), 5)
+    def dls():
+        return partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), own_partners(pairs))
+    def cbs(): return [PairedMixCB(.8, .6), RealAnchorCB(every=2)]
+    model = segmenter('unet', 'mobilenetv3_small_050', size=32)
+    learn = fit_steps(segment_learner(dls(), model, cbs=cbs()), 5)
     want = learn.gates.levels()
     again = Segmenter.from_pretrained(learn.model.save_pretrained(tmp_path/'m'))
     log = fit_steps(segment_learner(dls(), again.train(), cbs=cbs()), 1).history.frame()
     assert (log.s[0], log.w[0]) == tuple(float(torch.tensor(v)) for v in want) and want != (.8*.9, .6*.9)
 
-# Arms -----------------------------------------------------------------------------------------------------------------------
+# Arms ---------------------------------------------------------------------------------------------
 
 def synthetic(folder, pairs):
     "A folder as `synthesize(..., masks='real')` leaves it: the real pictures, darkened."
@@ -244,7 +256,8 @@ def synthetic(folder, pairs):
     rows = []
     for i, p in enumerate(pairs):
         image, mask = read_pair(p)
-        row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png', source=p.name, transform=dict(kind='real'))
+        row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png',
+                   source=p.name, transform=dict(kind='real'))
         Image.fromarray((image*.7).astype(np.uint8)).save(folder/row['file'])
         Image.fromarray(mask*255).save(folder/row['mask'])
         rows.append(json.dumps(row))
@@ -255,7 +268,8 @@ SMALL = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')],
 
 def folders(tmp_path, n_train, n_test):
     "Rendered training and test pairs."
-    return [find_pairs(lesion_folder(tmp_path/k, n, size=32, seed=s)) for k, n, s in (('r', n_train, 0), ('t', n_test, 1))]
+    sets = ('r', n_train, 0), ('t', n_test, 1)
+    return [find_pairs(lesion_folder(tmp_path/name, n, size=32, seed=seed)) for name, n, seed in sets]
 
 def own_partners(pairs): return {p.name: [p] for p in pairs}
 
@@ -263,7 +277,7 @@ def test_one_compare_call_takes_every_arm(tmp_path):
     pairs, test = folders(tmp_path, 24, 6)
     folder = synthetic(tmp_path/'s', pairs)
     arms = mixing_arms(folder)
-    assert list(arms) == ['real', 'synthetic', 'mixup', 'cutmix', 'mcpmix-fixed', 'mcpmix-scheduled', 'mcpmix-learned']
+    assert list(arms) == ['real', 'synthetic', 'mixup', 'cutmix', *MIX_ARMS]
     res = compare(pairs, {'t': test}, arms, tmp_path/'res', steps=3, **SMALL)
     arms = json.loads((res/'compare.json').read_text())['arms']
     assert arms['mcpmix-fixed']['cbs'] != arms['mcpmix-scheduled']['cbs'] and 'partners' not in arms['real']
@@ -276,14 +290,16 @@ def test_arms_that_cannot_run_are_refused_before_the_first(tmp_path):
     folder = synthetic(tmp_path/'s', pairs)
     lines = (folder/'manifest.jsonl').read_text().splitlines()
     (folder/'manifest.jsonl').write_text('\n'.join(lines[12:]))
-    def refused(pairs, arm): compare(pairs, {'t': test}, {'real': 'real', 'm': arm}, tmp_path/'x', steps=1, **SMALL)
-    with pytest.raises(MedsynError, match='have no synthetic partner'): refused(pairs, f'mcpmix-fixed:{folder}')
+    def refused(pairs, arm):
+        compare(pairs, {'t': test}, {'real': 'real', 'm': arm}, tmp_path/'x', steps=1, **SMALL)
+    with pytest.raises(MedsynError, match='have no synthetic partner'):
+        refused(pairs, f'mcpmix-fixed:{folder}')
     learned = Arm(partners=own_partners(pairs), cbs=MIX_ARMS['mcpmix-learned'])
     with pytest.raises(MedsynError, match='needs two as its anchor'): refused(pairs[:12], learned)
     assert not (tmp_path/'x').exists()
 
 def test_networks_of_finished_runs_are_freed(tmp_path, monkeypatch):
-    "Before the next run begins, whether or not Python's collector is due: a learner is few objects, but large ones."
+    "Before the next run begins, whether or not Python's collector is due."
     pairs, test = folders(tmp_path, 24, 2)
     learned = Arm(partners=own_partners(pairs), cbs=MIX_ARMS['mcpmix-learned'])
     seen, alive, train_ = [], [], experiment.train_segmenter
@@ -309,12 +325,13 @@ def test_settings_tell_arms_apart(tmp_path):
 
 def test_a_judge_tells_arms_apart():
     "Feedback from another generator, or at other timesteps, is another arm."
-    gens = [ControlGenerator(Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (32, 64), seed=s)) for s in (0, 1)]
+    x0 = torch.rand(4, 3, 32, 32)*2 - 1
+    gens = [ControlGenerator(Backbone.tiny(x0, 32, (32, 64), seed=seed)) for seed in (0, 1)]
     arm = lambda g, **kw: Arm(cbs=lambda: [*MIX_ARMS['mcpmix-learned'](), GenerativeFeedbackCB(g, **kw)])
     arms = arm(gens[0]), arm(gens[1]), arm(gens[0], t_range=(100, 200)), arm(gens[0], every=4)
     told = [str(describe_arm(a)) for a in arms]
     assert len(set(told)) == 4 and told[0] == str(describe_arm(arm(copy.deepcopy(gens[0]))))
-    assert not any('0x' in t for t in told)                     # no address of an object, which the next run would not have
+    assert not any('0x' in t for t in told)  # no address of an object, which the next run would not have
 
 @pytest.fixture
 def judge(tmp_path):
@@ -332,8 +349,8 @@ def test_feedback_beside_learned_gates(judge):
     def run(weight):
         dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), own_partners(pairs))
         cbs = [PairedMixCB(.8, .6), RealAnchorCB(every=1), GenerativeFeedbackCB(g, weight, every=2)]
-        with seeded(0): learn = segment_learner(dls, segmenter('unet', 'mobilenetv3_small_050', size=32), cbs=cbs)
-        fit_steps(learn, 4)
+        with seeded(0): model = segmenter('unet', 'mobilenetv3_small_050', size=32)
+        learn = fit_steps(segment_learner(dls, model, cbs=cbs), 4)
         return learn.history.frame(), state(learn)
     (log, with_fb), (_, without) = run(1.), run(0.)
     assert log.L_fb.notna().sum() == 2 and log.L_mix.notna().all() and log.force_s.notna().all()
@@ -341,12 +358,13 @@ def test_feedback_beside_learned_gates(judge):
 
 @pytest.mark.parametrize('feedback_first', [False, True])
 def test_feedback_beside_one_pass(judge, feedback_first):
-    "The judge is shown the real half of a batch of both: the same terms as beside two passes, without batch normalisation."
+    "The judge is shown the real half of a batch of both: the same terms as beside two passes."
     pairs, g = judge
     of_others = {p.name: [q] for p, q in zip(pairs, pairs[1:] + pairs[:1])}
     def log(passes):
         dls = partner_dls(pair_dls(pairs, 32, 4, valid=.25, seed=0, device='cpu'), of_others)
-        with seeded(0): model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+        with seeded(0):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
         cbs = [PairedMixCB(.7, passes=passes), GenerativeFeedbackCB(g, every=2)]
         learn = segment_learner(dls, model, cbs=cbs[::-1] if feedback_first else cbs)
         return fit_steps(learn, 3, 1e-3).history.frame()[['loss', 'L_mix', 'L_fb']].to_numpy()

@@ -10,7 +10,8 @@ from scipy import ndimage
 from medsyn.core import MedsynError
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs
-from medsyn.evaluate.overlap import (CHEAP, METRICS, EMaxMetric, OverlapMetric, evaluate_segmenter, minmax, score, summarise, threshold_counts,
+from medsyn.evaluate.overlap import (CHEAP, METRICS, EMaxMetric, OverlapMetric, evaluate_segmenter,
+                                     minmax, score, summarise, threshold_counts,
                                      dice_iou, weighted_f)
 
 
@@ -34,7 +35,8 @@ def test_256_thresholds_against_a_loop(seed, dtype):
         tp = (b & g).sum()
         dice.append(2*tp/(b.sum() + g.sum()) if tp else 0); iou.append(tp/(b | g).sum() if tp else 0)
     got = score(p, g)
-    assert got['dice@256'] == pytest.approx(np.mean(dice), abs=1e-12) and got['iou@256'] == pytest.approx(np.mean(iou), abs=1e-12)
+    assert got['dice@256'] == pytest.approx(np.mean(dice), abs=1e-12)
+    assert got['iou@256'] == pytest.approx(np.mean(iou), abs=1e-12)
 
 
 def test_values_on_thresholds_are_counted_once():
@@ -50,7 +52,8 @@ def naive_weighted_f(q, g):
     "Margolin et al.'s definition, neighbours by exhaustive search."
     e, fg = np.abs(q - g), np.argwhere(g)
     et, dist = e.copy(), np.zeros(g.shape)
-    near = ndimage.distance_transform_edt(~g, return_distances=False, return_indices=True)      # the same choice among equals
+    # the same choice among equals
+    near = ndimage.distance_transform_edt(~g, return_distances=False, return_indices=True)
     for y, x in np.argwhere(~g):
         d = np.hypot(*(fg - (y, x)).T)
         dist[y, x] = d.min()
@@ -75,7 +78,8 @@ def matlab_s(q, g):
     "S_alpha as the toolbox writes it, with 1-based indices."
     obj = lambda v: 2*v.mean()/(v.mean()**2 + 1 + v.std(ddof=1))
     rows, cols = g.shape
-    cx = int(np.floor((g.sum(0)*np.arange(1, cols + 1)).sum()/g.sum() + .5)); cy = int(np.floor((g.sum(1)*np.arange(1, rows + 1)).sum()/g.sum() + .5))
+    cx = int(np.floor((g.sum(0)*np.arange(1, cols + 1)).sum()/g.sum() + .5))
+    cy = int(np.floor((g.sum(1)*np.arange(1, rows + 1)).sum()/g.sum() + .5))
     def ssim(p, m):
         m = m.astype(float); n = p.size - 1
         x, y = p.mean(), m.mean()
@@ -84,7 +88,8 @@ def matlab_s(q, g):
         return a/b if a else float(b == 0)
     area = rows*cols
     reg = (cx*cy*ssim(q[:cy, :cx], g[:cy, :cx]) + (cols - cx)*cy*ssim(q[:cy, cx:], g[:cy, cx:])
-           + cx*(rows - cy)*ssim(q[cy:, :cx], g[cy:, :cx]) + (cols - cx)*(rows - cy)*ssim(q[cy:, cx:], g[cy:, cx:]))/area
+           + cx*(rows - cy)*ssim(q[cy:, :cx], g[cy:, :cx])
+            + (cols - cx)*(rows - cy)*ssim(q[cy:, cx:], g[cy:, cx:]))/area
     u = g.mean()
     return max(0, .5*(u*obj(q[g]) + (1 - u)*obj(1 - q[~g])) + .5*reg)
 
@@ -99,7 +104,8 @@ def test_s_and_e_against_the_toolbox(seed):
         b = (q >= k/255).astype(float)
         x, y = b - b.mean(), g - g.mean()
         es.append((((2*x*y/(x*x + y*y + 2.2e-16)) + 1)**2/4).sum()/(g.size - 1))
-    assert got['e_mean'] == pytest.approx(np.mean(es), abs=1e-9) and got['e_max'] == pytest.approx(max(es), abs=1e-9)
+    assert got['e_mean'] == pytest.approx(np.mean(es), abs=1e-9)
+    assert got['e_max'] == pytest.approx(max(es), abs=1e-9)
 
 
 def test_no_metric_is_nan_or_raises_in_the_corners():
@@ -113,13 +119,15 @@ def test_no_metric_is_nan_or_raises_in_the_corners():
 
 def test_mask_forms_are_the_same():
     p, g = maps(1)
-    for m in (g, g.astype(np.uint8), g*np.uint8(255), torch.from_numpy(g).long(), torch.from_numpy(g)): assert score(p, m) == score(p, g)
+    for m in (g, g.astype(np.uint8), g*np.uint8(255), torch.from_numpy(g).long(), torch.from_numpy(g)):
+        assert score(p, m) == score(p, g)
 
 
 def test_logits_are_enlarged_before_the_sigmoid():
     l = torch.randn(8, 8)*4
     g = np.zeros((32, 32), bool); g[4:20, 4:20] = True
-    big = torch.nn.functional.interpolate(l[None, None], (32, 32), mode='bilinear', align_corners=False)[0, 0].sigmoid()
+    big = torch.nn.functional.interpolate(l[None, None], (32, 32), mode='bilinear', align_corners=False)
+    big = big[0, 0].sigmoid()
     assert score(l, g, logits=True) == score(big, g) == score(torch.stack([0*l, l]), g, logits=True)
 
 
@@ -128,7 +136,9 @@ def test_metric_class_is_the_mean_of_scores(metric):
     torch.manual_seed(0)
     l, m = torch.randn(5, 1, 16, 16), (torch.rand(5, 16, 16) > .6).long()
     o = OverlapMetric(metric)
-    assert isinstance(o, FastaiMetric) and o.name == metric and o.higher_is_better == (metric not in ('mae', 'hd95'))
+    assert isinstance(o, FastaiMetric)
+    assert o.name == metric
+    assert o.higher_is_better == (metric not in ('mae', 'hd95'))
     o.update(l[:2], m[:2]); o.update(l[2:], m[2:, None])
     want = np.mean([score(a[0], b, [metric], logits=True)[metric] for a, b in zip(l, m)])
     assert float(o.compute()) == pytest.approx(want, rel=1e-6) == o.value
@@ -136,7 +146,8 @@ def test_metric_class_is_the_mean_of_scores(metric):
 
 def test_the_toolbox_maximum_is_not_the_mean_of_maxima():
     torch.manual_seed(0)
-    l, m = torch.randn(5, 1, 16, 16)*torch.linspace(.1, 4, 5)[:, None, None, None], (torch.rand(5, 16, 16) > .6).long()
+    l = torch.randn(5, 1, 16, 16)*torch.linspace(.1, 4, 5)[:, None, None, None]
+    m = (torch.rand(5, 16, 16) > .6).long()
     a, b = EMaxMetric(), OverlapMetric('e_max')
     a.update(l, m); b.update(l, m)
     assert a.value < b.value
@@ -156,10 +167,12 @@ def test_evaluation_of_files(tmp_path):
     for i, s in enumerate([(40, 40), (60, 30), (80, 80)]):
         m = np.zeros(s, np.uint8); m[5:20, 5:25] = 255
         im = rng.integers(0, 90, (*s, 3), dtype=np.uint8); im[m > 0, 0] = 255
-        Image.fromarray(m).save(tmp_path/'masks'/f'{i}.png'); Image.fromarray(im).save(tmp_path/'images'/f'{i}.png')
+        Image.fromarray(m).save(tmp_path/'masks'/f'{i}.png')
+        Image.fromarray(im).save(tmp_path/'images'/f'{i}.png')
     df = evaluate_segmenter(Threshold(), {'red': tmp_path}, size=240, metrics=[*CHEAP, 'hd95'])
     assert list(df.name) == ['0', '1', '2'] and (df['dice@0.5'] > .97).all() and (df.hd95 <= 1).all()
-    with pytest.raises(MedsynError, match='do not fit|is empty|no image'): evaluate_segmenter(Threshold(), {'a': []})
+    with pytest.raises(MedsynError, match='do not fit|is empty|no image'):
+        evaluate_segmenter(Threshold(), {'a': []})
 
 
 def test_fastai_uses_the_metric(tmp_path):
@@ -168,7 +181,9 @@ def test_fastai_uses_the_metric(tmp_path):
     from medsyn.segment.models import segmenter
     pairs = find_pairs(lesion_folder(tmp_path/'d', 12, size=32))
     dls = pair_dls(pairs[:8], size=32, bs=4, valid=pairs[8:], device='cpu')
-    learn = segment_learner(dls, segmenter('unet', 'mobilenetv3_small_050', classes=2), loss='cross_entropy', metrics=[OverlapMetric('dice@256'), EMaxMetric()])
+    net = segmenter('unet', 'mobilenetv3_small_050', classes=2)
+    metrics = [OverlapMetric('dice@256'), EMaxMetric()]
+    learn = segment_learner(dls, net, loss='cross_entropy', metrics=metrics)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     df = evaluate_segmenter(learn.model, {'v': pairs[8:]}, size=32)
     assert learn.recorder.metric_names[-3:-1] == ['dice@256', 'e_max']
@@ -177,17 +192,24 @@ def test_fastai_uses_the_metric(tmp_path):
 
 def test_published_averages():
     n = dict(zip('EVKCT', (60, 62, 100, 380, 196)))
-    rows = lambda vals: pd.DataFrame([dict(testset=t, name=str(i), **{'dice@256': v}) for (t, k), v in zip(n.items(), vals) for i in range(k)])
-    assert summarise(rows([88.8, 91.6, 90.4, 75.3, 75.0])).loc['Overall', 'dice@256'] == pytest.approx(79.40, abs=.005)
-    assert summarise(rows([93.2, 81.8, 92.0, 90.6, 80.4])).loc['AVE', 'dice@256'] == pytest.approx(87.59, abs=.011)
+    def rows(values):
+        images = [(testset, str(i), v) for (testset, k), v in zip(n.items(), values) for i in range(k)]
+        return pd.DataFrame(images, columns=['testset', 'name', 'dice@256'])
+
+    sanet, free_lunch = (summarise(rows(v))['dice@256'] for v in ([88.8, 91.6, 90.4, 75.3, 75.0],
+                                                                   [93.2, 81.8, 92.0, 90.6, 80.4]))
+    assert sanet['Overall'] == pytest.approx(79.40, abs=.005)
+    assert free_lunch['AVE'] == pytest.approx(87.59, abs=.011)
     assert list(summarise(rows([88.8, 91.6, 90.4, 75.3, 75.0]).query("testset == 'E'")).index) == ['E']
 
 
 def test_seeds_may_be_stacked():
-    df = pd.concat([pd.DataFrame(dict(testset=['a']*3 + ['b'], name=list('0123'), seed=s, **{'dice@0.5': [.1*s, .2, .3, 1]})) for s in range(3)])
+    one = pd.DataFrame(dict(testset=['a']*3 + ['b'], name=list('0123')))
+    df = pd.concat([one.assign(seed=s, **{'dice@0.5': [.1*s, .2, .3, 1]}) for s in range(3)])
     t = summarise(df)
     assert list(t.n) == [3, 1, 4, 4] and t.loc['Overall', 'dice@0.5'] == pytest.approx(df['dice@0.5'].mean())
 
 
 def test_dice_iou_of_counts():
-    np.testing.assert_allclose(dice_iou(3, 1, 5), (6/9, 3/6)); np.testing.assert_allclose(dice_iou(0, 0, 0), (0, 0))
+    np.testing.assert_allclose(dice_iou(3, 1, 5), (6/9, 3/6))
+    np.testing.assert_allclose(dice_iou(0, 0, 0), (0, 0))

@@ -1,4 +1,4 @@
-"Segmenters of several architectures and encoders, their files and refusals, losses, and predictions of real files."
+"Segmenters of several architectures and encoders: files, refusals, losses, predictions of real files."
 import json
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch import nn
 from medsyn.core import MedsynError
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls, read_pair
-from medsyn.segment.learner import (LOSSES, DiceMetric, cross_entropy, edge_weights, flip_averaged, foreground,
-                                    predict, segment_learner, structure_loss, upsample)
+from medsyn.segment.learner import (LOSSES, DiceMetric, cross_entropy, edge_weights, flip_averaged,
+                                    foreground, predict, segment_learner, structure_loss, upsample)
 from medsyn.segment.models import NETWORKS, Segmenter, good_sizes, normalisation, segmenter
 from medsyn.train import evaluating, fit_steps
 
@@ -24,7 +24,8 @@ TINY = dict(encoder='mobilenetv3_small_050')
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', list(NETWORKS))
-@pytest.mark.parametrize('encoder', ['resnet18', 'efficientnet-b0', 'mit_b0', 'tu-convnext_atto', 'mobilenetv3_small_050'])
+@pytest.mark.parametrize('encoder', ['resnet18', 'efficientnet-b0', 'mit_b0', 'tu-convnext_atto',
+                                     'mobilenetv3_small_050'])
 @pytest.mark.parametrize('classes', [1, 2])
 def test_every_network(name, encoder, classes, tmp_path):
     torch.manual_seed(0)
@@ -64,7 +65,8 @@ def test_wrong_arguments(kw, text):
 def test_wrong_sizes_and_batches():
     model = segmenter(**TINY)
     with pytest.raises(MedsynError, match='resize 65 to 64 or 96'): model(torch.rand(2, 3, 65, 64))
-    with pytest.raises(MedsynError, match='two or more images per batch'): segmenter().train()(torch.rand(1, 3, 32, 32))
+    with pytest.raises(MedsynError, match='two or more images per batch'):
+        segmenter().train()(torch.rand(1, 3, 32, 32))
 
 
 def test_pretrained_encoder_from_a_path(tmp_path):
@@ -95,20 +97,21 @@ def test_timm_files_fit_the_wrapped_encoder(name, tmp_path):
         assert torch.allclose(got(x)[-1], want, atol=1e-4)
 
 
-# Normalisation --------------------------------------------------------------------------------------------------------
+# Normalisation ------------------------------------------------------------------------------------
 
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 @pytest.fixture
 def lite0(tmp_path):
-    "Random weights of EfficientNet-Lite0 in the layout in which they are published, and the network they belong to."
+    "Random weights of EfficientNet-Lite0 in the published layout, and the network they belong to."
     import timm
     torch.manual_seed(1)
     whole = timm.create_model('tf_efficientnet_lite0').eval()
     save_file(whole.state_dict(), tmp_path/'lite0.safetensors')
     return tmp_path/'lite0.safetensors', whole
 
-@pytest.mark.parametrize('encoder', ['tf_efficientnet_lite0', 'tu-tf_efficientnet_lite0', 'timm-tf_efficientnet_lite0'])
+@pytest.mark.parametrize('encoder', ['tf_efficientnet_lite0', 'tu-tf_efficientnet_lite0',
+                                     'timm-tf_efficientnet_lite0'])
 def test_a_file_brings_its_normalisation(encoder, lite0, tmp_path):
     file, whole = lite0
     model = segmenter('unet', encoder, encoder_weights=file).eval()
@@ -147,10 +150,11 @@ def test_published_weights_bring_smps_values(monkeypatch):
     monkeypatch.setattr(smp.encoders, 'get_preprocessing_params', lambda encoder, weights: values)
     monkeypatch.setattr(smp.encoders, 'get_encoder', random_encoder)
     model = segmenter('unet', 'resnet18', encoder_weights='imagenet')
-    assert model.config['mean'] == [.1, .2, .3] and model.std.flatten().tolist() == pytest.approx([.4, .5, .6])
+    assert model.config['mean'] == [.1, .2, .3]
+    assert model.std.flatten().tolist() == pytest.approx([.4, .5, .6])
 
 def test_old_folders_keep_the_old_normalisation(lite0, tmp_path):
-    "A folder whose config.json says nothing was trained with ImageNet's values, whatever its encoder's weights expected."
+    "A folder that names no normalisation was trained with ImageNet's, whatever its weights expected."
     model = segmenter('unet', 'tf_efficientnet_lite0', encoder_weights=lite0[0], **IMAGENET).eval()
     model.save_pretrained(tmp_path/'m')
     config = json.loads((tmp_path/'m'/'config.json').read_text())
@@ -177,7 +181,8 @@ def test_files_of_others_are_refused(tmp_path):
     m.save_pretrained(tmp_path/'a')
     config = json.loads((tmp_path/'a'/'config.json').read_text())
     assert config['kind'] == 'segmenter' and 'mobilenetv3_small_050' in config['encoder']
-    changes = [(dict(encoder='resnet18'), 'another architecture'), (dict(kind='generator'), 'holds a generator'),
+    changes = [(dict(encoder='resnet18'), 'another architecture'),
+               (dict(kind='generator'), 'holds a generator'),
                (dict(name='unt'), 'unknown segmenter')]
     for change, text in changes:
         (tmp_path/'a'/'config.json').write_text(json.dumps({**config, **change}))
@@ -185,7 +190,8 @@ def test_files_of_others_are_refused(tmp_path):
     (tmp_path/'a'/'config.json').write_text(json.dumps(config))
     f = tmp_path/'a'/'model.safetensors'
     f.write_bytes(f.read_bytes()[:1000])
-    with pytest.raises(MedsynError, match='not a complete safetensors file'): Segmenter.from_pretrained(tmp_path/'a')
+    with pytest.raises(MedsynError, match='not a complete safetensors file'):
+        Segmenter.from_pretrained(tmp_path/'a')
     f.unlink()
     with pytest.raises(MedsynError, match='do not exist'): Segmenter.from_pretrained(tmp_path/'a')
 
@@ -194,7 +200,8 @@ def test_pickled_code_never_runs(tmp_path):
     class Evil:
         def __reduce__(self): return (os.system, (f'touch {tmp_path}/ran',))
     torch.save({'conv1.weight': Evil()}, tmp_path/'w.pth')
-    with pytest.raises(MedsynError, match='not a plain PyTorch state dict'): segmenter(encoder_weights=tmp_path/'w.pth')
+    with pytest.raises(MedsynError, match='not a plain PyTorch state dict'):
+        segmenter(encoder_weights=tmp_path/'w.pth')
     assert not (tmp_path/'ran').exists()
 
 
@@ -210,14 +217,14 @@ def test_losses(loss):
     assert torch.allclose(f(two, y), f(two, y[:, None].float()))
     out = (torch.randn(3, 1, 16, 16, dtype=torch.bfloat16)*100).requires_grad_()
     f(out, y).backward()
-    assert out.grad.isfinite().all()                                                    # saturated logits, half precision
+    assert out.grad.isfinite().all()  # saturated logits, half precision
     alone = torch.stack([f(two[i:i+1], y[i:i+1]) for i in range(3)]).mean()
-    assert torch.allclose(f(two, y), alone, atol=1e-6)                                  # no image sees another
+    assert torch.allclose(f(two, y), alone, atol=1e-6)  # no image sees another
 
 
 @pytest.mark.parametrize('loss', list(LOSSES))
 def test_elements_of_losses(loss):
-    "Without reduction: one number a pixel or an image, of which the loss is the mean; weights of 1 change nothing."
+    "Without reduction: one number a pixel or an image, of which the loss is the mean."
     f = LOSSES[loss]
     out, y = torch.randn(3, 1, 16, 16), (torch.rand(3, 16, 16) > .7).long()
     elements = f(out, y, reduction='none')
@@ -226,7 +233,7 @@ def test_elements_of_losses(loss):
 
 @pytest.mark.parametrize('m', [torch.zeros(1, 40, 40), torch.ones(1, 40, 40)])
 def test_edge_weights_of_flat_masks(m):
-    "An empty and a full mask have weight 1 away from the border, where a full one has an edge: zeros are outside."
+    "Weight 1 away from the border, where a full mask has an edge: zeros are outside."
     w = edge_weights(m, 7)
     assert torch.allclose(w[:, 3:-3, 3:-3], torch.ones(1, 34, 34), atol=1e-5)
     assert w[0, 0, 0].item() == pytest.approx(1 + 5*m[0, 0, 0].item()*(1 - 16/49), rel=1e-5)
@@ -273,7 +280,8 @@ def test_cross_entropy_is_torchs():
 
 
 @pytest.fixture(scope='module')
-def pairs(tmp_path_factory): return find_pairs(lesion_folder(tmp_path_factory.mktemp('les')/'d', 20, size=32, seed=3))
+def pairs(tmp_path_factory):
+    return find_pairs(lesion_folder(tmp_path_factory.mktemp('les')/'d', 20, size=32, seed=3))
 
 
 @pytest.mark.parametrize('loss,classes', [('bce_dice', 1), ('structure_loss', 1), ('cross_entropy', 2)])
@@ -302,17 +310,18 @@ def test_predict_pairs_and_arrays_agree(pairs):
     b = predict(model, [read_pair(p)[0] for p in pairs[:5]], size=64, bs=5)
     np.testing.assert_allclose(np.stack(a), np.stack(b), atol=1e-5)
     same = model(torch.tensor(read_pair(pairs[0], 64)[0]).permute(2, 0, 1)[None]/255)
-    want = torch.nn.functional.interpolate(same, (32, 32), mode='bilinear', align_corners=False).sigmoid()[0, 0]
+    want = nn.functional.interpolate(same, (32, 32), mode='bilinear', align_corners=False).sigmoid()[0, 0]
     np.testing.assert_allclose(a[0], want.detach(), atol=1e-5)
 
 
 def test_predict_says_what_it_needs():
     model = segmenter(**TINY)
-    with pytest.raises(MedsynError, match='give pairs, or uint8 arrays'): predict(model, np.zeros((2, 32, 32), np.uint8))
+    with pytest.raises(MedsynError, match='give pairs, or uint8 arrays'):
+        predict(model, np.zeros((2, 32, 32), np.uint8))
     assert predict(model, []) == [] and model.training
 
 
-# Memory format, averaged weights, flips ------------------------------------------------------------------------------------
+# Memory format, averaged weights, flips -----------------------------------------------------------
 
 def spatial(model):
     "The convolution weights whose memory format shows."
@@ -339,7 +348,8 @@ def test_channels_last_changes_rounding_alone(pairs, name, encoder):
     assert spatial(default.model) and all(map(is_channels_last, spatial(default.model)))
     assert not any(map(is_channels_last, spatial(plain.model)))
     assert default.history.frame().loss[0] == pytest.approx(plain.history.frame().loss[0], rel=1e-6)
-    for key, grad in plain.first.items(): assert torch.allclose(grad, default.first[key], rtol=1e-4, atol=1e-7), key
+    for key, grad in plain.first.items():
+        assert torch.allclose(grad, default.first[key], rtol=1e-4, atol=1e-7), key
 
 def test_a_saved_file_does_not_show_the_memory_format(pairs, tmp_path):
     dls = pair_dls(pairs[:8], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
@@ -373,14 +383,15 @@ def test_averaged_statistics(pairs, decay):
             if not self.training or self.k % 40: return
             raw = self.values()
             with evaluating(self.learn): self.check(self.values())
-            for before, after in zip(raw, self.values(), strict=True):                                  # restored
+            for before, after in zip(raw, self.values(), strict=True):  # restored
                 assert all(torch.equal(before[k], after[k]) for k in before)
     dls = pair_dls(pairs[:16], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)
+    model = nn.Sequential(*layers)
     naive = Naive()
     learn = fit_steps(segment_learner(dls, model, ema=decay, lr=1e-2, cbs=[naive]), 160)
     naive.check(naive.values())
-    fit_steps(learn, 3)                                                                 # a second fit starts anew
+    fit_steps(learn, 3)  # a second fit starts anew
     naive.check(naive.values())
 
 def test_an_average_without_batch_normalisation(pairs):
@@ -393,7 +404,8 @@ def test_averaging_does_not_touch_training(pairs):
     def losses(ema):
         dls = pair_dls(pairs[:16], size=32, bs=8, valid=pairs[16:], seed=1, device='cpu')
         torch.manual_seed(5)
-        return fit_steps(segment_learner(dls, segmenter(size=32, **TINY), ema=ema), 4).history.frame().loss.tolist()
+        learn = segment_learner(dls, segmenter(size=32, **TINY), ema=ema)
+        return fit_steps(learn, 4).history.frame().loss.tolist()
     assert losses(None) == losses(0.9)
 
 def test_flips(pairs):
@@ -401,14 +413,16 @@ def test_flips(pairs):
     images = np.stack([read_pair(p)[0] for p in pairs[:3]])
     x = torch.tensor(images).permute(0, 3, 1, 2)/255
     with torch.no_grad():
-        want = (model(x) + model(x.flip(3)).flip(3) + model(x.flip(2)).flip(2) + model(x.flip(2, 3)).flip(2, 3))/4
+        horizontal, vertical = model(x.flip(3)).flip(3), model(x.flip(2)).flip(2)
+        want = (model(x) + horizontal + vertical + model(x.flip(2, 3)).flip(2, 3))/4
         assert torch.allclose(flip_averaged(model, x), want, atol=1e-6)
     got = predict(model, images, size=32, flips=True, bs=2)
     np.testing.assert_allclose(np.stack(got), want[:, 0].sigmoid(), atol=1e-5)
     for axis in (1, 2):                                                         # mirrored in, mirrored out
         mirrored = predict(model, np.flip(images, axis).copy(), size=32, flips=True)
         np.testing.assert_allclose(np.flip(np.stack(mirrored), axis), np.stack(got), atol=1e-5)
-    assert not np.allclose(np.stack(predict(model, images, size=32)), np.stack(got), atol=1e-4)  # off by default
+    by_default = np.stack(predict(model, images, size=32))
+    assert not np.allclose(by_default, np.stack(got), atol=1e-4)
 
 
 @pytest.mark.data

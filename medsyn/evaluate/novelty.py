@@ -7,6 +7,7 @@ __all__ = ['reduced', 'pixel_vectors', 'nearest', 'Novelty', 'novelty', 'show_cl
 
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #4c24dd90
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,17 +23,19 @@ from ..viz import show_rows
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #3d280f1c
 def _load(item): return item if isinstance(item, np.ndarray) else read_image(item)
 
-def reduced(items,              # arrays uint8 (H,W,3) or files
+def reduced(items: list,        # arrays uint8 (H,W,3) or files
             size: int = 32      # side to which images are reduced, in pixels
            ) -> np.ndarray:     # uint8 (N,size,size,3)
     "All images at one small size."
-    shrink = lambda a: np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BILINEAR))
-    return np.stack([shrink(_load(o)) for o in track(items, 'reading images')])
+    small = []
+    for item in track(items, 'reading images'):
+        small.append(np.asarray(Image.fromarray(_load(item)).resize((size, size), Image.Resampling.BILINEAR)))
+    return np.stack(small)
 
-def pixel_vectors(small,            # uint8 (N,s,s,3), as `reduced` returns them
+def pixel_vectors(small: np.ndarray, # uint8 (N,s,s,3), as `reduced` returns them
                   flip: str = ''    # a key of `FLIPS`
                  ) -> Tensor:       # (N, 3*s*s) float32, unit length
-    "Pictures as vectors whose inner products are correlations; brightness and contrast are taken out."
+    "Pictures as vectors whose inner products are correlations: without brightness and contrast."
     x = torch.from_numpy(np.stack([FLIPS[flip](a) for a in small])).float()
     x = (x - x.mean((1, 2), keepdim=True)).flatten(1)
     return x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)
@@ -50,22 +53,25 @@ def nearest(query: Tensor,          # (M,D) vectors
             chunk: int = 512        # queries at a time
            ) -> tuple:              # distances (M,), indices (M,), flips (list of M)
     "The nearest reference of each query over all mirrorings."
-    best, index, flips = torch.full((len(query),), torch.inf).double(), torch.zeros(len(query)).long(), np.full(len(query), '', object)
-    for flip, r in refs.items():
-        for i in range(0, len(query), chunk):
-            d = _distances(query[i:i + chunk], r, cosine)
-            if within: d[torch.arange(len(d)), torch.arange(i, i + len(d))] = torch.inf
-            v, j = d.min(1)
-            new = v < best[i:i + chunk] - 1e-9              # the upright image wins a tie
-            best[i:i + chunk][new], index[i:i + chunk][new] = v[new], j[new]
-            flips[i:i + chunk][new.numpy()] = flip
+    best = torch.full((len(query),), torch.inf).double()
+    index = torch.zeros(len(query)).long()
+    flips = np.full(len(query), '', object)
+    for flip, mirrored in refs.items():
+        for start in range(0, len(query), chunk):
+            part = slice(start, start + chunk)
+            d = _distances(query[part], mirrored, cosine)
+            if within: d[torch.arange(len(d)), torch.arange(start, start + len(d))] = torch.inf
+            smallest, j = d.min(1)
+            nearer = smallest < best[part] - 1e-9       # in a tie the unmirrored image is taken
+            best[part][nearer], index[part][nearer] = smallest[nearer], j[nearer]
+            flips[part][nearer.numpy()] = flip
     return best.numpy(), index.numpy(), list(flips)
 
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #29a60d34
 @dataclass
 class Novelty:
     "What `novelty` found: one row per synthetic image, one per space, and the images for the picture."
-    frame: pd.DataFrame     # per synthetic image and space: nearest training image, its flip, distance, rank among real distances
+    frame: pd.DataFrame     # per synthetic image and space: nearest training image, flip, distance, rank
     summary: pd.DataFrame   # per space: threshold, share closer, medians, counts, extractor
     real_d: dict            # space -> nearest-neighbour distances within the training set
     real: list              # training images, as `image_list` gives them
@@ -75,42 +81,61 @@ def _name(item, i): return f'{i:06d}' if isinstance(item, np.ndarray) else item.
 
 def _one_space(space, real_vecs, fake_vecs, names, q, cosine):
     "Columns for the frame, a row for the summary, and the real distances, of one space."
-    own = nearest(real_vecs[''], real_vecs, within=True, cosine=cosine)[0]
-    d, i, flips = nearest(fake_vecs, real_vecs, cosine=cosine)
-    line, eps = np.percentile(own, q), 1e-5*real_vecs[''].norm(dim=1).mean().item()       # rounding: a copy is not at 0 exactly
-    cols = {f'nearest_{space}': [names[k] for k in i], f'index_{space}': i, f'flip_{space}': flips, f'd_{space}': d,
-            f'rank_{space}': (own[None] < d[:, None] - eps).mean(1), f'close_{space}': d <= line + eps}
-    row = dict(space=space, threshold=line, share_closer=float((d <= line + eps).mean()), expected=q/100,
-               median_real=np.median(own), median_fake=np.median(d), smallest=d.min(), n_real=len(own), n_fake=len(d))
-    return cols, row, own
+    real_d = nearest(real_vecs[''], real_vecs, within=True, cosine=cosine)[0]
+    d, index, flips = nearest(fake_vecs, real_vecs, cosine=cosine)
+    threshold = np.percentile(real_d, q)
+    rounding = 1e-5*real_vecs[''].norm(dim=1).mean().item()     # a copy is not at 0 exactly
+    close = d <= threshold + rounding
+    columns = {f'nearest_{space}': [names[k] for k in index], f'index_{space}': index,
+               f'flip_{space}': flips, f'd_{space}': d,
+               f'rank_{space}': (real_d[None] < d[:, None] - rounding).mean(1), f'close_{space}': close}
+    row = dict(space=space, threshold=threshold, share_closer=float(close.mean()), expected=q/100,
+               median_real=np.median(real_d), median_fake=np.median(d), smallest=d.min(),
+               n_real=len(real_d), n_fake=len(d))
+    return columns, row, real_d
 
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #cfc6aaf7
-def novelty(real,               # training images: folder, list of files or `Pair`s, or uint8 (N,H,W,3)
-            fake,               # synthetic images, the same
+def _feature_vectors(real, fake, extractor, **settings):
+    "Features of the training images in every mirroring, and of the synthetic images."
+    mirrored = {}
+    for flip in FLIPS:
+        found = extract(real, extractor, flip=flip, desc=f'{extractor.name}, real', **settings)
+        mirrored[flip] = found['features']
+    return mirrored, extract(fake, extractor, desc=f'{extractor.name}, synthetic', **settings)['features']
+
+def novelty(real: str | Path | list | np.ndarray,   # training images, as for `image_list`
+            fake: str | Path | list | np.ndarray,   # synthetic images, the same
             extractor=None,     # for feature space, as in `fidelity`; `None`: pixels alone
             size: int = 32,     # side to which pictures are reduced for pixel space, in pixels
-            q: float = 5,       # percentile of the real set's own distances that draws the line, in [0,100]
+            q: float = 5,       # percentile of the real set's own distances: the threshold, in [0,100]
             bs: int = 32,       # images per batch of the extractor
             device=None,        # `None`: the accelerator if there is one
-            cache=None          # folder to keep features in; `None`: not kept
+            cache: str | Path = None # folder to keep features in; `None`: not kept
            ) -> Novelty:        # `.frame`, `.summary`; see `show_closest`
-    "How near synthetic images are to the training set, beside how near real images are to each other; `MedsynError` for fewer than three real images."
+    "Distances of synthetic images to the training set, beside those within it."
     real, fake = image_list(real, 'training images'), image_list(fake, 'synthetic images')
-    if len(real) < 3: raise MedsynError(f"{len(real)} training images: at least three are needed to know how near real images are to each other")
+    if len(real) < 3:
+        raise MedsynError(f"{len(real)} training images: at least three are needed to know how near"
+                          " real images are to each other")
     if not 0 <= q <= 100: raise MedsynError(f"the percentile is {q}: give a number from 0 to 100")
-    names, frame, rows, own = [_name(o, i) for i, o in enumerate(real)], dict(name=[_name(o, i) for i, o in enumerate(fake)]), [], {}
+    names = [_name(item, i) for i, item in enumerate(real)]
+    columns, rows, real_d = dict(name=[_name(item, i) for i, item in enumerate(fake)]), [], {}
+
+    def measure(space, real_vecs, fake_vecs, cosine, by):
+        found, row, real_d[space] = _one_space(space, real_vecs, fake_vecs, names, q, cosine)
+        columns.update(found)
+        rows.append(dict(row, extractor=by))
+
     small = reduced(real, size)
-    spaces = [('pixel', {f: pixel_vectors(small, f) for f in FLIPS}, pixel_vectors(reduced(fake, size)), True, f'{size} px, correlation')]
+    mirrored = {flip: pixel_vectors(small, flip) for flip in FLIPS}
+    measure('pixel', mirrored, pixel_vectors(reduced(fake, size)), True, f'{size} px, correlation')
     if extractor is not None:
-        ex = as_extractor(extractor)
-        get = lambda x, f, what: extract(x, ex, bs, device, cache, f, f'{ex.name}, {what}')['features']
-        spaces.append(('feature', {f: get(real, f, 'real') for f in FLIPS}, get(fake, '', 'synthetic'), False, repr(ex)))
-    for space, r, v, cosine, what in spaces:
-        cols, row, own[space] = _one_space(space, r, v, names, q, cosine)
-        frame |= cols; rows.append({**row, 'extractor': what})
-    frame = pd.DataFrame(frame)
-    frame['close'] = frame[[f'close_{s}' for s, *_ in spaces]].any(axis=1)
-    return Novelty(frame, pd.DataFrame(rows), own, real, fake)
+        extractor = as_extractor(extractor)
+        vectors = _feature_vectors(real, fake, extractor, bs=bs, device=device, cache=cache)
+        measure('feature', *vectors, False, repr(extractor))
+    frame = pd.DataFrame(columns)
+    frame['close'] = frame[[f'close_{space}' for space in real_d]].any(axis=1)
+    return Novelty(frame, pd.DataFrame(rows), real_d, real, fake)
 
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #5be2568b
 def show_closest(found: Novelty,        # what `novelty` returned
@@ -121,17 +146,24 @@ def show_closest(found: Novelty,        # what `novelty` returned
                  path=None              # write a PNG here instead of showing it
                 ):                      # the matplotlib figure, or the path
     "The synthetic images closest to the training set over their nearest training images."
-    f, spaces = found.frame, list(found.real_d)
-    if space is not None and space not in spaces: raise MedsynError(f"no distances in {space!r} space: choose {' or '.join(spaces)}")
-    use = [space] if space else spaces
-    order = f.assign(r=f[[f'rank_{s}' for s in use]].min(axis=1)).sort_values(['r', f'd_{use[0]}'], kind='stable').index[:n]
+    frame, spaces = found.frame, list(found.real_d)
+    if space is not None and space not in spaces:
+        raise MedsynError(f"no distances in {space!r} space: choose {' or '.join(spaces)}")
+    if space: spaces = [space]
+    rank = frame[[f'rank_{s}' for s in spaces]].min(axis=1)
+    order = frame.assign(rank=rank).sort_values(['rank', f'd_{spaces[0]}'], kind='stable').index[:n]
     rows, titles = {'synthetic': [], 'nearest real': []}, []
     for k in order:
-        s = min(use, key=lambda s: f[f'rank_{s}'][k])
-        a, b = _load(found.fake[k]), FLIPS[f[f'flip_{s}'][k]](_load(found.real[f[f'index_{s}'][k]]))
-        rows['synthetic'].append(a)
-        rows['nearest real'].append(np.asarray(Image.fromarray(np.ascontiguousarray(b)).resize(a.shape[1::-1])))
-        titles.append(f"{f[f'd_{s}'][k]:.2f} {s[0]}{' ' + f[f'flip_{s}'][k] if f[f'flip_{s}'][k] else ''}{' !' if f.close[k] else ''}")
+        row = frame.loc[k]
+        closest = min(spaces, key=lambda s: row[f'rank_{s}'])
+        flip = row[f'flip_{closest}']
+        image = _load(found.fake[k])
+        neighbour = FLIPS[flip](_load(found.real[row[f'index_{closest}']]))
+        rows['synthetic'].append(image)
+        neighbour = Image.fromarray(np.ascontiguousarray(neighbour)).resize(image.shape[1::-1])
+        rows['nearest real'].append(np.asarray(neighbour))
+        parts = [f"{row[f'd_{closest}']:.2f}", closest[0], flip, '!' if row.close else '']
+        titles.append(' '.join(part for part in parts if part))
     return show_rows(rows, n=n, size=size, path=path, titles=titles, dpi=dpi)
 
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #8a5337fa
@@ -146,12 +178,21 @@ def prdc(real: Tensor,      # (N,D) features of real images
         ) -> dict:          # precision, recall, coverage in [0,1]; density 0 or more
     "Precision, recall, density and coverage of features; `MedsynError` for sets not larger than k."
     real, fake = (torch.as_tensor(x).double() for x in (real, fake))
-    if min(len(real), len(fake)) <= k: raise MedsynError(f"{len(real)} real and {len(fake)} synthetic images: balls to the {k}th neighbour need more than {k} of each, or give a smaller k")
-    rr, rf = _radii(real, k, chunk), _radii(fake, k, chunk)
-    inside, recalled, covered, found = 0, torch.zeros(len(real)).bool(), torch.zeros(len(real)).bool(), []
-    for part, radius in zip(fake.split(chunk), rf.split(chunk)):
+    if min(len(real), len(fake)) <= k:
+        raise MedsynError(f"{len(real)} real and {len(fake)} synthetic images: balls to the {k}th"
+                          f" neighbour need more than {k} of each, or give a smaller k")
+    real_radius, fake_radius = _radii(real, k, chunk), _radii(fake, k, chunk)
+    precise, count = [], 0
+    recalled, covered = torch.zeros(len(real)).bool(), torch.zeros(len(real)).bool()
+    for part, radius in zip(fake.split(chunk), fake_radius.split(chunk)):
         d = _distances(part, real, False)
-        found.append((d <= rr).any(1)); inside += (d <= rr).sum()
-        covered |= (d <= rr).any(0); recalled |= (d <= radius[:, None]).any(0)
-    share = lambda b: b.double().mean().item()
-    return dict(precision=share(torch.cat(found)), recall=share(recalled), density=(inside/(k*len(fake))).item(), coverage=share(covered))
+        inside = d <= real_radius           # (synthetic, real): within the real image's ball
+        precise.append(inside.any(1))
+        count += inside.sum()
+        covered |= inside.any(0)
+        recalled |= (d <= radius[:, None]).any(0)
+    shares = dict(precision=torch.cat(precise), recall=recalled, coverage=covered)
+    shares = {name: found.double().mean().item() for name, found in shares.items()}
+    density = (count/(k*len(fake))).item()
+    return dict(precision=shares['precision'], recall=shares['recall'],
+                density=density, coverage=shares['coverage'])

@@ -16,6 +16,7 @@ import torch
 import torchmetrics
 from fastai.learner import Metric as FastaiMetric
 from scipy import ndimage
+from torch import nn
 
 from ..core import MedsynError, pick, track
 from ..data.pairs import find_pairs, read_pair
@@ -34,7 +35,7 @@ def threshold_counts(q,     # (H,W) in [0,1]
                     ):      # true positives (256,), false positives (256,)
     "Pixels inside and outside the mask that reach each of the 256 thresholds."
     i = np.minimum((q * 255).astype(np.intp), 255)
-    i -= q < THRESHOLDS[i]                                      # the product may round up across a threshold, or down
+    i -= q < THRESHOLDS[i]                              # the product may round up across a threshold, or down
     i += q >= np.append(THRESHOLDS, 2.)[i + 1]
     above = lambda j: np.bincount(j, minlength=256)[::-1].cumsum()[::-1]
     return above(i[g]), above(i[~g])
@@ -61,14 +62,15 @@ def _ssim(p, g):
 def s_measure(q,    # (H,W) in [0,1]
               g     # (H,W) bool
              ) -> float: # in [0,1]
-    "Structure measure S_alpha (Fan et al., 2017), alpha = 1/2, with the toolbox's answers for an empty and a full mask."
+    "Structure measure S_alpha (Fan et al., 2017), alpha = 1/2; empty and full masks as in the toolbox."
     u = g.mean()
     if u in (0, 1): return float(1 - q.mean() if u == 0 else q.mean())
-    obj = u*_object(q[g]) + (1 - u)*_object(1 - q[~g])
-    cy, cx = (int(np.floor(c.mean() + 1.5)) for c in np.nonzero(g))       # 1-based centroid, halves rounded up
-    parts = [(slice(*r), slice(*c)) for r in ((0, cy), (cy, None)) for c in ((0, cx), (cx, None))]
-    reg = sum(q[s].size/q.size * _ssim(q[s], g[s]) for s in parts if q[s].size)
-    return float(max(0., (obj + reg)/2))
+    object_part = u*_object(q[g]) + (1 - u)*_object(1 - q[~g])
+    cy, cx = (int(np.floor(c.mean() + 1.5)) for c in np.nonzero(g))     # 1-based centroid, halves rounded up
+    quadrants = [(rows, columns) for rows in (slice(0, cy), slice(cy, None))
+                 for columns in (slice(0, cx), slice(cx, None))]
+    region_part = sum(q[s].size/q.size * _ssim(q[s], g[s]) for s in quadrants if q[s].size)
+    return float(max(0., (object_part + region_part)/2))
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #bcd9fc59
 def e_curve(tp, fp,     # counts per threshold, any shape
@@ -97,8 +99,10 @@ def weighted_f(q,   # (H,W) in [0,1]
     if not g.any(): return 0.
     e = np.abs(q - g)
     dist, near = ndimage.distance_transform_edt(~g, return_indices=True)
-    spread = ndimage.correlate(e[tuple(near)], _K, mode='constant')       # inside, e itself; outside, the error of the nearest mask pixel
-    e = np.where(g, np.minimum(e, spread), e) * np.where(g, 1., 2 - np.exp(np.log(.5)/5 * dist))
+    carried = e[tuple(near)]    # inside, e itself; outside, the error of the nearest mask pixel
+    spread = ndimage.correlate(carried, _K, mode='constant')
+    weight = np.where(g, 1., 2 - np.exp(np.log(.5)/5 * dist))
+    e = np.where(g, np.minimum(e, spread), e) * weight
     tp, fp = g.sum() - e[g].sum(), e[~g].sum()
     recall, precision = 1 - e[g].mean(), tp/(tp + fp + 1e-16)
     return float(2*recall*precision / (recall + precision + 1e-16))
@@ -106,22 +110,27 @@ def weighted_f(q,   # (H,W) in [0,1]
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #5da0b6c2
 def _outline(b): return b & ~ndimage.binary_erosion(b)
 
-def hausdorff95(b,  # (H,W) bool, predicted
-                g   # (H,W) bool, true
-               ) -> float: # pixels
-    "95th percentile Hausdorff distance of two outlines, the larger of both directions; the diagonal if only one of them is empty."
-    if not b.any() or not g.any(): return 0. if b.any() == g.any() else float(np.hypot(*g.shape))
-    ob, og = _outline(b), _outline(g)
-    to = lambda a, c: np.percentile(ndimage.distance_transform_edt(~c)[a], 95)
-    return float(max(to(ob, og), to(og, ob)))
+def _directed95(outline, target):
+    "95th percentile of the distances from one outline to another."
+    return np.percentile(ndimage.distance_transform_edt(~target)[outline], 95)
+
+def hausdorff95(b: np.ndarray,  # (H,W) bool, predicted
+                g: np.ndarray   # (H,W) bool, true
+               ) -> float:      # pixels
+    "95th percentile Hausdorff distance of two outlines; the diagonal if only one of them is empty."
+    if not b.any() and not g.any(): return 0.
+    if not b.any() or not g.any(): return float(np.hypot(*g.shape))
+    found, true = _outline(b), _outline(g)
+    return float(max(_directed95(found, true), _directed95(true, found)))
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #62d2c708
 class Case:
     "A prediction (probability) beside its mask (bool); what metrics share is computed once."
     def __init__(self,
-        p,  # (H,W) probability in [0,1]
-        g   # (H,W) bool
-    ): self.p, self.g, self.n = p, g, int(g.sum())
+        p: np.ndarray,  # (H,W) probability in [0,1]
+        g: np.ndarray   # (H,W) bool
+    ):
+        self.p, self.g, self.n = p, g, int(g.sum())
     @cached_property
     def q(self): return minmax(self.p)
     @cached_property
@@ -160,10 +169,13 @@ def _case(pred, mask, logits):
     g = g > (128 if g.max(initial=0) > 1 else 0)
     t = torch.as_tensor(pred).detach().cpu()
     if logits: t = upsample(t, g.shape).sigmoid()
-    if t.shape != g.shape: raise MedsynError(f"the prediction is {tuple(t.shape)} and the mask {g.shape}: give the logits with logits=True, they are resized")
+    if t.shape != g.shape:
+        raise MedsynError(f"the prediction is {tuple(t.shape)} and the mask {g.shape}:"
+                          " give the logits with logits=True, they are resized")
     p = t.double().numpy()
     if not (p.min() >= 0 and p.max() <= 1):
-        raise MedsynError(f"probabilities from {p.min():.3g} to {p.max():.3g} are not in [0,1]: say logits=True if they are logits, and look for nan")
+        raise MedsynError(f"probabilities from {p.min():.3g} to {p.max():.3g} are not in [0,1]:"
+                          " say logits=True if they are logits, and look for nan")
     return Case(p, g)
 
 def score(pred,             # (H,W) probability in [0,1]; with `logits`, (H,W) or (C,H,W) logits of any size
@@ -216,42 +228,51 @@ class EMaxMetric(OverlapMetric):
     def compute(self): return super().compute().max()
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #1148b9f8
-def evaluate_segmenter(model,               # a `Segmenter`
+def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
                        testsets: dict,      # name -> list of `Pair`, or a folder of pairs
-                       size: int = None,    # side in pixels at which the network sees the images; `None`: the model's own
+                       size: int = None,    # input side of the network in pixels; `None`: the model's own
                        bs: int = 16,        # images per batch
                        device=None,         # `None`: where the model is
-                       metrics=CHEAP        # names out of `METRICS`
+                       metrics: tuple = CHEAP # names out of `METRICS`
                       ) -> pd.DataFrame:    # testset, name, one column per metric; one row per image
     "Score a segmenter image by image; `MedsynError` if a test set is empty."
     metrics = [pick(m, METRICS, 'metric') for m in metrics]
     testsets = {k: v if isinstance(v, (list, tuple)) else find_pairs(v) for k, v in testsets.items()}
-    for k, v in testsets.items():
-        if not len(v): raise MedsynError(f"test set {k!r} is empty: give it pairs or leave it out")
+    for testset, pairs in testsets.items():
+        if not len(pairs): raise MedsynError(f"test set {testset!r} is empty: give it pairs or leave it out")
     rows, bar = [], track(desc='score', total=sum(map(len, testsets.values())))
-    for k, pairs in testsets.items():
-        for i in range(0, len(pairs), bs):
-            images, masks = zip(*map(read_pair, pairs[i:i + bs]))
-            preds = predict(model, list(images), size=size, bs=bs, device=device)
-            rows += [dict(testset=k, name=p.name, **score(q, g, metrics)) for p, q, g in zip(pairs[i:i + bs], preds, masks)]
+    for testset, pairs in testsets.items():
+        for start in range(0, len(pairs), bs):
+            batch = pairs[start:start + bs]
+            images, masks = zip(*map(read_pair, batch))
+            predictions = predict(model, list(images), size=size, bs=bs, device=device)
+            for pair, p, mask in zip(batch, predictions, masks):
+                rows.append(dict(testset=testset, name=pair.name, **score(p, mask, metrics)))
             bar.update(len(images))
     bar.close()
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #4f3e035b
-def summarise(scores: pd.DataFrame,     # testset, name and metric columns, as `evaluate_segmenter` returns; several seeds may be stacked
-              by=()                     # further columns to group by, ('arm', 'segmenter') say
-             ) -> pd.DataFrame:         # index (*by, testset), column n (images) and the metrics; Overall and AVE if there are several test sets
+def _set_means(scores, metrics):
+    "Means per test set, with Overall and AVE if there are several."
+    sets = scores.groupby('testset', sort=False)
+    table = sets[metrics].mean()
+    table.insert(0, 'n', sets.name.nunique())
+    if len(table) > 1:
+        n_images, ave = table.n.sum(), table[metrics].mean()
+        overall = np.average(table[metrics], weights=table.n, axis=0)
+        table.loc['Overall'] = [n_images, *overall]
+        table.loc['AVE'] = [n_images, *ave]
+    return table.astype({'n': int}).rename_axis('testset')
+
+def summarise(scores: pd.DataFrame,     # testset, name and metrics; runs may be stacked
+              by: tuple = ()            # further columns to group by, ('arm', 'segmenter') for example
+             ) -> pd.DataFrame:         # index (*by, testset), column n (images) and the metrics
     "Means per test set, `Overall` (image-weighted) and `AVE` (unweighted mean of the test sets)."
     by, metrics = list(by), [m for m in METRICS if m in scores]
-    if not metrics: raise MedsynError(f"no metric among the columns {', '.join(map(str, scores))}: give what evaluate_segmenter returns")
-    def table(d):
-        sets = d.groupby('testset', sort=False)
-        t = sets[metrics].mean(); t.insert(0, 'n', sets.name.nunique())
-        if len(t) > 1:
-            overall, ave = np.average(t[metrics], weights=t.n, axis=0), t[metrics].mean()
-            t.loc['Overall'], t.loc['AVE'] = [t.n.sum(), *overall], [t.n.sum(), *ave]
-        return t.astype({'n': int}).rename_axis('testset')
-    if not by: return table(scores)
+    if not metrics:
+        raise MedsynError(f"no metric among the columns {', '.join(map(str, scores))}:"
+                          " give what evaluate_segmenter returns")
+    if not by: return _set_means(scores, metrics)
     groups = scores.groupby(by, sort=False)
-    return pd.concat({k: table(d) for k, d in groups}, names=by)
+    return pd.concat({key: _set_means(group, metrics) for key, group in groups}, names=by)

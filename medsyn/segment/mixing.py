@@ -112,10 +112,11 @@ class _PartnerPipeline(Pipeline):
         self.batch += 1
         shared_seed = seed_of(*self.stream, self.batch)
         partner_seed = seed_of(*self.stream, self.batch, 'partner')
-        with random_stream(shared_seed, real.device): moved_real, moved_mask = super().__call__((real, mask))
-        with random_stream(shared_seed, real.device): moved_partner = self._only((partner, mask), colours=False)
-        with random_stream(partner_seed, real.device): moved_partner = self._only(moved_partner, colours=True)
-        return moved_real, moved_partner[0], moved_mask
+        device = real.device
+        with random_stream(shared_seed, device): moved_real, moved_mask = super().__call__((real, mask))
+        with random_stream(shared_seed, device): moved = self._only((partner, mask), colours=False)
+        with random_stream(partner_seed, device): moved_partner, _ = self._only(moved, colours=True)
+        return moved_real, moved_partner, moved_mask
 
     def _only(self, pair, colours):
         "An image and its mask under the transforms of colour alone, or under all others."
