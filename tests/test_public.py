@@ -288,5 +288,5 @@ def test_by_hand(name, tmp_path):
 
 def test_registry():
     for k, s in PUBLIC.items():
-        assert k == s.name and s.page.startswith('https://') and s.licence and s.citation and s.layout and (s.files or s.how)
+        assert k == s.name and s.page.startswith('https://') and s.licence and s.citation and s.layout and (s.files or s.by_hand)
         assert all(u.startswith('https://') and u.endswith('.zip') for u, _ in s.files)
