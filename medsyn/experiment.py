@@ -56,7 +56,7 @@ from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
 
-# %% ../nbs/api/70_experiment.ipynb #a20cde33
+# %% ../nbs/api/70_experiment.ipynb #a0611976
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def split_once(
                           " for training and validation")
     return Split(*split_pairs(pairs, share, seed_of(0, 'held out')))
 
-# %% ../nbs/api/70_experiment.ipynb #d257c4f1
+# %% ../nbs/api/70_experiment.ipynb #3cb8e140
 def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their folder
                      ) -> list:                         # of image files
     "The images without masks that were given."
@@ -106,7 +106,7 @@ def open_arm(form: object,              # a short form, an `Arm`, a list of `Pai
     "An arm for a split; `MedsynError` if it cannot be made or trained on it."
     return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
 
-# %% ../nbs/api/70_experiment.ipynb #0f173cd8
+# %% ../nbs/api/70_experiment.ipynb #d99bbba9
 class HeldOutCurveCB(EvalCB):
     "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
     column = 'held-out dice@0.5'
@@ -173,7 +173,7 @@ def train_segmenter(
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
 
-# %% ../nbs/api/70_experiment.ipynb #5b14d388
+# %% ../nbs/api/70_experiment.ipynb #e2531d21
 @dataclass(frozen=True)
 class Run:
     "One cell of a comparison's design."
@@ -224,7 +224,7 @@ def design(arms: dict,              # name -> form
         runs += [Run(arm, network, seed, subset, g) for g in (generators if depends else [''])]
     return runs
 
-# %% ../nbs/api/70_experiment.ipynb #dce2f6e3
+# %% ../nbs/api/70_experiment.ipynb #159dbd31
 HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
 
 def _is_alive(pid):
@@ -311,7 +311,7 @@ def describe_arm(arm: Arm   # any arm
 
 _describe = describe_arm
 
-# %% ../nbs/api/70_experiment.ipynb #84f61d5e
+# %% ../nbs/api/70_experiment.ipynb #ace7c49b
 def _check_arm(name, arm, split):
     "`MedsynError` if an arm cannot be trained on a split."
     if arm.partners is not None: check_partners(split.train, arm.partners)
@@ -501,7 +501,7 @@ def compare(
     save_json(out/'run.json', about)
     return report(read_scores(runs, file_of), out, baseline, metric)
 
-# %% ../nbs/api/70_experiment.ipynb #047abe89
+# %% ../nbs/api/70_experiment.ipynb #65fb5dfc
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])

@@ -32,7 +32,7 @@ _ORDER = dict(
     precision=(10, "fastai's MixedPrecision: what follows in `before_batch` runs under autocast"),
     clip=(11, "fastai's GradientClip: after the gradients are unscaled"),
     diffusion=(12, "makes noised latents, timesteps, condition and target of the batch"),
-    image_branch=(13, "takes up the noised batch: Siamese-Diffusion's image branch, Free Lunch's doubled batch"),
+    image_branch=(13, "changes the noised batch: Siamese-Diffusion's image branch, Free Lunch's second one"),
     consistency=(14, "compares with what the image branch predicted"),
     weighted_loss=(15, "weights of the plain loss may depend on everything above"),
     ema=(55, "averages the weights after the optimiser's step"),
@@ -60,7 +60,7 @@ class StepsCB(Callback):
         return self.learn.n_epoch*len(self.learn.dls.train)
 
 class _StopCB(Callback):
-    "Ends the fit after `steps` optimiser steps; evaluations are `EvalCB`'s, so fastai's validation is left out."
+    "Ends the fit after `steps` optimiser steps, without fastai's validation (`EvalCB` evaluates)."
     order, run_valid, name = ORDER['stop'], False, 'stop_steps'
     def __init__(self, steps): self.steps = steps
 
@@ -90,13 +90,14 @@ class LossTermCB(Callback):
     def before_fit(self):
         names = [c.name for c in self.learn.cbs if isinstance(c, LossTermCB)]
         if names.count(self.name) > 1:
-            raise MedsynError(f"two loss terms are named {self.name!r}: give one of them another name, their columns would be mixed")
+            raise MedsynError(f"two loss terms are named {self.name!r}: give one of them another name, "
+                              "their columns would be mixed")
         self.learn.terms = {}
 
     def after_loss(self):
-        v = self.term()
-        self.learn.terms[self.name] = v.detach()
-        self.learn.loss_grad = self.learn.loss_grad + self.weight * v
+        value = self.term()
+        self.learn.terms[self.name] = value.detach()
+        self.learn.loss_grad = self.learn.loss_grad + self.weight*value
 
 # %% ../nbs/api/02_train.ipynb #636a6470
 class LogCB(Callback):
@@ -104,7 +105,7 @@ class LogCB(Callback):
     order, run_valid, name = ORDER['log'], False, 'history'
     def __init__(self): self.steps, self.rows = [], []
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
+    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')       # a search is no training
     def after_batch(self):
         row = dict(loss=self.learn.loss.detach(), **getattr(self.learn, 'terms', {}))
         self.steps.append(dict(step=len(self.steps) + 1, **row, lr=self.opt.hypers[-1]['lr']))
@@ -115,7 +116,8 @@ class LogCB(Callback):
 
     def frame(self) -> pd.DataFrame:
         "One row a step: step, loss, every term, lr."
-        return pd.DataFrame([{k: float(v) for k, v in r.items()} for r in self.steps]).astype({'step': int} if self.steps else {})
+        rows = [{column: float(value) for column, value in row.items()} for row in self.steps]
+        return pd.DataFrame(rows).astype({'step': int} if rows else {})
 
     def evals(self) -> pd.DataFrame:
         "One row an evaluation."
@@ -139,14 +141,14 @@ class WeightedLossCB(LossTermCB):
 
     def weights(self) -> Tensor:
         "The weights of this batch, (B,) or (B,1,H,W), 0 or more."
-        raise TypeError(f"{type(self).__name__} has no weights(): define one that returns a tensor (B,) or (B,1,H,W)")
+        raise TypeError(f"{type(self).__name__} has no weights(): define one that returns (B,) or (B,1,H,W)")
 
     def elementwise(self) -> Tensor:
         "The plain loss of every element, in float32."
         try: loss = self.learn.loss_func(self.pred, *self.yb, reduction='none')
         except TypeError as e:
-            raise MedsynError(f"{type(self).__name__} weights the elements of the loss, and this learner's loss takes no "
-                              f"reduction='none': give it a loss that does, such as F.mse_loss") from e
+            raise MedsynError(f"{type(self).__name__} weights the elements of the loss, and this learner's "
+                              "loss takes no reduction='none': give it one that does, as F.mse_loss") from e
         return loss.as_subclass(Tensor).float()
 
     def term(self):
@@ -156,10 +158,10 @@ class WeightedLossCB(LossTermCB):
 
 # %% ../nbs/api/02_train.ipynb #e24c15c5
 class EMACB(Callback):
-    "Exponential moving average of the trainable weights; they replace the raw ones for evaluation and at the end."
+    "Exponential moving average of the trainable weights, used for evaluation and after the fit."
     order, run_valid, name = ORDER['ema'], False, 'ema'
     def __init__(self,
-        decay: float | str = 'auto' # the largest decay per step; 'auto': an average over a tenth of the fit, at most 10,000 steps
+        decay: float | str = 'auto' # largest decay; 'auto': over a tenth of the fit, at most 10,000 steps
     ): self.decay, self.avg = decay, None
 
     def params(self) -> list:
@@ -188,18 +190,19 @@ class EMACB(Callback):
 
 # %% ../nbs/api/02_train.ipynb #abfabd7b
 @contextlib.contextmanager
-def evaluating(learn    # a fastai Learner; with an `EMACB`, its averaged weights are put in
-              ):        # context manager that yields the model
+def evaluating(learn: Learner   # with an `EMACB`, its averaged weights are put in
+              ):                # context manager that yields the model
     "Evaluation mode, averaged weights, no gradients; all restored on leaving."
-    was, ema = learn.model.training, getattr(learn, 'ema', None)
+    training, ema = learn.model.training, getattr(learn, 'ema', None)
+    averaged = ema.applied() if ema and ema.avg else contextlib.nullcontext()
     learn.model.eval()
     try:
-        with torch.no_grad(), (ema.applied() if ema and ema.avg else contextlib.nullcontext()): yield learn.model
-    finally: learn.model.train(was)
+        with torch.no_grad(), averaged: yield learn.model
+    finally: learn.model.train(training)
 
 # %% ../nbs/api/02_train.ipynb #e0f6be4a
 class EvalCB(Callback):
-    "Adds a row to `learn.history` every `every` steps and at the last; subclass it with `evaluate() -> dict`."
+    "Adds a row to `learn.history` every `every` steps and at the last; subclass it with `evaluate()`."
     order, run_valid = ORDER['eval'], False
     def __init__(self,
         every: int = None   # steps between evaluations; `None`: ten times in a run
@@ -257,10 +260,11 @@ def fit_steps(learn: Learner,               # any learner
               desc: str = 'train',          # title of the progress bar
               cbs: list = ()                # further callbacks for this fit
              ) -> Learner:                  # `learn`, trained, with `learn.history`
-    "Train for a number of optimiser steps; `MedsynError` if `steps` is not positive, the data are empty or the loss is no longer finite."
+    "Train for a number of optimiser steps; `MedsynError` without data or if the loss is not finite."
     steps = int(steps)
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
-    if not len(learn.dls.train): raise MedsynError("the training set has no batch: give it more images or a smaller batch")
+    if not len(learn.dls.train):
+        raise MedsynError("the training set has no batch: give it more images or a smaller batch")
     sched = SCHEDULES[pick(schedule, SCHEDULES, 'schedule')](learn.lr if lr is None else lr)
     if not hasattr(learn, 'steps'): learn.add_cb(StepsCB())
     if not hasattr(learn, 'history'): learn.add_cb(LogCB())
@@ -280,7 +284,8 @@ def common_cbs(device: torch.device | str,  # where the model trains
     cuda = torch.device(device).type == 'cuda'
     if bf16 is None: bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if bf16 and not cuda:
-        raise MedsynError(f"bf16 training was asked for on {device}: it needs a CUDA device, leave bf16 unset")
+        raise MedsynError(f"bf16 training was asked for on {device}: it needs a CUDA device, "
+                          "leave bf16 unset")
     cbs = [StepsCB(), LogCB()]
     if clip: cbs.append(GradientClip(clip))
     if ema: cbs.append(EMACB(ema))

@@ -7,7 +7,10 @@ __all__ = ['as_images', 'contour', 'save_png', 'show_rows', 'smooth', 'curves']
 
 # %% ../nbs/api/01_viz.ipynb #211b5b46
 import io
+from pathlib import Path
+
 import numpy as np
+
 from .core import MedsynError, pick, write_atomic
 
 # %% ../nbs/api/01_viz.ipynb #5a44ad49
@@ -31,27 +34,31 @@ def _split(a,       # an array with 2, 3 or 4 axes
     "Take a batch apart and move the channels last."
     if a.ndim == 2: return [a]
     if a.ndim == 3:
-        if tensor and a.shape[0] in (1, 3) and np.issubdtype(a.dtype, np.floating): return [np.moveaxis(a, 0, -1)]
+        if tensor and a.shape[0] in (1, 3) and np.issubdtype(a.dtype, np.floating):
+            return [np.moveaxis(a, 0, -1)]
         return [a] if a.shape[-1] in (1, 3) and not tensor else list(a)
     if a.ndim == 4:
         first, last = a.shape[1] in (1, 3), a.shape[-1] in (1, 3)
         if first and (tensor or not last): return list(np.moveaxis(a, 1, -1))
         if last: return list(a)
-    raise MedsynError(f"an array of shape {a.shape} is no image: give (H,W), (H,W,3), (3,H,W), or a batch of them")
+    raise MedsynError(f"an array of shape {a.shape} is no image: give (H,W), (H,W,3), (3,H,W), "
+                      "or a batch of them")
 
 # %% ../nbs/api/01_viz.ipynb #db182546
-def as_images(x         # tensor (B,C,H,W), (C,H,W) or (B,H,W) in [0,1]; array (N,H,W,3), (H,W,3), (N,H,W) or (H,W); a picture of PIL; or a list of these
+def as_images(x: object # tensor, array, picture of PIL, or a list of these; see the table below
              ) -> list: # uint8 arrays, (H,W,3) for images and (H,W) for masks
     "Any images or masks as a list of `uint8` arrays; `MedsynError` for other shapes, ranges and types."
-    if isinstance(x, (list, tuple)): return [im for o in x for im in as_images(o)]
+    if isinstance(x, (list, tuple)): return [image for item in x for image in as_images(item)]
     tensor = hasattr(x, 'detach')
     if tensor:
         x = x.detach().cpu()
         x = (x.float() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
     a = np.asarray(x)
     if a.dtype.kind not in 'buif' or not a.size:
-        raise MedsynError(f"{type(x).__name__} {str(x)[:40]!r} is no image: give a tensor, a numpy array, or a list of them")
-    return [o[..., 0] if o.ndim == 3 and o.shape[-1] == 1 else o for o in map(_as_uint8, _split(a, tensor))]
+        raise MedsynError(f"{type(x).__name__} {str(x)[:40]!r} is no image: "
+                          "give a tensor, a numpy array, or a list of them")
+    images = [_as_uint8(one) for one in _split(a, tensor)]
+    return [image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image for image in images]
 
 # %% ../nbs/api/01_viz.ipynb #42f4caec
 def _edge(m     # bool (H,W)
@@ -60,41 +67,52 @@ def _edge(m     # bool (H,W)
     p = np.pad(m, 1)
     return m & ~(p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:])
 
-def contour(on,                 # a matplotlib axis; or images in any form that `as_images` takes
-            mask,               # the mask of each image, (H,W) in {0,1}, 0/255, or a probability (cut at 1/2)
-            color='#39ff14',    # a matplotlib colour
-            width: float = 1.2  # the line's width in points (axis only; on images it is one pixel)
-           ):                   # the axis; or a list of uint8 arrays (H,W,3)
+def _outline_axis(ax, masks, color, width):
+    "Draw a line around each mask on a matplotlib axis."
+    box = ax.axis()
+    for m in masks:
+        if not m.any(): continue
+        columns, rows = np.arange(-1, m.shape[1] + 1), np.arange(-1, m.shape[0] + 1)
+        ax.contour(columns, rows, np.pad(m, 1), [0.5], colors=[color], linewidths=width)
+    ax.axis(box)
+    return ax
+
+def contour(on: object,             # a matplotlib axis; or images in any form that `as_images` takes
+            mask: object,           # each image's mask, (H,W) in {0,1}, 0/255, or a probability (cut at 1/2)
+            color: str = '#39ff14', # a matplotlib colour
+            width: float = 1.2      # the line's width in points (axis only; on images it is one pixel)
+           ):                       # the axis; or a list of uint8 arrays (H,W,3)
     "Outline masks on an axis or on images; `MedsynError` if numbers or sizes differ."
     from matplotlib.colors import to_rgb
     masks = [m > 127 for m in as_images(mask)]
-    if hasattr(on, 'contour'):
-        box = on.axis()
-        for m in masks:
-            if m.any(): on.contour(np.arange(-1, m.shape[1]+1), np.arange(-1, m.shape[0]+1), np.pad(m, 1), [0.5], colors=[color], linewidths=width)
-        on.axis(box)
-        return on
-    images = [np.repeat(o[..., None], 3, 2) if o.ndim == 2 else o.copy() for o in as_images(on)]
-    if (got := [o.shape[:2] for o in images]) != (want := [m.shape for m in masks]):
-        raise MedsynError(f"{len(got)} image(s) of size {got[0]} and {len(want)} mask(s) of size {want[0]} do not match: give one mask of the same size per image")
-    for o, m in zip(images, masks): o[_edge(m)] = np.round(255*np.array(to_rgb(color)))
+    if hasattr(on, 'contour'): return _outline_axis(on, masks, color, width)
+    def coloured(image): return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
+    images = [coloured(image) for image in as_images(on)]
+    got, want = [image.shape[:2] for image in images], [m.shape for m in masks]
+    if got != want:
+        raise MedsynError(f"{len(got)} image(s) of size {got[0]} and {len(want)} mask(s) of size {want[0]} "
+                          "do not match: give one mask of the same size per image")
+    for image, m in zip(images, masks, strict=True): image[_edge(m)] = np.round(255*np.array(to_rgb(color)))
     return images
 
 # %% ../nbs/api/01_viz.ipynb #79b52590
-def save_png(picture,           # a matplotlib figure or axis, or one image in a form that `as_images` takes
-             path,              # the file to write
-             dpi: int = None    # pixels per inch for a figure; by default its own
-            ):                  # the path
+def save_png(picture: object,       # a matplotlib figure or axis, or one image as `as_images` takes it
+             path: str | Path,      # the file to write
+             dpi: int = None        # pixels per inch for a figure; `None`: its own
+            ) -> Path:              # the path
     "Write a figure or an image as PNG, whole or not at all, and close the figure."
     buf, picture = io.BytesIO(), getattr(picture, 'figure', picture)
     if hasattr(picture, 'savefig'):
         import matplotlib.pyplot as plt
-        picture.savefig(buf, format='png', dpi=dpi or 'figure', bbox_inches='tight', pad_inches=0.05, metadata={'Software': None})
+        picture.savefig(buf, format='png', dpi=dpi or 'figure', bbox_inches='tight', pad_inches=0.05,
+                        metadata={'Software': None})
         plt.close(picture)
     else:
         from PIL import Image
         images = as_images(picture)
-        if len(images) != 1: raise MedsynError(f"{len(images)} images do not fit into {path}: write them one by one, or use show_rows")
+        if len(images) != 1:
+            raise MedsynError(f"{len(images)} images do not fit into {path}: write them one by one, "
+                              "or use show_rows")
         Image.fromarray(images[0]).save(buf, format='png', optimize=True)
     return write_atomic(path, buf.getvalue())
 
@@ -110,64 +128,69 @@ def _frame(rows, cols, size, dpi, title, aspect=1.):
     if title: fig.suptitle(title, x=0, y=1 + .3/(rows*size), ha='left', va='bottom', fontsize=9)
     return fig, axs
 
-def show_rows(rows: dict,           # name -> images or masks, in any form that `as_images` takes
-              n: int = 8,           # columns at most
-              size: float = 1.2,    # height of one picture in inches
-              path=None,            # write a PNG here, and close the figure, instead of showing it
-              titles=None,          # one line of text over each column
-              title: str = '',      # one line over the whole
-              outline: dict = None, # name of a row -> masks whose outlines are drawn on it
-              dpi: int = 70         # pixels per inch
-             ):                     # the matplotlib figure; with `path`, the path
+def show_rows(rows: dict,               # name -> images or masks, in any form that `as_images` takes
+              n: int = 8,               # columns at most
+              size: float = 1.2,        # height of one picture in inches
+              path: str | Path = None,  # write a PNG here, and close the figure, instead of showing it
+              titles: list = None,      # one line of text over each column
+              title: str = '',          # one line over the whole
+              outline: dict = None,     # name of a row -> masks whose outlines are drawn on it
+              dpi: int = 70             # pixels per inch
+             ):                         # the matplotlib figure; with `path`, the path
     "A labelled grid of images: one row per entry of `rows`, blank where a row is shorter."
     if not rows: raise MedsynError("there are no rows to show: give a dictionary of name -> images")
-    ims = {k: as_images(v)[:n] for k, v in rows.items()}
-    over = {pick(k, ims, 'row'): as_images(m) for k, m in (outline or {}).items()}
-    h, w = next(iter(ims.values()))[0].shape[:2]
-    fig, axs = _frame(len(ims), max(map(len, ims.values())), size, dpi, title, h/w)
-    for (name, row), line in zip(ims.items(), axs):
+    images = {name: as_images(row)[:n] for name, row in rows.items()}
+    outlines = {pick(name, images, 'row'): as_images(masks) for name, masks in (outline or {}).items()}
+    h, w = next(iter(images.values()))[0].shape[:2]
+    fig, axs = _frame(len(images), max(map(len, images.values())), size, dpi, title, h/w)
+    for (name, row), line in zip(images.items(), axs, strict=True):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=9)
-        for i, (ax, im) in enumerate(zip(line, row)):
-            ax.imshow(im, cmap='gray', vmin=0, vmax=255)
-            if i < len(over.get(name, ())): contour(ax, over[name][i])
-    for ax, t in zip(axs[0], titles or ()): ax.set_title(t, fontsize=8, pad=3)
+        for i, (ax, image) in enumerate(zip(line, row, strict=False)):
+            ax.imshow(image, cmap='gray', vmin=0, vmax=255)
+            if i < len(outlines.get(name, ())): contour(ax, outlines[name][i])
+    for ax, text in zip(axs[0], titles or (), strict=False): ax.set_title(text, fontsize=8, pad=3)
     return save_png(fig, path) if path else fig
 
 # %% ../nbs/api/01_viz.ipynb #277411be
-def smooth(v,           # values (N,)
-           n: float = 1 # how many points it looks back, 1 or more
-          ) -> np.ndarray: # smoothed values (N,)
+def smooth(v: np.ndarray,       # values (N,)
+           n: float = 1         # how many points it looks back, 1 or more
+          ) -> np.ndarray:      # smoothed values (N,)
     "Exponential running mean over about `n` points, without the bias towards 0 at the start."
     if n < 1: raise MedsynError(f"cannot smooth over {n} points: give 1 (none) or more")
-    b, num, den, out = 1 - 1/n, 0., 0., []
-    for o in np.asarray(v, float):
-        num, den = b*num + o, b*den + 1
-        out.append(num/den)
-    return np.array(out)
+    beta, total, weight, means = 1 - 1/n, 0., 0., []
+    for value in np.asarray(v, float):
+        total, weight = beta*total + value, beta*weight + 1
+        means.append(total/weight)
+    return np.array(means)
 
 # %% ../nbs/api/01_viz.ipynb #50f56bfe
-def curves(frame,               # a table with named columns (a pandas DataFrame, a dict of lists)
-           x: str,              # the column along the horizontal axis
-           ys,                  # one column or a list of them; with a dict, column -> its name in the legend
-           n: float = 1,        # smooth over about `n` points; the raw values stay visible, pale
-           ax=None,             # draw here; by default on a new small figure
-           title: str = '',     # one line over the axis
-           ylabel: str = '',    # what the vertical axis measures, and in which unit
-           logy: bool = False,  # logarithmic vertical axis
-           **kw                 # passed on to `ax.plot` (`ls='--'`, `color=...`)
-          ):                    # the matplotlib axis
+def curves(frame: object,           # a table with named columns (a pandas DataFrame, a dict of lists)
+           x: str,                  # the column along the horizontal axis
+           ys: str | list | dict,   # one column or several; with a dict, column -> its name in the legend
+           n: float = 1,            # smooth over about `n` points; the raw values stay visible, pale
+           ax: object = None,       # draw on this matplotlib axis; `None`: on a new small figure
+           title: str = '',         # one line over the axis
+           ylabel: str = '',        # what the vertical axis measures, and in which unit
+           logy: bool = False,      # logarithmic vertical axis
+           **kw                     # passed on to `ax.plot` (`ls='--'`, `color=...`)
+          ):                        # the matplotlib axis
     "Plot columns of a log; points where a column has no value are left out."
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(4.6, 2.6), dpi=70, layout='constrained')[1]
-    names = ys if isinstance(ys, dict) else {k: k for k in ([ys] if isinstance(ys, str) else ys)}
-    t = np.asarray(frame[pick(x, frame.keys(), 'column')], float)
-    for col, label in names.items():
-        v = np.asarray(frame[pick(col, frame.keys(), 'column')], float)
-        has = ~np.isnan(v)
-        line, = ax.plot(t[has], smooth(v[has], n), label=label, **{'lw': 1.4, **kw})
-        if n > 1: ax.plot(t[has], v[has], color=line.get_color(), lw=.5, alpha=.3, zorder=line.get_zorder() - .1)
-    ax.set(xlabel=x, **{k: v for k, v in dict(ylabel=ylabel, yscale='log' if logy else '').items() if v})
+    if isinstance(ys, str): ys = [ys]
+    labels = ys if isinstance(ys, dict) else {column: column for column in ys}
+    along = np.asarray(frame[pick(x, frame.keys(), 'column')], float)
+    for column, label in labels.items():
+        values = np.asarray(frame[pick(column, frame.keys(), 'column')], float)
+        there = ~np.isnan(values)
+        line, = ax.plot(along[there], smooth(values[there], n), label=label, **{'lw': 1.4, **kw})
+        if n > 1:
+            behind = line.get_zorder() - .1
+            ax.plot(along[there], values[there], color=line.get_color(), lw=.5, alpha=.3, zorder=behind)
+    ax.set(xlabel=x)
+    if ylabel: ax.set(ylabel=ylabel)
+    if logy: ax.set(yscale='log')
     if title: ax.set_title(title, fontsize=9)
     ax.spines[['top', 'right']].set_visible(False)
-    if len(names) > 1 or ax.get_legend(): ax.legend(frameon=False, fontsize=8)
+    if len(labels) > 1 or ax.get_legend(): ax.legend(frameon=False, fontsize=8)
     return ax

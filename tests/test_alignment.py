@@ -176,6 +176,10 @@ def answer(gen):
     zt, t = torch.linspace(-1, 1, 128).reshape(1, 8, 4, 4), torch.tensor([300])
     with torch.no_grad(): return gen(zt, t, gen.condition(mask))
 
+def answers_alike(a, b):
+    "Equal but for rounding: weights mapped from a file lie at other addresses, where sums round differently."
+    return torch.allclose(answer(a), answer(b), rtol=1e-5, atol=2e-6)
+
 def test_saves_the_adapters_alone(saved):
     d, gen = saved
     names = ['generator.json', 'mask_in.safetensors', 'pytorch_lora_weights.safetensors']
@@ -184,7 +188,7 @@ def test_saves_the_adapters_alone(saved):
     assert sum(p.stat().st_size for p in (d/'generator').iterdir()) < 4*n + 30_000
     back = load_generator(d/'generator')
     assert type(back) is AlignmentGenerator and back.config['rank'] == 4 and back.backbone.size == 32
-    assert torch.equal(answer(back), answer(gen))
+    assert answers_alike(back, gen)
 
 def test_moved_folders(saved, tmp_path):
     "The two folders moved together are found; the adapters alone need to be told where the backbone is."
@@ -193,24 +197,25 @@ def test_moved_folders(saved, tmp_path):
     moved = shutil.copytree(d/'generator', tmp_path/'alone'/'x'/'generator')
     shutil.move(d/'backbone', d/'gone')
     try:
-        assert torch.equal(answer(load_generator(tmp_path/'both'/'generator')), answer(gen))
-        with pytest.raises(MedsynError, match='that was in .*backbone, which is not there'): load_generator(moved)
+        assert answers_alike(load_generator(tmp_path/'both'/'generator'), gen)
+        with pytest.raises(MedsynError, match='that was in .*backbone, which is not there'):
+            load_generator(moved)
         backbone_elsewhere = Backbone.from_pretrained(d/'gone')
         opened = AlignmentGenerator.from_pretrained(moved, backbone_elsewhere)
-        assert torch.equal(answer(opened), answer(gen))
+        assert answers_alike(opened, gen)
     finally: shutil.move(d/'gone', d/'backbone')
 
 def test_whole_where_there_is_no_other_copy(tmp_path, dls):
     "A backbone that is on no disk, or no longer the one on disk, is saved with the adapters."
     bb = backbone()
     gen = stir(AlignmentGenerator(bb)).eval(); gen.save_pretrained(tmp_path/'a')
-    assert (tmp_path/'a'/'unet').is_dir() and torch.equal(answer(load_generator(tmp_path/'a')), answer(gen))
+    assert (tmp_path/'a'/'unet').is_dir() and answers_alike(load_generator(tmp_path/'a'), gen)
     shutil.move(tmp_path/'a', tmp_path/'b')
-    assert torch.equal(answer(load_generator(tmp_path/'b')), answer(gen))
+    assert answers_alike(load_generator(tmp_path/'b'), gen)
     bb.save_pretrained(tmp_path/'bb')
     fit_steps(METHODS['unconditional'].learner(dls, bb), 1)     # trains it in place
     gen = stir(AlignmentGenerator(bb)).eval(); gen.save_pretrained(tmp_path/'c')
-    assert (tmp_path/'c'/'unet').is_dir() and torch.equal(answer(load_generator(tmp_path/'c')), answer(gen))
+    assert (tmp_path/'c'/'unet').is_dir() and answers_alike(load_generator(tmp_path/'c'), gen)
 
 def test_another_backbone_is_refused(saved, tmp_path):
     d, _ = saved
@@ -302,4 +307,5 @@ def test_light_save_on_stable_diffusion(stable):
     d, gen = stable
     size = sum(p.stat().st_size for p in (d/'gen').rglob('*') if p.is_file())
     assert size < 0.2*sum(p.stat().st_size for p in (d/'sd'/'unet').rglob('*') if p.is_file())
-    assert torch.equal(answer_sd(load_generator(d/'gen'))[0], answer_sd(gen)[0])
+    opened = load_generator(d/'gen')
+    torch.testing.assert_close(answer_sd(opened)[0], answer_sd(gen)[0], rtol=1e-4, atol=1e-5)

@@ -28,7 +28,8 @@ def disc_folder(path, n, seed):
     for i in range(n):
         cy, cx, radius = rng.uniform(.25, .75), rng.uniform(.25, .75), rng.uniform(.12, .25)
         mask = (y - cy)**2 + (x - cx)**2 < radius**2
-        image = np.where(mask, .35, .75)[..., None]*np.array([1., .7, .6]) + .03*rng.standard_normal((SIZE, SIZE, 3))
+        image = np.where(mask, .35, .75)[..., None]*np.array([1., .7, .6])
+        image = image + .03*rng.standard_normal(image.shape)
         for folder, picture in dict(images=image, masks=mask).items():
             (path/folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray((np.clip(picture, 0, 1)*255).astype(np.uint8)).save(path/folder/f'{i:03}.png')
@@ -42,14 +43,16 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope='module')
 def held_out(folders):
     "Validation images in [-1,1] and their masks."
-    images, masks = zip(*[(x.as_subclass(torch.Tensor), m.as_subclass(torch.Tensor)) for x, m in loaders(folders).valid])
-    return torch.cat(images)*2 - 1, torch.cat(masks)[:, None].float()
+    images, masks = zip(*list(loaders(folders).valid))
+    x0 = torch.cat([x.as_subclass(torch.Tensor) for x in images])*2 - 1
+    return x0, torch.cat([m.as_subclass(torch.Tensor) for m in masks])[:, None].float()
 
 @pytest.fixture(scope='module')
 def backbone(held_out): return Backbone.tiny(held_out[0], SIZE, channels=(32, 64))
 
 def loaders(folders, **kw):
-    return pair_dls(find_pairs(folders[0]), size=SIZE, bs=8, valid=.2, seed=0, augment='flip', device='cpu', **kw)
+    pairs = find_pairs(folders[0])
+    return pair_dls(pairs, size=SIZE, bs=8, valid=.2, seed=0, augment='flip', device='cpu', **kw)
 
 def files(folders): return [p.image for p in find_pairs(folders[1])]
 def losses(learn, steps=3): return fit_steps(learn, steps).history.frame().loss.tolist()
@@ -85,7 +88,8 @@ def test_drop_0_is_the_plain_loss(folders, backbone):
     assert losses(concat_learner(loaders(folders), backbone, drop_mask=.5))[1:] != zero[1:]
 
 def test_no_unlabelled_images_change_nothing(folders, backbone):
-    without, empty = (losses(concat_learner(loaders(folders), backbone, **kw)) for kw in ({}, dict(unlabelled=[])))
+    without = losses(concat_learner(loaders(folders), backbone))
+    empty = losses(concat_learner(loaders(folders), backbone, unlabelled=[]))
     assert without == empty
     assert losses(concat_learner(loaders(folders), backbone, unlabelled=files(folders))) != without
     dls = loaders(folders)
@@ -100,7 +104,8 @@ def test_unlabelled_images(folders, backbone):
     assert learn.dls.train.dataset.unlabelled.pairs == folder_files
     batch = fit_steps(learn, 1).noised
     unknown = batch.cond.has_mask == 0
-    assert 0 < unknown.sum() < 8 and not batch.mask[unknown].any() and batch.mask[~unknown].flatten(1).any(1).all()
+    assert 0 < unknown.sum() < 8
+    assert not batch.mask[unknown].any() and batch.mask[~unknown].flatten(1).any(1).all()
 
 def test_bad_unlabelled(folders, tmp_path):
     dls = loaders(folders)
@@ -112,7 +117,8 @@ def test_bad_unlabelled(folders, tmp_path):
 
 @pytest.fixture(scope='module')
 def trained(folders, backbone):
-    learn = concat_learner(loaders(folders), backbone, unlabelled=files(folders), lr=2e-3, ema=.9, probe=40, lesion_weight=True)
+    learn = concat_learner(loaders(folders), backbone, unlabelled=files(folders), lesion_weight=True,
+                           lr=2e-3, ema=.9, probe=40)
     return fit_steps(learn, 80)
 
 def test_the_margin_opens(trained):
@@ -144,7 +150,7 @@ def test_guidance(trained, held_out):
     assert (drawn[2.] != drawn[1.]).any() and (drawn[1.] != drawn[0.]).any()
 
 def test_as_backbone(trained, held_out, tmp_path):
-    "Exact without a mask, opened from the generator's folder, and good for the other generators; the generator is not changed."
+    "Exact without a mask, opened from the generator's folder, taken by others; the generator is unchanged."
     gen, mask = trained.model.eval(), held_out[1]
     before = {k: v.clone() for k, v in gen.state_dict().items()}
     bb = gen.as_backbone()
@@ -158,7 +164,8 @@ def test_as_backbone(trained, held_out, tmp_path):
                 assert torch.allclose(kind(same).eval()(zt, t, gen.condition(mask)), without, atol=1e-6), kind
             assert torch.equal(Denoiser(same)(zt, t, gen.condition(mask)), without)
     for p in bb.unet.parameters(): p.data.zero_()
-    assert all(torch.equal(v, gen.state_dict()[k]) for k, v in before.items() if k.startswith('backbone.unet'))
+    after = gen.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith('backbone.unet'))
 
 def test_in_the_catalog(folders, backbone):
     assert METHODS['concat'].opens is ConcatGenerator

@@ -34,7 +34,8 @@ class Masked(MaskGenerator):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return lesion_folder(tmp_path_factory.mktemp('lesions'), 16, size=32, seed=0)
 
-def loaders(folder): return pair_dls(find_pairs(folder), size=32, bs=4, valid=.25, seed=0, augment=False, device='cpu')
+def loaders(folder):
+    return pair_dls(find_pairs(folder), size=32, bs=4, valid=.25, seed=0, augment=False, device='cpu')
 
 @pytest.fixture(scope='module')
 def backbone(): return Backbone.tiny(as_x0(*draw_lesions(8, 32, seed=0))[0], 32, channels=(16, 32))
@@ -46,7 +47,9 @@ def stable_diffusion(tmp_path_factory):
 def as_x0(images, masks):
     return torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1, torch.from_numpy(masks)[:, None].float()
 
-def learner(folder, backbone, **kw): return denoising_learner(loaders(folder), Masked(copy.deepcopy(backbone)), **kw)
+def learner(folder, backbone, **kw):
+    return denoising_learner(loaders(folder), Masked(copy.deepcopy(backbone)), **kw)
+
 def losses(learn, steps=4): return fit_steps(learn, steps).history.frame().loss.tolist()
 
 # defaults of sampling belong to the class
@@ -57,14 +60,16 @@ def test_each_paper_has_its_guidance(stable_diffusion):
         assert defaults_of(kind(stable_diffusion)) == (guidance, 'prompt')
 
 def test_tiny_backbones_are_guided_by_the_mask(backbone):
-    assert defaults_of(AlignmentGenerator(backbone)) == (2., 'mask') and defaults_of(Denoiser(backbone)) == (1., 'prompt')
+    assert defaults_of(AlignmentGenerator(backbone)) == (2., 'mask')
+    assert defaults_of(Denoiser(backbone)) == (1., 'prompt')
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_generator_is_of_one_kind(method):
     kind = METHODS[method].opens
     assert issubclass(kind, PairGenerator) or issubclass(kind, MaskGenerator) or kind is Denoiser
     if issubclass(kind, PairGenerator):
-        for name in ('sample_pairs', 'clean_mask', 'check_size'): assert getattr(kind, name) is not getattr(PairGenerator, name)
+        for name in ('sample_pairs', 'clean_mask', 'check_size'):
+            assert getattr(kind, name) is not getattr(PairGenerator, name)
 
 # devices and precision
 
@@ -88,7 +93,8 @@ def test_amplitudes_are_rounded_once():
     s, t = Schedule(), torch.arange(1000)
     for dtype in (torch.float32, torch.float64):
         a, b = s.coefs(t, torch.zeros(1000, 1, 1, 1, dtype=dtype))
-        assert torch.equal(a.flatten(), s.abar.sqrt().to(dtype)) and torch.equal(b.flatten(), (1 - s.abar).sqrt().to(dtype))
+        assert torch.equal(a.flatten(), s.abar.sqrt().to(dtype))
+        assert torch.equal(b.flatten(), (1 - s.abar).sqrt().to(dtype))
 
 class Autocast(Callback):
     "bf16 on the CPU, for the part of a step that fastai's MixedPrecision covers."
@@ -109,12 +115,13 @@ def batches(learn, bf16):
     return fit_steps(learn, 2).keep.kept
 
 def test_float32_under_autocast(folder, backbone):
-    "Latents, noise, noised latents, targets and losses are float32, the first three the same as without autocast."
+    "Latents, noise, noised latents and targets are the same as without autocast, and the loss is float32."
     plain, low = (batches(learner(folder, backbone), bf16) for bf16 in (False, True))
     for (a, a_type, a_loss), (b, b_type, b_loss) in zip(plain, low, strict=True):
         assert (a_type, b_type) == (torch.float32, torch.bfloat16)
         for name in ('z0', 'eps', 'zt', 'target'):
-            assert getattr(b, name).dtype == torch.float32 and torch.equal(getattr(a, name), getattr(b, name)), name
+            assert getattr(b, name).dtype == torch.float32, name
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert b_loss.dtype == torch.float32 and abs(a_loss - b_loss) < .03*a_loss
 
 def test_cached_and_uncached_agree_under_autocast(folder, backbone, tmp_path):
@@ -146,7 +153,8 @@ def test_the_loss_is_reduced_in_float32():
 # dropped masks and weights
 
 def test_drop_0_is_the_old_loss(folder, backbone):
-    assert losses(learner(folder, backbone)) == losses(learner(folder, backbone, drop_mask=0., min_snr=None, lesion_weight=False))
+    switched_off = learner(folder, backbone, drop_mask=0., min_snr=None, lesion_weight=False)
+    assert losses(learner(folder, backbone)) == losses(switched_off)
 
 def test_everything_dropped_is_no_mask(folder, backbone):
     "With drop_mask=1 the loss is that of a network without a mask, on the same noise."
@@ -157,7 +165,8 @@ def test_everything_dropped_is_no_mask(folder, backbone):
 def test_noised_is_documented(folder, backbone):
     learn = fit_steps(learner(folder, backbone, drop_mask=.5), 1)
     n = learn.noised
-    assert isinstance(n, Noised) and set(vars(n)) == {'x0', 'mask', 'z0', 'eps', 't', 't_cpu', 'zt', 'cond', 'target'}
+    assert isinstance(n, Noised)
+    assert set(vars(n)) == {'x0', 'mask', 'z0', 'eps', 't', 't_cpu', 'zt', 'cond', 'target'}
     assert torch.equal(n.cond.mask, n.mask*n.cond.has_mask.reshape(-1, 1, 1, 1))
 
 class ValidBatches(Callback):
@@ -175,7 +184,8 @@ def test_validation_drops_nothing(folder, backbone):
 @pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('kind', ['scaled_linear', 'squaredcos_cap_v2'])
 def test_min_snr_against_diffusers(prediction, kind):
-    oracle = compute_snr(DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule=kind), t := torch.arange(1000))
+    t, scheduler = torch.arange(1000), DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule=kind)
+    oracle = compute_snr(scheduler, t)
     want = oracle.clamp(max=5)/(oracle if prediction == 'epsilon' else oracle + 1)
     weights = min_snr_weight(Schedule(kind=kind, prediction=prediction), t, 5.)
     assert torch.allclose(weights[:990], want[:990], rtol=2e-3, atol=1e-6)
@@ -186,17 +196,19 @@ def test_weighted_gradient_by_hand(folder, backbone):
     fit_steps(learn, 1)
     n, model = learn.noised, learn.model
     pred = model(n.zt, n.t, n.cond)
-    w = min_snr_weight(model.backbone.schedule, n.t, 5.)[:, None, None, None]*lesion_weights(n.mask, n.zt.shape[-2:])
+    by_time = min_snr_weight(model.backbone.schedule, n.t, 5.)[:, None, None, None]
+    w = by_time*lesion_weights(n.mask, n.zt.shape[-2:])
     learn.pred, learn.yb = pred, (n.target,)
     cb = next(c for c in learn.cbs if isinstance(c, DenoisingWeightCB))
-    assert torch.allclose(denoising_loss(pred, n.target) + cb.term(), (w*(pred - n.target)**2).mean(), rtol=1e-5)
+    by_hand = (w*(pred - n.target)**2).mean()
+    assert torch.allclose(denoising_loss(pred, n.target) + cb.term(), by_hand, rtol=1e-5)
 
 def test_lesion_weights_never_vanish():
     mask = torch.zeros(3, 1, 32, 32); mask[0, :, :3, :3] = 1; mask[1] = 1
     w = lesion_weights(mask, (8, 8))
     assert (w > 0).all() and torch.allclose(w.mean((1, 2, 3)), torch.ones(3))
     m = F.avg_pool2d(mask[:1], 4); r = m.mean()
-    assert torch.allclose(w[:1]*(2*r*(1 - r)), m*(1 - r) + (1 - m)*r)            # ArSDM's W, divided by its mean
+    assert torch.allclose(w[:1]*(2*r*(1 - r)), m*(1 - r) + (1 - m)*r)        # ArSDM's W, divided by its mean
 
 def test_conditions_in_one_batch():
     a = Cond(torch.ones(2, 1, 4, 4), torch.zeros(2, 3, 5))
@@ -236,13 +248,15 @@ def test_strength_0_gives_the_image_back(scene, backbone):
 def test_keeping_nothing_or_everything(scene, backbone):
     x0, masks = scene
     kw = dict(steps=4, init=x0, strength=.7)
-    assert (sample(Masked(backbone), masks, keep=masks*0, **kw) == sample(Masked(backbone), masks, **kw)).all()
+    plain = sample(Masked(backbone), masks, **kw)
+    assert (sample(Masked(backbone), masks, keep=masks*0, **kw) == plain).all()
     round_trip = to_uint8(backbone.codec.decode(backbone.codec.encode(x0)).detach())
     assert (sample(Masked(backbone), masks, keep=masks*0 + 1, **kw) == round_trip).all()
 
 def test_kept_regions_do_not_depend_on_the_batch(scene, backbone):
     x0, masks = scene
-    one, three = (sample(Masked(backbone), masks, steps=4, init=x0, keep=1 - masks, resample=2, bs=bs) for bs in (1, 3))
+    kw = dict(steps=4, init=x0, keep=1 - masks, resample=2)
+    one, three = (sample(Masked(backbone), masks, bs=bs, **kw) for bs in (1, 3))
     assert np.abs(one.astype(int) - three).max() <= 1
 
 def test_errors_of_a_kept_region(scene, backbone):
@@ -265,5 +279,7 @@ def test_cosine_schedule_is_kept_on_disk(scene, tmp_path):
     Denoiser(bb).save_pretrained(tmp_path)
     back = Denoiser.from_pretrained(tmp_path).backbone.schedule
     oracle = DDPMScheduler(beta_schedule='squaredcos_cap_v2').alphas_cumprod
-    assert torch.equal(back.abar, bb.schedule.abar) and torch.allclose(back.abar.float(), oracle, rtol=1e-4, atol=1e-6)
-    for sampler in SAMPLERS: assert np.isfinite(sample(Denoiser(bb), scene[1], steps=5, sampler=sampler)).all()
+    assert torch.equal(back.abar, bb.schedule.abar)
+    assert torch.allclose(back.abar.float(), oracle, rtol=1e-4, atol=1e-6)
+    for sampler in SAMPLERS:
+        assert np.isfinite(sample(Denoiser(bb), scene[1], steps=5, sampler=sampler)).all()

@@ -10,8 +10,8 @@ from medsyn.data.pairs import find_pairs, pair_dls, read_image
 from medsyn.diffusion.backbone import Backbone
 from medsyn.segment.learner import segment_learner
 from medsyn.segment.models import Segmenter, segmenter
-from medsyn.segment.semi import (TeacherCB, UnlabelledCB, check_unlabelled, diffusion_segmenter, dropped_features,
-                                 mix_boxes, move_labels, pseudo_labels, ramp_up, small_moves)
+from medsyn.segment.semi import TeacherCB, UnlabelledCB, check_unlabelled, diffusion_segmenter
+from medsyn.segment.semi import dropped_features, mix_boxes, move_labels, pseudo_labels, ramp_up, small_moves
 from medsyn.segment.streams import IGNORE
 from medsyn.train import evaluating, fit_steps
 
@@ -35,11 +35,11 @@ def state(model): return torch.cat([v.double().flatten() for v in model.state_di
 def test_limits_bit_for_bit(data, method):
     plain = state(train(data).model)
     student = dict(threshold=.5, ramp=0.)
-    for cbs in ([TeacherCB(0.), UnlabelledCB([], method)], [TeacherCB(0.), UnlabelledCB(data[1], method, w=0)]):
-        assert torch.equal(state(train(data, cbs).model), plain)
+    for term in (UnlabelledCB([], method), UnlabelledCB(data[1], method, w=0)):
+        assert torch.equal(state(train(data, [TeacherCB(0.), term]).model), plain)
     tiny = UnlabelledCB(data[1], method, w=1e-30, drop=.3, **student)
     traces = state(train(data, [TeacherCB(0.), tiny]).model) - plain
-    assert traces.abs().max() < 1e-20           # the term itself where the real gradient is 0, and nothing else
+    assert traces.abs().max() < 1e-20           # the term itself where the real gradient is 0, nothing else
     full = UnlabelledCB(data[1], method, **student)
     assert not torch.equal(state(train(data, [TeacherCB(0.), full]).model), plain)
 
@@ -83,7 +83,8 @@ def test_frames_that_are_labelled_or_test_images_are_refused(data, tmp_path):
     "By content: another name and another file format make no other image."
     copy = tmp_path/'other.bmp'
     Image.fromarray(read_image(data[0][3].image)).save(copy)
-    with pytest.raises(MedsynError, match='1 unlabelled frame'): train(data, [TeacherCB(), UnlabelledCB([*data[1], copy])])
+    with pytest.raises(MedsynError, match='1 unlabelled frame'):
+        train(data, [TeacherCB(), UnlabelledCB([*data[1], copy])])
     with pytest.raises(MedsynError, match='test images'): check_unlabelled([copy], data[0], 'test')
     check_unlabelled(data[1], data[0], 'test')
 

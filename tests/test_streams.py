@@ -14,7 +14,7 @@ from medsyn.segment.catalog import ARMS, Arm, as_arm, callbacks_of, combine
 from medsyn.segment.learner import segment_learner
 from medsyn.segment.mixing import partner_dls
 from medsyn.segment.models import Segmenter, segmenter
-from medsyn.segment.streams import CopyPasteCB, RealAgainCB, SynthTermCB, class_losses, implausible, save_ignored
+from medsyn.segment.streams import CopyPasteCB, SynthTermCB, class_losses, implausible, save_ignored
 from medsyn.train import LossTermCB, fit_steps
 
 SIZE = 32
@@ -30,7 +30,8 @@ def data(tmp_path_factory):
     rows = []
     for i, p in enumerate(real):
         image, mask = read_pair(p)
-        row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png', source=p.name, transform=dict(kind='real'))
+        row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png', source=p.name,
+                   transform=dict(kind='real'))
         Image.fromarray(image[..., ::-1].copy()).save(synthetic/row['file'])
         Image.fromarray(mask*255).save(synthetic/row['mask'])
         rows.append(json.dumps(row))
@@ -43,14 +44,15 @@ def train(data, cbs=(), steps=3, arm=None, augment='strong', **kw):
     real, _, _ = data
     arm = arm or Arm()
     train_pairs, held = split_pairs(real, .2)
-    dls = pair_dls([*train_pairs*arm.copies, *arm.pairs], SIZE, 4, valid=held, seed=1, augment=augment, device='cpu')
+    pairs = [*train_pairs*arm.copies, *arm.pairs]
+    dls = pair_dls(pairs, SIZE, 4, valid=held, seed=1, augment=augment, device='cpu')
     if arm.partners: dls = partner_dls(dls, arm.partners)
     with seeded(0):
         learn = segment_learner(dls, segmenter(**SMALL), cbs=[*cbs, *callbacks_of(arm)], **kw)
         return fit_steps(learn, steps, 1e-3)
 
 def state(learn):
-    return torch.cat([v.double().flatten() for k, v in learn.model.state_dict().items() if not k.startswith('kept_')])
+    return torch.cat([v.double().flatten() for v in learn.model.state_dict().values()])
 
 class BatchesCB(LossTermCB):
     "Keeps the real batches that the network is trained on."
@@ -64,10 +66,11 @@ def test_no_weight_is_real_only_bit_for_bit(data, augment):
     pairs = find_pairs(data[1])
     plain = state(train(data, augment=augment))
     everything = {p.name: np.ones((SIZE, SIZE), bool) for p in pairs}
-    for cb in (SynthTermCB(pairs, w=0, schedule='first'), CopyPasteCB(p=0), SynthTermCB(pairs, ignore=everything)):
+    unused = SynthTermCB(pairs, w=0, schedule='first')
+    for cb in (unused, CopyPasteCB(p=0), SynthTermCB(pairs, ignore=everything)):
         assert torch.equal(state(train(data, [cb], augment=augment)), plain), vars(cb)
     traces = state(train(data, [SynthTermCB(pairs, w=1e-30)], augment=augment)) - plain
-    assert traces.abs().max() < 1e-20           # the term itself where the real gradient is 0, and nothing else
+    assert traces.abs().max() < 1e-20           # the term itself where the real gradient is 0, nothing else
     assert not torch.equal(state(train(data, [SynthTermCB(pairs)], augment=augment)), plain)
 
 SKIP = {'feedback', 'diffusion-init'}       # these need a generator and a backbone
@@ -77,18 +80,22 @@ def form(name, synthetic): return f'{name}:{synthetic}' if ARMS[name].folder == 
 @pytest.mark.parametrize('name', sorted(set(ARMS) - SKIP))
 def test_every_arm_trains(data, name):
     real, synthetic, frames = data
-    learn = train(data, steps=2, arm=as_arm(form(name, synthetic), real, frames))
+    augment = 'full' if name.startswith('mcpmix') else 'strong'
+    learn = train(data, steps=2, arm=as_arm(form(name, synthetic), real, frames), augment=augment)
     log = learn.history.frame()
     assert len(log) == 2 and np.isfinite(log.loss).all()
     assert ARMS[name].about
 
-@pytest.mark.parametrize('name', ['stream', 'two-passes', 'paste-onto', 'fixmatch', 'mean-teacher', 'mcpmix-fixed'])
+ADDED = ['stream', 'two-passes', 'paste-onto', 'fixmatch', 'mean-teacher', 'mcpmix-fixed']
+
+@pytest.mark.parametrize('name', ADDED)
 def test_what_is_added_leaves_the_real_batches_alone(data, name):
     real, synthetic, frames = data
-    kept = [BatchesCB(), BatchesCB()]
-    train(data, [kept[0]])
-    train(data, [kept[1]], arm=as_arm(form(name, synthetic), real, frames))
-    for (x, y), (u, v) in zip(*[k.batches for k in kept], strict=True): assert torch.equal(x, u) and torch.equal(y, v)
+    alone, beside = BatchesCB(), BatchesCB()
+    train(data, [alone], augment='full')
+    train(data, [beside], arm=as_arm(form(name, synthetic), real, frames), augment='full')
+    for (x, y), (u, v) in zip(alone.batches, beside.batches, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
 
 def test_combinations(data):
     real, synthetic, frames = data
@@ -99,10 +106,12 @@ def test_combinations(data):
     assert names == ['TeacherCB', 'UnlabelledCB', 'CopyPasteCB', 'SynthTermCB']
     log = train(data, arm=arm).history.frame()
     assert {'L_u', 'L_syn', 'w_syn', 'w_u', 'sure'} <= set(log)
-    with pytest.raises(MedsynError, match='second stream'): as_arm(f'stream:{synthetic}+stream:{synthetic}', real)
+    with pytest.raises(MedsynError, match='second stream'):
+        as_arm(f'stream:{synthetic}+stream:{synthetic}', real)
     mixed = combine([Arm(pairs=real[:2], copies=2), Arm(passes=2), Arm(pairs=real[2:3])])
     assert (len(mixed.pairs), mixed.copies, mixed.passes) == (3, 2, 2)
-    log = train(data, arm=as_arm(f'mcpmix-fixed:{synthetic}+two-passes', real)).history.frame()
+    arm = as_arm(f'mcpmix-fixed:{synthetic}+two-passes', real)
+    log = train(data, arm=arm, augment='full').history.frame()
     assert {'L_mix', 'L_again'} <= set(log)
 
 def test_schedules_in_a_run(data):
@@ -125,15 +134,14 @@ def test_the_filter_reads_the_real_mean_of_each_class(data):
     "A teacher that knows: nothing is ignored where it agrees, everything where it is wrong."
     real = data[0]
     class Oracle(torch.nn.Conv2d):
-        def forward(self, x): return 20*self.answer - 10 + self.noise
+        def forward(self, x): return (20*self.answer - 10 + self.noise)[:len(x)]
     net = Oracle(3, 1, 1)
     teacher = Segmenter(net, 2, dict(name='oracle', size=SIZE, mean=[0.]*3, std=[1.]*3)).eval()
     net.answer = torch.stack([torch.from_numpy(read_pair(p)[1]) for p in real[:8]])[:, None].float()
     net.noise = torch.randn(net.answer.shape, generator=torch.Generator().manual_seed(0))
     ignored = implausible(teacher, real[:8], factor=50., real=real[:8])
     assert not any(v.any() for v in ignored.values())
-    bars = class_losses(teacher, real[:8])
+    assert max(class_losses(teacher, real[:8])) < .01
     net.answer[0, 0, :16] = 1 - net.answer[0, 0, :16]
-    assert max(bars) < .01 < min(class_losses(teacher, real[:1]))
     wrong = implausible(teacher, real[:8], factor=2.)
     assert wrong[real[0].name][:16].mean() > .9 and not wrong[real[0].name][16:].any()

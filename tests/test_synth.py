@@ -33,9 +33,12 @@ def made(tmp_path_factory):
     return pairs, frames, generator
 
 def rows(folder): return [json.loads(line) for line in (folder/'manifest.jsonl').read_text().splitlines()]
-def tree(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob('*')) if f.is_file()}
+def tree(folder):
+    files = [f for f in sorted(folder.rglob('*')) if f.is_file()]
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
 
-STARTS = [dict(start='real', strength=.4), dict(start='paste'), dict(start='inpaint'), dict(start='inpaint', masks='real')]
+STARTS = [dict(start='real', strength=.4), dict(start='paste'), dict(start='inpaint'),
+          dict(start='inpaint', masks='real')]
 
 @pytest.mark.parametrize('kw', STARTS, ids=str)
 def test_a_run_resumes_with_the_same_bytes(made, tmp_path, kw):
@@ -88,7 +91,8 @@ def test_frames_without_masks_mark_what_is_unknown(made, tmp_path):
     ignored = read_ignored(tmp_path/'a'/'ignored', out)
     for i, p in enumerate(out):
         draft = from_paste(Job(sorted(pairs, key=lambda q: q.name), SIZE, QUICK['seed'], 'real', frames), i)
-        assert np.array_equal(ignored[p.name], draft.unknown > 0) and not ignored[p.name][draft.mask > 0].any()
+        assert np.array_equal(ignored[p.name], draft.unknown > 0)
+        assert not ignored[p.name][draft.mask > 0].any()
     assert {r['into'] for r in rows(tmp_path/'a')} <= {f.stem for f in frames}
 
 def test_batch_size_and_hardness(made, tmp_path):

@@ -19,15 +19,15 @@ from ..core import MedsynError, open_run, seed_of, write_atomic
 
 # %% ../../nbs/api/10_data.lesions.ipynb #b7834288
 def pixel_grid(size: int    # side in pixels
-              ) -> tuple:   # u (1,size) growing to the right and v (size,1) growing downwards, both in [-1,1]
+              ) -> tuple: # u (1,size) growing to the right and v (size,1) growing downwards, both in [-1,1]
     "Pixel centres in coordinates that do not depend on the size."
     c = (np.arange(size, dtype=np.float32) + .5)/size*2 - 1
     return c[None, :], c[:, None]
 
-def smoothstep(x,         # a number or an array
-               a: float, # where it is 0
-               b: float  # where it is 1; it may be the smaller
-              ):         # as `x`, in [0,1]
+def smoothstep(x: float | np.ndarray,  # a number or an array
+               a: float,               # where it is 0
+               b: float                # where it is 1; it may be the smaller
+              ):                       # as `x`, in [0,1]
     "A smooth step from 0 to 1."
     t = np.clip((x - a)/(b - a), 0, 1)
     return t*t*(3 - 2*t)
@@ -39,7 +39,8 @@ def _spline(knots, size):
     x = (np.arange(size) + .5)/size*knots
     i = np.floor(x).astype(int); t = x - i
     w = np.zeros((size, knots + 3), np.float32)
-    for j, b in enumerate([(1-t)**3, 3*t**3 - 6*t**2 + 4, -3*t**3 + 3*t**2 + 3*t + 1, t**3]): w[np.arange(size), i+j] = b/6
+    for j, b in enumerate([(1-t)**3, 3*t**3 - 6*t**2 + 4, -3*t**3 + 3*t**2 + 3*t + 1, t**3]):
+        w[np.arange(size), i+j] = b/6
     return w
 
 def smooth_noise(rng: np.random.Generator,  # where the randomness comes from
@@ -56,19 +57,24 @@ def draw_light(rng: np.random.Generator,    # where the randomness comes from
               ) -> np.ndarray:              # (size,size), about 0.05 (lumen) to 1.2 (crest of a fold)
     "Light on the wall of the bowel: a dark lumen and shaded haustral folds."
     u, v = pixel_grid(size)
-    away, a = (rng.uniform(.1, .95) if rng.uniform() < .72 else rng.uniform(1.4, 2.4)), rng.uniform(0, 2*np.pi)
+    inside = rng.uniform() < .72                                    # the lumen is in the picture
+    away = rng.uniform(.1, .95) if inside else rng.uniform(1.4, 2.4)
+    direction = rng.uniform(0, 2*np.pi)
     squash = rng.uniform(.8, 1.25)
-    x, y = (u - away*np.cos(a))*squash, (v - away*np.sin(a))/squash
-    triangle = np.cos(3*np.arctan2(y, x) + rng.uniform(0, 2*np.pi))            # a transverse colon is three-cornered
+    x, y = (u - away*np.cos(direction))*squash, (v - away*np.sin(direction))/squash
+    # a transverse colon is three-cornered
+    triangle = np.cos(3*np.arctan2(y, x) + rng.uniform(0, 2*np.pi))
     r = np.hypot(x, y)*(1 + .10*smooth_noise(rng, 3, size) + .07*triangle)
-    phase = rng.uniform(1.8, 3.6)*np.log(np.maximum(r, 0) + .2) + .22*smooth_noise(rng, 3, size) + .1*smooth_noise(rng, 6, size) + rng.uniform()
+    phase = rng.uniform(1.8, 3.6)*np.log(np.maximum(r, 0) + .2)
+    phase = phase + .22*smooth_noise(rng, 3, size) + .1*smooth_noise(rng, 6, size) + rng.uniform()
     p = phase - np.floor(phase)
     edge = smoothstep(p, 0, .10)
     strength = np.clip(.5 + .5*smooth_noise(rng, 4, size), 0, 1)*rng.uniform(.4, 1)
     lumen = rng.uniform(.15, .4)
     depth = smoothstep(r, lumen*.3, lumen*.3 + rng.uniform(.8, 1.4))
     shaded = 1 - .62*strength*(1 - edge*(1 - .9*smoothstep(p, .05, .95)))
-    return (.08 + .92*depth)*shaded + .22*np.exp(-((p - .16)/.10)**2)*edge*strength*depth
+    crest = .22*np.exp(-((p - .16)/.10)**2)*edge*strength*depth
+    return (.08 + .92*depth)*shaded + crest
 
 # %% ../../nbs/api/10_data.lesions.ipynb #546e5f85
 def _branches(rng, limit=90):
@@ -85,25 +91,29 @@ def _branches(rng, limit=90):
         yield line, w
         if w > 1.6:
             side = rng.choice([-1, 1])
-            todo += [(line[-1], way[-1] + side*rng.uniform(.15, .4), w*.82), (line[-1], way[-1] - side*rng.uniform(.4, .9), w*.62)]
+            thick = line[-1], way[-1] + side*rng.uniform(.15, .4), w*.82
+            thin = line[-1], way[-1] - side*rng.uniform(.4, .9), w*.62
+            todo += [thick, thin]
 
 def draw_vessels(rng: np.random.Generator,  # where the randomness comes from
                  size: int                  # side in pixels
-                ) -> np.ndarray:            # (size,size) float32 in [0,1]: how much blood lies under the pixel
+                ) -> np.ndarray:  # (size,size) float32 in [0,1]: how much blood lies under the pixel
     "Branching vessels."
     raster = 512
-    im = Image.new('L', (raster, raster)); pen = ImageDraw.Draw(im)
-    for line, w in _branches(rng):
-        pen.line([tuple(q) for q in ((line + 1)*raster/2).tolist()], fill=int(min(255, 80 + 28*w)), width=max(1, round(w)), joint='curve')
-    how = Image.Resampling.BOX if size <= raster else Image.Resampling.BILINEAR
-    return np.asarray(im.resize((size, size), how), dtype=np.float32)/255
+    im = Image.new('L', (raster, raster))
+    pen = ImageDraw.Draw(im)
+    for line, width in _branches(rng):
+        points = [tuple(q) for q in ((line + 1)*raster/2).tolist()]
+        pen.line(points, fill=int(min(255, 80 + 28*width)), width=max(1, round(width)), joint='curve')
+    resampling = Image.Resampling.BOX if size <= raster else Image.Resampling.BILINEAR
+    return np.asarray(im.resize((size, size), resampling), dtype=np.float32)/255
 
 # %% ../../nbs/api/10_data.lesions.ipynb #b7152e20
 def lesion_field(rng: np.random.Generator,  # where the randomness comes from
                  size: int,                 # side in pixels
                  share: float,              # share of the picture that the lesion covers, in (0, 0.35]
-                 angle: float = None        # direction from the picture's centre in radians, out to the border; `None`: anywhere
-                ) -> tuple:                 # q (size,size), < 1 inside, and the mean radius in units of half the picture
+                 angle: float = None  # direction from the picture's centre in radians; `None`: anywhere
+                ) -> tuple:  # q (size,size), < 1 inside, and the mean radius in units of half the picture
     "The signed shape of one lesion of a given area that lies inside the field of view."
     u, v = pixel_grid(size)
     k = np.arange(1, 6)
@@ -113,8 +123,9 @@ def lesion_field(rng: np.random.Generator,  # where the randomness comes from
     stretch, turn = rng.uniform(1, 1.6)**.5, rng.uniform(0, 2*np.pi)
     R = float(np.sqrt(4*share/np.pi/(ring**2).mean()))
     room = max(0., .97 - R*stretch*float(ring.max()))
-    away, a = (np.sqrt(rng.uniform()), rng.uniform(0, 2*np.pi)) if angle is None else (rng.uniform(.85, 1), angle)
-    x, y = u - float(room*away*np.cos(a)), v - float(room*away*np.sin(a))
+    if angle is None: away, angle = np.sqrt(rng.uniform()), rng.uniform(0, 2*np.pi)
+    else: away = rng.uniform(.85, 1)
+    x, y = u - float(room*away*np.cos(angle)), v - float(room*away*np.sin(angle))
     c, s = float(np.cos(turn)), float(np.sin(turn))
     x, y = (x*c + y*s)/stretch, (y*c - x*s)*stretch
     return np.hypot(x, y)/(R*rho(np.arctan2(y, x))), R
@@ -135,15 +146,19 @@ def draw_mucosa(rng: np.random.Generator,   # where the randomness comes from
                 size: int                   # side in pixels
                ) -> Scene:                  # a scene without a lesion
     "Healthy mucosa: colour, folds, vessels, unevenness."
-    base = np.array([.92, .50, .38]) + (rng.uniform() - .5)*np.array([0, .14, .04]) + (rng.uniform() - .5)*np.array([0, 0, .12])
+    base = np.array([.92, .50, .38])
+    base = base + (rng.uniform() - .5)*np.array([0, .14, .04]) + (rng.uniform() - .5)*np.array([0, 0, .12])
     base = (base*rng.uniform(.78, 1.08)).astype(np.float32)
-    albedo = base[:, None, None]*(1 + .05*smooth_noise(rng, 4, size)) + _rgb(.01, .045, .035)*smooth_noise(rng, 6, size)
+    albedo = base[:, None, None]*(1 + .05*smooth_noise(rng, 4, size))
+    albedo = albedo + _rgb(.01, .045, .035)*smooth_noise(rng, 6, size)
     albedo = albedo*(1 - _rgb(.18, .5, .42)*draw_vessels(rng, size)*rng.uniform(.2, 1))
-    relief = .03*smooth_noise(rng, 4, size) + .008*smooth_noise(rng, 12, size) + .0035*smooth_noise(rng, 30, size)
+    relief = .03*smooth_noise(rng, 4, size) + .008*smooth_noise(rng, 12, size)
+    relief = relief + .0035*smooth_noise(rng, 30, size)
     return Scene(base, albedo, draw_light(rng, size), relief, np.zeros((size, size), np.float32))
 
 # %% ../../nbs/api/10_data.lesions.ipynb #3f3b0bfe
-RED, PALE = np.array([1.04, .64, .66], np.float32), np.array([1.10, 1.24, 1.34], np.float32)    # colour relative to the mucosa's
+# colour relative to the mucosa's
+RED, PALE = np.array([1.04, .64, .66], np.float32), np.array([1.10, 1.24, 1.34], np.float32)
 
 def add_lesion(rng: np.random.Generator,    # where the randomness comes from
                scene: Scene,                # changed in place
@@ -155,15 +170,17 @@ def add_lesion(rng: np.random.Generator,    # where the randomness comes from
     "Put one lesion over what is there."
     size = len(scene.mask)
     q, R = lesion_field(rng, size, share, angle)
-    inside, soft = np.clip((1 - q)*R*size/4 + .5, 0, 1).astype(np.float32), smoothstep(q, 1.06, .92).astype(np.float32)
+    inside = np.clip((1 - q)*R*size/4 + .5, 0, 1).astype(np.float32)
+    soft = smoothstep(q, 1.06, .92).astype(np.float32)
     colour = scene.base*(1 + (RED + (PALE - RED)*pale - 1)*rng.uniform(.65, 1.15))*rng.uniform(.95, 1.1)
     pits, lobes = smooth_noise(rng, 44, size), smooth_noise(rng, 11, size)
-    surface = colour.astype(np.float32)[:, None, None]*(1 + _rgb(.04, .09, .09)*pits + _rgb(.02, .06, .05)*lobes)
+    texture = 1 + _rgb(.04, .09, .09)*pits + _rgb(.02, .06, .05)*lobes
+    surface = colour.astype(np.float32)[:, None, None]*texture
     step = [-round(float(d)*.05*size) for d in lamp]
     shadow = smoothstep(np.roll(q, step[::-1], (0, 1)), 1.35, .9)*(1 - soft)
     light = scene.light*(1 - .5*shadow)
-    own = max(.6, float((light*inside).sum()/inside.sum()))
-    scene.light = light*(1 - soft) + (own + .12*(light - own))*soft
+    mean = max(.6, float((light*inside).sum()/inside.sum()))
+    scene.light = light*(1 - soft) + (mean + .12*(light - mean))*soft
     scene.albedo = scene.albedo*(1 - soft) + surface*soft
     dome = np.clip(1.04 - q**2, 0, None)**.7*R*rng.uniform(.4, .85)
     scene.relief = scene.relief*(1 - .8*soft) + dome + soft*(R*rng.uniform(0, .09)*lobes + .004*pits)
@@ -176,31 +193,39 @@ def light_scene(rng: np.random.Generator,   # where the randomness comes from
                 lamp: tuple                 # (x,y) direction that the light comes from
                ) -> np.ndarray:             # (3,S,S) float in [0,1]
     "The picture that an endoscope takes of a scene."
-    size = len(scene.mask); u, v = pixel_grid(size)
+    size = len(scene.mask)
+    u, v = pixel_grid(size)
     gy, gx = np.gradient(scene.relief, 2/size)
-    nz = 1/np.sqrt(1 + gx*gx + gy*gy); nx, ny = -gx*nz, -gy*nz
+    nz = 1/np.sqrt(1 + gx*gx + gy*gy)
+    nx, ny = -gx*nz, -gy*nz                                             # normal of the surface
     lx, ly = .5*float(lamp[0]), .5*float(lamp[1])
-    lit = scene.light*(.22 + .82*np.clip((nx*lx + ny*ly + nz)/(1 + lx*lx + ly*ly)**.5, 0, 1))
-    hx, hy = .5*lx - .30*u, .5*ly - .30*v
+    towards_lamp = np.clip((nx*lx + ny*ly + nz)/(1 + lx*lx + ly*ly)**.5, 0, 1)
+    lit = scene.light*(.22 + .82*towards_lamp)
+    hx, hy = .5*lx - .30*u, .5*ly - .30*v                               # half vector
     gloss = np.clip((nx*hx + ny*hy + nz)/np.sqrt(hx*hx + hy*hy + 1), 0, 1)**rng.uniform(120, 400)
     wet = np.clip(smooth_noise(rng, 26, size) + .5*smooth_noise(rng, 5, size) - .9, 0, 1)*2.2
     wet = np.maximum(wet, scene.mask*np.clip(smooth_noise(rng, 14, size) - .3, 0, 1))
-    rgb = scene.albedo*np.stack([lit**.82, lit**1.06, lit**1.14]) + np.clip(2*gloss*wet - .15, 0, 1.5)*np.clip(1.5*scene.light, 0, 1)*_rgb(1, .97, .93)
-    rgb = rgb*(1 - rng.uniform(.1, .5)*np.clip(np.hypot(u, v)/1.41, 0, 1)**2.5)*rng.uniform(1.1, 1.45)
+    highlights = np.clip(2*gloss*wet - .15, 0, 1.5)*np.clip(1.5*scene.light, 0, 1)*_rgb(1, .97, .93)
+    rgb = scene.albedo*np.stack([lit**.82, lit**1.06, lit**1.14]) + highlights
+    vignette = 1 - rng.uniform(.1, .5)*np.clip(np.hypot(u, v)/1.41, 0, 1)**2.5
+    rgb = rgb*vignette*rng.uniform(1.1, 1.45)
     cut = rng.uniform(1.5, 2.1)
-    return (1 - np.exp(-1.5*np.clip(rgb, 0, None)))/(1 - np.exp(-1.5))*smoothstep(abs(u) + abs(v), cut + .04, cut)
+    response = (1 - np.exp(-1.5*np.clip(rgb, 0, None)))/(1 - np.exp(-1.5))
+    return response*smoothstep(abs(u) + abs(v), cut + .04, cut)
 
 # %% ../../nbs/api/10_data.lesions.ipynb #8366c9bb
 def _draw_one(rng, size):
     "One image (size,size,3) uint8 and its mask (size,size) uint8 {0,1}."
-    k = max(1, -(-128//size)); S = size*k
-    two = rng.uniform() < .3
-    share = float(np.exp(rng.uniform(np.log(.05 if two else .024), np.log(.2 if two else .32))))
-    angle, towards, pale = rng.uniform(0, 2*np.pi), rng.uniform(0, 2*np.pi), float(smoothstep(rng.uniform(), .35, .65))
+    k = max(1, -(-128//size))               # rendered k times as large, then averaged
+    several = rng.uniform() < .3
+    least, most = (.05, .2) if several else (.024, .32)
+    share = float(np.exp(rng.uniform(np.log(least), np.log(most))))
+    angle, towards = rng.uniform(0, 2*np.pi), rng.uniform(0, 2*np.pi)
+    pale = float(smoothstep(rng.uniform(), .35, .65))
     lamp = np.cos(towards), np.sin(towards)
-    scene = draw_mucosa(rng, S)
-    for i, part in enumerate([.62, .38] if two else [1.]):
-        add_lesion(rng, scene, share*part, pale, lamp, angle + i*np.pi if two else None)
+    scene = draw_mucosa(rng, size*k)
+    for i, part in enumerate([.62, .38] if several else [1.]):
+        add_lesion(rng, scene, share*part, pale, lamp, angle + i*np.pi if several else None)
     image = np.clip(light_scene(rng, scene, lamp), 0, 1).reshape(3, size, k, size, k).mean((2, 4))
     mask = scene.mask.reshape(size, k, size, k).mean((1, 3)) >= .5
     return (image*255 + .5).astype(np.uint8).transpose(1, 2, 0), mask.astype(np.uint8)
@@ -209,8 +234,9 @@ def draw_lesions(n: int,            # how many pairs
                  size: int = 64,    # side in pixels, 16 or more
                  seed: int = 0      # another seed, other pictures
                 ) -> tuple:         # images (n,size,size,3) uint8 and masks (n,size,size) uint8 in {0,1}
-    "Draw `n` image/mask pairs; picture `i` depends on `seed` and `i` alone. `MedsynError` for a size under 16."
-    if n < 1 or size < 16: raise MedsynError(f"cannot draw {n} lesions of {size} px: ask for 1 or more, of 16 px or more")
+    "Render `n` image/mask pairs; picture `i` depends on `seed` and `i` alone. `MedsynError` below 16 px."
+    if n < 1 or size < 16:
+        raise MedsynError(f"cannot draw {n} lesions of {size} px: ask for 1 or more, of 16 px or more")
     pairs = [_draw_one(np.random.default_rng(seed_of(seed, 'lesion', i)), size) for i in range(n)]
     return np.stack([x for x, _ in pairs]), np.stack([m for _, m in pairs])
 
@@ -221,17 +247,18 @@ def _png(array):
         Image.fromarray(array).save(f, 'png', compress_level=4)
         return f.getvalue()
 
-def lesion_folder(path,             # the folder: new, empty, or made by the same call before
+def lesion_folder(path: str | Path, # the folder: new, empty, or made by the same call before
                   n: int,           # how many pairs
                   size: int = 64,   # side in pixels
                   seed: int = 0     # as in `draw_lesions`
                  ) -> Path:         # `path`
     "Write the pairs of `draw_lesions` as PNG files; `MedsynError` if the folder holds anything else."
-    if n < 1 or size < 16: raise MedsynError(f"cannot draw {n} lesions of {size} px: ask for 1 or more, of 16 px or more")
+    if n < 1 or size < 16:
+        raise MedsynError(f"cannot draw {n} lesions of {size} px: ask for 1 or more, of 16 px or more")
     path = open_run(path, dict(n=n, size=size, seed=seed), 'lesions')
     for i in range(n):
         files = path/'images'/f'{i:04d}.png', path/'masks'/f'{i:04d}.png'
         if all(f.exists() for f in files): continue
         image, mask = _draw_one(np.random.default_rng(seed_of(seed, 'lesion', i)), size)
-        write_atomic(files[0], _png(image)); write_atomic(files[1], _png(mask*255))
+        for file, array in zip(files, (image, mask*255), strict=True): write_atomic(file, _png(array))
     return path

@@ -21,14 +21,18 @@ def transform_mask(mask: np.ndarray,        # (H,W) uint8 in {0,1}
                    scale: float = 1.,       # about the lesion's centre; over 1 enlarges
                    dx: float = 0.,          # shift to the right as a share of the width
                    dy: float = 0.           # shift downwards as a share of the height
-                  ) -> tuple:               # mask (H,W) uint8 in {0,1}, and the share of the lesion's pixels that is still in the picture
+                  ) -> tuple: # mask (H,W) uint8 in {0,1}, and the share of the lesion that stays
     "Flip, then scale and shift a mask (nearest neighbour); `MedsynError` if it is empty."
-    if mask.ndim != 2 or not mask.any(): raise MedsynError(f"a mask of shape {mask.shape} with {int(mask.sum())} foreground pixels cannot be transformed: give (H,W) with a lesion")
+    if mask.ndim != 2 or not mask.any():
+        raise MedsynError(f"a mask of shape {mask.shape} with {int(mask.sum())} foreground pixels cannot "
+                          "be transformed: give (H,W) with a lesion")
     mask = mask[::-1 if flip_ud else 1, ::-1 if flip_lr else 1]
     (y, x), (H, W) = np.nonzero(mask), mask.shape
-    rows, cols = _source(H, y.mean() + .5, scale, dy), _source(W, x.mean() + .5, scale, dx)
-    seen = mask[max(rows[0], 0):max(rows[-1] + 1, 0), max(cols[0], 0):max(cols[-1] + 1, 0)].sum()/mask.sum()
-    return np.ascontiguousarray(mask[rows.clip(0, H-1)][:, cols.clip(0, W-1)]), float(seen)
+    rows = _source(H, y.mean() + .5, scale, dy)
+    columns = _source(W, x.mean() + .5, scale, dx)
+    visible = mask[max(rows[0], 0):max(rows[-1] + 1, 0), max(columns[0], 0):max(columns[-1] + 1, 0)]
+    moved = mask[rows.clip(0, H - 1)][:, columns.clip(0, W - 1)]
+    return np.ascontiguousarray(moved), float(visible.sum()/mask.sum())
 
 # %% ../../nbs/api/12_data.masks.ipynb #e99c3159
 def real_mask(mask: np.ndarray,             # (H,W) uint8 in {0,1}
@@ -42,17 +46,21 @@ def random_mask(mask: np.ndarray,           # (H,W) uint8 in {0,1} with a lesion
                 scale: tuple = (.7, 1.4),   # bounds of the scale
                 shift: float = .2,          # largest shift either way, as a share of the side
                 keep: float = .8,           # least share of the lesion's pixels that stays in the picture
-                least: float = .002,        # least share of the picture that the lesion covers (or its own, if smaller)
+                least: float = .002,        # least share that is lesion (or its own, if smaller)
                 most: float = .5,           # largest share (or its own, if larger)
                 tries: int = 50             # draws before giving up
-               ) -> tuple:                  # mask (H,W) uint8 in {0,1}, and what was drawn: kind, flip_lr, flip_ud, scale, dx, dy, tries
-    "A flipped, scaled and shifted mask (\"Random\", Table 3). `MedsynError` if no draw keeps the lesion in the picture."
+               ) -> tuple: # mask (H,W) uint8 in {0,1}, and kind, flip_lr, flip_ud, scale, dx, dy, tries
+    "A flipped, scaled and shifted mask (\"Random\", Table 3). `MedsynError` if every draw loses the lesion."
     low, high = min(least, mask.mean()), max(most, mask.mean())
     for i in range(1, tries + 1):
         flips = dict(zip(('flip_lr', 'flip_ud'), (rng.random(2) < .5).tolist()))
-        s, (dx, dy) = float(np.exp(rng.uniform(*np.log(scale)))), rng.uniform(-shift, shift, 2).tolist()
-        new, seen = transform_mask(mask, **flips, scale=s, dx=dx, dy=dy)
-        if seen >= keep and low <= new.mean() <= high: return new, dict(kind='random', **flips, scale=s, dx=dx, dy=dy, tries=i)
-    raise MedsynError(f"{tries} random transforms of a mask of {mask.shape[1]}x{mask.shape[0]} with {mask.mean():.1%} foreground all lost the lesion: lower `shift`, `scale` or `keep`, or leave this mask out")
+        s = float(np.exp(rng.uniform(*np.log(scale))))
+        dx, dy = rng.uniform(-shift, shift, 2).tolist()
+        new, visible = transform_mask(mask, **flips, scale=s, dx=dx, dy=dy)
+        if visible >= keep and low <= new.mean() <= high:
+            return new, dict(kind='random', **flips, scale=s, dx=dx, dy=dy, tries=i)
+    raise MedsynError(f"{tries} random transforms of a mask of {mask.shape[1]}x{mask.shape[0]} with "
+                      f"{mask.mean():.1%} foreground all lost the lesion: lower `shift`, "
+                      "`scale` or `keep`, or leave this mask out")
 
 MASK_KINDS = {'real': real_mask, 'random': random_mask}    # what `masks=` of synthesis may be

@@ -15,6 +15,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -30,7 +31,8 @@ from fastai.vision.augment import aug_transforms
 from PIL import Image
 from torch import Tensor
 
-from ..core import MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track, write_atomic
+from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
+                         write_atomic)
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3a75a316
 @dataclass(frozen=True, order=True)
@@ -41,11 +43,13 @@ class Pair:
     mask: Path      # of the image's size; two-valued, or read with `label=`
 
 # %% ../../nbs/api/11_data.pairs.ipynb #302f33ac
-IMAGE_WORDS = set('image images img imgs input inputs data original originals polyps frame frames photo photos'.split())
+IMAGE_WORDS = set('image images img imgs input inputs data original originals polyps frame frames '
+                  'photo photos'.split())
 MASK_WORDS = set('mask masks groundtruth ground truth gt gts label labels annotation annotations '
                  'segmentation segmentations seg'.split())
-LAYOUTS = ("images/ + masks/ (or image/ + mask/, Original/ + Ground Truth/), ISIC's *_Input/ + *_GroundTruth/, "
-           "<set>/images/ + <set>/masks/, or one folder with a.jpg + a_segmentation.png, a.png + a_mask.png or a.jpg + a.png")
+LAYOUTS = ("images/ + masks/ (or image/ + mask/, Original/ + Ground Truth/), "
+           "ISIC's *_Input/ + *_GroundTruth/, <set>/images/ + <set>/masks/, "
+           "or one folder with a.jpg + a_segmentation.png, a.png + a_mask.png or a.jpg + a.png")
 
 def _role(folder):
     "('image' or 'mask' or None, what remains of the name): 'masks_C1' -> ('mask', 'c1')."
@@ -59,7 +63,8 @@ def _role(folder):
 # %% ../../nbs/api/11_data.pairs.ipynb #4ef99fd4
 IMAGE_TYPES = set('.jpg .jpeg .png .tif .tiff .bmp .gif .webp'.split())
 VOLUME_TYPES = ('.nii', '.nii.gz', '.dcm', '.dicom', '.nrrd', '.mha', '.mhd')
-_NOTES = set('.csv .json .jsonl .txt .md .xml .html .htm .pdf .ini .db .yaml .yml .xlsx .zip .tar .gz'.split())
+_NOTES = set('.csv .json .jsonl .txt .md .xml .html .htm .pdf .ini .db .yaml .yml .xlsx '
+             '.zip .tar .gz'.split())
 
 def _is_volume(path): return path.name.lower().endswith(VOLUME_TYPES)
 def _is_note(path):
@@ -84,7 +89,8 @@ def _without_common_folder(found):
     return found
 
 # %% ../../nbs/api/11_data.pairs.ipynb #ef3fc9cd
-_SUFFIX = re.compile(r'[ _.-](segmentation|masks?|seg|gt|labels?|corrected|groundtruth)[ _-]?\d*$', re.IGNORECASE)
+_ENDINGS = 'segmentation|masks?|seg|gt|labels?|corrected|groundtruth'
+_SUFFIX = re.compile(rf'[ _.-]({_ENDINGS})[ _-]?\d*$', re.IGNORECASE)
 
 def _single_channel(path):
     "Whether a file's header announces one channel."
@@ -95,7 +101,7 @@ def _single_channel(path):
 def _lossless(path): return path.suffix.lower() not in ('.jpg', '.jpeg')
 
 def _mask_of_two(paths):
-    "The mask among two files of one stem: the one that is no JPEG, or else the one with a single channel; or `None`."
+    "The mask among two files of one stem: the one that is no JPEG, or else the one with a single channel."
     for is_mask in (_lossless, _single_channel):
         candidates = [p for p in paths if is_mask(p)]
         if len(candidates) == 1: return candidates[0]
@@ -125,9 +131,13 @@ def _only(path, role, folders):
                           "rename the one that is not meant")
     return filled[0]
 
+def _folders(path):
+    def hidden(name): return name.startswith('.') or name == '__MACOSX'
+    return [p for p in sorted(path.iterdir()) if p.is_dir() and not hidden(p.name)]
+
 def _collections(path, prefix='', depth=2):
     "The collections under a folder: list of (prefix, image files, mask files, other files)."
-    folders = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith('.') and p.name != '__MACOSX']
+    folders = _folders(path)
     roles = defaultdict(list)
     for p in folders: roles[_role(p.name)].append(p)
     out = []
@@ -157,8 +167,9 @@ def _one_split(path, collections, split):
         return [c for c in collections if _split_of(c) == split]
     splits = sorted({_split_of(c) for c in collections} - {None})
     if len(splits) > 1:
-        raise MedsynError(f"{path} holds several splits ({' and '.join(splits)}): give the folder of one of them, "
-                          f"or split={splits[-1]!r}, so that no test image is trained on")
+        raise MedsynError(f"{path} holds several splits ({' and '.join(splits)}): "
+                          f"give the folder of one of them, or split={splits[-1]!r}, "
+                          "so that no test image is trained on")
     return collections
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3c2a0b06
@@ -176,17 +187,19 @@ def _twice(kind, key, paths):
     if kind == 'masks' and len({p.stem for p in paths}) == len(paths):
         return _row(paths[1], f"{len(paths)} masks of one image {key!r} ({names})",
                     "keep one, or unite them in a copy: `clean_masks(folder, out)`")
-    return _row(paths[1], f"duplicate stem: {len(paths)} {kind} are called {key!r} ({names})", "keep one of them")
+    problem = f"duplicate stem: {len(paths)} {kind} are called {key!r} ({names})"
+    return _row(paths[1], problem, "keep one of them")
 
 def _pair_up(prefix, images, masks, other, unite=False):
-    "Pairs of one collection, and a row for everything that could not be paired; `unite`: several masks as a tuple."
+    "Pairs of one collection, and a row for what could not be paired; `unite`: several masks as a tuple."
     rows = [_unknown_type(p) for p in other]
     by_base = defaultdict(list)
     for key, paths in masks.items(): by_base[key if key in images else _SUFFIX.sub('', key)] += paths
     pairs = []
     for key in sorted({*images, *by_base}):
         of_image, of_mask = images.get(key, []), by_base.get(key, [])
-        if unite and len(of_mask) > 1 and len({p.stem for p in of_mask}) == len(of_mask): of_mask = [tuple(of_mask)]
+        if unite and len(of_mask) > 1 and len({p.stem for p in of_mask}) == len(of_mask):
+            of_mask = [tuple(of_mask)]
         if len(of_image) == len(of_mask) == 1: pairs.append(Pair(prefix + key, of_image[0], of_mask[0]))
         if len(of_image) > 1: rows.append(_twice('images', key, of_image))
         if len(of_mask) > 1: rows.append(_twice('masks', key, of_mask))
@@ -194,14 +207,14 @@ def _pair_up(prefix, images, masks, other, unite=False):
             remedy = f"add a mask called {Path(key).name}.png, or remove the image"
             rows += [_row(p, "unpaired image: it has no mask", remedy) for p in of_image]
         if not of_image:
-            rows += [_row(p, "unpaired mask: it has no image", "add the image of the same name, or remove the mask")
-                     for p in of_mask]
+            remedy = "add the image of the same name, or remove the mask"
+            rows += [_row(p, "unpaired mask: it has no image", remedy) for p in of_mask]
     return pairs, rows
 
 def save_list(path: str | Path, # the CSV file to write
               pairs: list       # of `Pair`
              ) -> Path:         # `path`
-    "Write pairs as a table (name, image, mask) that `find_pairs` opens like a folder: a split that can be kept."
+    "Write pairs as a table (name, image, mask) that `find_pairs` opens like a folder."
     rows = [dict(name=p.name, image=Path(p.image).resolve(), mask=Path(p.mask).resolve()) for p in pairs]
     return write_atomic(path, pd.DataFrame(rows, columns=['name', 'image', 'mask']).to_csv(index=False))
 
@@ -209,28 +222,34 @@ def _read_list(path):
     "The pairs of a table written by `save_list`; relative paths count from the table's folder."
     try: table = pd.read_csv(path, dtype=str)
     except (ValueError, OSError) as e:
-        raise MedsynError(f"{path} cannot be read as a table ({e}): give a CSV with columns name, image, mask") from e
+        raise MedsynError(f"{path} cannot be read as a table ({e}): give a CSV with columns name, image, "
+                          "mask") from e
     columns = ['name', 'image', 'mask']
     if not {*columns} <= {*table} or table[columns].isna().any(axis=None):
-        raise MedsynError(f"{path} is no list of pairs: give a CSV with columns name, image, mask and no empty cell")
-    return sorted(Pair(name, path.parent/image, path.parent/mask) for name, image, mask in table[columns].values)
+        raise MedsynError(f"{path} is no list of pairs: give a CSV with columns name, image, "
+                          "mask and no empty cell")
+    rows = table[columns].itertuples(index=False)
+    return sorted(Pair(name, path.parent/image, path.parent/mask) for name, image, mask in rows)
 
 # %% ../../nbs/api/11_data.pairs.ipynb #90dbb144
 def _no_pairs(path, where=None):
     "The error for a folder without pairs: what is there instead, and which layouts are known."
     volumes = [p for p in sorted(path.rglob('*')) if p.is_file() and _is_volume(p)]
     if volumes and not where:
-        return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({_short(volumes[0], path)}): "
+        first = _short(volumes[0], path)
+        return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({first}): "
                            "write their slices as PNG files into images/ and masks/ first")
-    above = " (did you mean the folder above it?)" if _role(path.name)[0] else ""
-    return MedsynError(f"no image/mask pairs in {path}{above if not where else f' with {where}'}: known layouts are {LAYOUTS}")
+    hint = " (did you mean the folder above it?)" if _role(path.name)[0] else ""
+    if where: hint = f" with {where}"
+    return MedsynError(f"no image/mask pairs in {path}{hint}: known layouts are {LAYOUTS}")
 
 def _scan(path, split=None, unite=False):
     "All pairs of a folder or a list, sorted by name, and the rows of what could not be paired."
     path = Path(path)
     if path.suffix == '.csv' and path.is_file(): return _read_list(path), []
     if not path.is_dir():
-        raise MedsynError(f"{path} is {'a file' if path.exists() else 'not there'}: give the folder that holds images and masks")
+        raise MedsynError(f"{path} is {'a file' if path.exists() else 'not there'}: "
+                          "give the folder that holds images and masks")
     collections = _collections(path)
     if not collections: raise _no_pairs(path)
     found = [_pair_up(*c, unite) for c in _one_split(path, collections, split)]
@@ -242,7 +261,8 @@ def _where(path, pairs, where):
     "The pairs whose line in `manifest.csv` has the wanted values."
     table = Path(path)/'manifest.csv'
     if not table.exists():
-        raise MedsynError(f"{table} does not exist: `where` selects through a table whose first column is the pair's name")
+        raise MedsynError(f"{table} does not exist: `where` selects through a table whose first column is "
+                          "the pair's name")
     manifest = pd.read_csv(table, dtype=str)
     manifest.index = manifest.iloc[:, 0]
     keep = pd.Series(True, manifest.index)
@@ -255,12 +275,12 @@ def _where(path, pairs, where):
     names = set(manifest.index[keep])
     return [p for p in pairs if p.name in names]
 
-def find_pairs(path: str | Path,        # folder in one of the known layouts, or a list written by `save_list`
+def find_pairs(path: str | Path,  # folder in one of the known layouts, or a list written by `save_list`
                strict: bool = True,     # False: leave out what has no partner instead of refusing
                where: dict = None,      # column of manifest.csv -> value or list of values
                split: str = None        # 'train', 'validation' or 'test', where a folder holds several
               ) -> list:                # of `Pair`, sorted by name
-    "The pairs of a folder, matched by name. `MedsynError` if there are none, if a file has no partner, or if a stem occurs twice."
+    "The pairs of a folder, matched by name; `MedsynError` if there are none, or a file does not pair up."
     pairs, rows = _scan(path, split)
     if rows and strict:
         first = '; '.join(f"{_short(r['file'], path)}: {r['problem']}" for r in rows[:3])
@@ -292,7 +312,9 @@ def _listed_images(path):
         raise MedsynError(f"{path} is no list of images: give a CSV with a column image and no empty cell")
     files = [path.parent/name for name in table['image']]
     missing = [f for f in files if not f.is_file()]
-    if missing: raise MedsynError(f"{path} names {missing[0]}, which does not exist ({len(missing)} missing in all): correct the list")
+    if missing:
+        raise MedsynError(f"{path} names {missing[0]}, which does not exist ({len(missing)} missing in "
+                          "all): correct the list")
     return files
 
 def find_images(path: str | Path    # folder of images, folder with `images`, or a CSV with a column `image`
@@ -300,15 +322,20 @@ def find_images(path: str | Path    # folder of images, folder with `images`, or
     "The images of a folder or list; `MedsynError` if there are none, or a file of unknown type among them."
     path = Path(path)
     if path.suffix.lower() == '.csv' and path.is_file(): return sorted(_listed_images(path))
-    if not path.is_dir(): raise MedsynError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder of images")
+    if not path.is_dir():
+        raise MedsynError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder of images")
     folders = [p for p in sorted(path.iterdir()) if p.is_dir() and _role(p.name) == ('image', '')]
     if len(folders) > 1:
-        raise MedsynError(f"{path} has two folders of images ({folders[0].name!r} and {folders[1].name!r}): give one of them")
+        raise MedsynError(f"{path} has two folders of images ({folders[0].name!r} and "
+                          f"{folders[1].name!r}): give one of them")
     found, other = _files(folders[0] if folders else path, deep=bool(folders))
     if other:
-        raise MedsynError(f"{other[0]} is of a type that is not read ({len(other)} such files): convert it to PNG, or move it out")
+        raise MedsynError(f"{other[0]} is of a type that is not read ({len(other)} such files): "
+                          "convert it to PNG, or move it out")
     images, _ = _flat(found)
-    if not images: raise MedsynError(f"no image in {path}: give a folder with {', '.join(sorted(IMAGE_TYPES))} files, or one with images/")
+    if not images:
+        raise MedsynError(f"no image in {path}: give a folder with {', '.join(sorted(IMAGE_TYPES))} files, "
+                          "or one with images/")
     return sorted(file for files in images.values() for file in files)
 
 # %% ../../nbs/api/11_data.pairs.ipynb #c0ddde41
@@ -317,7 +344,8 @@ FITS = ('stretch', 'pad', 'crop')
 def _sides(size):
     "(height, width) of a size given as one number or two."
     sides = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
-    if len(sides) != 2 or min(sides) < 1: raise MedsynError(f"size={size!r} is no size: give the side, or (height, width), in pixels")
+    if len(sides) != 2 or min(sides) < 1:
+        raise MedsynError(f"size={size!r} is no size: give the side, or (height, width), in pixels")
     return int(sides[0]), int(sides[1])
 
 def _resized(picture, sides, smooth):
@@ -339,7 +367,7 @@ class Geometry:
 
     @property
     def boxes(self) -> tuple:
-        "Two boxes (top, left, height, width): what is shown of the original, and where it lies in the result."
+        "Two boxes (top, left, height, width): what is shown of the original, and where it lies."
         (H, W), (h, w) = self.original, self.size
         whole, full = (0, 0, H, W), (0, 0, h, w)
         if self.fit == 'stretch': return whole, full
@@ -373,7 +401,7 @@ class Geometry:
     def to_original(self, mask: np.ndarray) -> np.ndarray:
         "A mask (h,w), or a float32 map of probabilities, at the original size; 0 where nothing was shown."
         if mask.shape != self.size:
-            raise MedsynError(f"a mask of {mask.shape} is not of the size {self.size} that this geometry leads to: "
+            raise MedsynError(f"a mask of {mask.shape} is not of the size {self.size} of this geometry: "
                               "give the prediction as the network made it")
         shown, placed = self.boxes
         return self._move(mask, placed, shown, self.original, smooth=mask.dtype.kind == 'f')
@@ -404,22 +432,25 @@ def _open(path, what, page=None):
         stored = _stored_mode(im)
         im.load()
     except FileNotFoundError as e: raise MedsynError(f"{what} {path} does not exist: check the path") from e
-    except Exception as e:      # pillow's decoders raise OSError, SyntaxError, ValueError, DecompressionBombError ...
+    # pillow's decoders raise OSError, SyntaxError, ValueError, DecompressionBombError ...
+    except Exception as e:
         cut = 'truncat' in str(e).lower() or 'broken' in str(e).lower()
         problem = 'is cut short or damaged' if cut else 'cannot be read'
         raise MedsynError(f"{what} {path} {problem} ({e}): copy or export it again") from e
     if page is not None and not 0 <= page < _pages(im):
         raise MedsynError(f"{what} {path} has no page {page}: it has {_pages(im)}, counted from 0")
     im.stored_mode = stored
-    im.deep_colour = bool(re.fullmatch(r'(RGB.?|LA|CMYK);16[BLN]?', stored))    # pillow keeps the upper 8 of 16 bits
+    # pillow keeps the upper 8 of 16 bits
+    im.deep_colour = bool(re.fullmatch(r'(RGB.?|LA|CMYK);16[BLN]?', stored))
     return im
 
 def _one_page(im, path, what, page):
     if page is None and _pages(im) > 1:
-        raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with page=, or save the frame you mean as PNG")
+        raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with page=, "
+                          "or save the frame you mean as PNG")
 
 def _low_bytes(path, stored, page):
-    "The lower 8 of 16 bits per channel, by reading the file with the other order of bytes; `None` if pillow cannot."
+    "The lower 8 of 16 bits per channel, read with the other order of bytes; `None` if pillow cannot."
     swapped = stored[:-1] + {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}[stored[-1]]
     im = Image.open(path)
     if page is not None: im.seek(page)
@@ -435,7 +466,8 @@ def _full_values(im, path, page=None):
     stored = im.stored_mode
     low = _low_bytes(path, stored, page) if stored[:3] == 'RGB' and stored[-1] in 'BLN' else None
     if low is None:
-        raise MedsynError(f"image {path} has 16-bit colours ({stored} in a {im.format} file), which are not read: save it as 16-bit RGB PNG")
+        raise MedsynError(f"image {path} has 16-bit colours ({stored} in a {im.format} file), "
+                          "which are not read: save it as 16-bit RGB PNG")
     return (np.asarray(im).astype(np.uint16)*256 + low)[..., :3]
 
 def auto_window(values: np.ndarray  # of any shape, not all nan
@@ -461,18 +493,23 @@ def _eight_bits(im, path, window, page=None):
     values = _full_values(im, path, page)
     if window is None:
         lo, hi = auto_window(values)
-        raise MedsynError(f"image {path} has more than 8 bits per channel: choose what you want to see with window=(lo, hi), "
-                          f"for example ({lo:.6g}, {hi:.6g}), or window='auto' for the percentiles 0.5 and 99.5 of each file")
-    window = auto_window(values) if isinstance(window, str) and window == 'auto' else window
-    return Image.fromarray(through_window(values, window)).convert('RGB')
+        raise MedsynError(f"image {path} has more than 8 bits per channel: choose what you want to see with "
+                          f"window=(lo, hi), for example ({lo:.6g}, {hi:.6g}), or window='auto' for the "
+                          "percentiles 0.5 and 99.5 of each file")
+    return Image.fromarray(through_window(values, _window_of(values, window))).convert('RGB')
+
+def _window_of(values, window):
+    "(lo, hi) of a window that may be 'auto'."
+    if isinstance(window, str): pick(window, ['auto'], 'window')
+    return auto_window(values) if isinstance(window, str) else tuple(window)
 
 def read_image(path: str | Path,            # an image file
-               size: int | tuple = None,    # side, or (height, width), in pixels (bilinear, antialiased); `None`: as stored
+               size: int | tuple = None,    # side, or (height, width), in pixels; `None`: as stored
                window: tuple | str = None,  # (lo, hi) or 'auto', for more than 8 bits per channel
                page: int = None,            # which page of a file with several, from 0
                fit: str = 'stretch'         # how another aspect ratio is met: see `Geometry`
               ) -> np.ndarray:              # uint8 (H,W,3)
-    "One image; `MedsynError` if it is unreadable, has several pages or more than 8 bits, and nothing says how to read them."
+    "One image; `MedsynError` if it is unreadable, or has several pages or 16 bits and no choice is given."
     im = _open(path, 'image', page)
     _one_page(im, path, 'image', page)
     image = np.array(_eight_bits(im, path, window, page))
@@ -481,7 +518,9 @@ def read_image(path: str | Path,            # an image file
 # %% ../../nbs/api/11_data.pairs.ipynb #09389641
 _THRESHOLD = 'threshold it at 128 and save it as PNG (`clean_masks` does it for a whole folder)'
 
-def _colour_number(rgb): return (rgb[..., 0].astype(np.int64) << 16) + (rgb[..., 1].astype(np.int64) << 8) + rgb[..., 2]
+def _colour_number(rgb):
+    red, green, blue = (rgb[..., channel].astype(np.int64) for channel in range(3))
+    return (red << 16) + (green << 8) + blue
 
 def _plane(im):
     "The one plane of values of a mask image, and what is unusual about its format ('' if nothing)."
@@ -495,7 +534,8 @@ def _plane(im):
     if im.mode == 'L': return np.asarray(im), ''
     rgba = np.asarray(im.convert('RGBA'))
     if np.ptp(rgba[..., 3]): return None, 'transparency'
-    if (rgba[..., :1] == rgba[..., :3]).all(): return rgba[..., 0], 'alpha channel' if im.mode in ('RGBA', 'LA', 'PA') else ''
+    if (rgba[..., :1] == rgba[..., :3]).all():
+        return rgba[..., 0], 'alpha channel' if im.mode in ('RGBA', 'LA', 'PA') else ''
     numbers = _colour_number(rgba)
     colours = np.unique(numbers)
     return (numbers, 'colour') if len(colours) <= 64 else (None, f'{len(colours)} colours')
@@ -511,7 +551,7 @@ def _cause(plane, values, unusual, jpeg):
     if unusual == 'colour' or n <= 20 and near_ends < .98 or n < 5 and top < 20:
         listed = ', '.join(_value_text(v, unusual) for v in values[:6].tolist())
         return (f"several classes ({listed}{', ...' if n > 6 else ''})",
-                'choose the foreground with label= (one value or several), or make one mask with it as 255 and all else 0')
+                'choose the foreground with label= (one or several), or save it as 255 and the rest as 0')
     if near_ends > .8: return 'a soft edge, as smooth resizing or an earlier JPEG leaves it', _THRESHOLD
     return ('a grey picture: a photograph, or a probability map',
             'is this the mask? if it is, threshold it and save it as PNG')
@@ -520,20 +560,29 @@ def _cause(plane, values, unusual, jpeg):
 _SAVE = 'save it as a one-channel PNG with 0 and 255'
 _UNUSUAL = {'16-bit': 'mask with 16 bits', 'palette': 'mask with a palette', 'colour': 'mask in colour',
             'alpha channel': 'mask with an alpha channel (RGBA)'}
-_EMPTY = ('empty mask: it has no foreground', 'right for an image without a lesion, otherwise draw the lesion', 'warning')
+_EMPTY = ('empty mask: it has no foreground',
+          'right for an image without a lesion, otherwise annotate the lesion', 'warning')
 
 def _label_values(label):
     "The numbers that `label` names: 2, '#ff0000' or several of them."
     several = label if isinstance(label, (list, tuple, set)) else [label]
-    try: return [int(v.lstrip('#'), 16) if isinstance(v, str) and v.startswith('#') else int(v) for v in several]
+    def number(value):
+        hexadecimal = isinstance(value, str) and value.startswith('#')
+        return int(value[1:], 16) if hexadecimal else int(value)
+    try: return [number(value) for value in several]
     except ValueError as e:
-        raise MedsynError(f"label={label!r} is no label: give a number, a colour such as '#ff0000', or several") from e
+        raise MedsynError(f"label={label!r} is no label: give a number, a colour such as '#ff0000', "
+                          "or several") from e
+
+def _fault(problem, remedy): return None, [(problem, remedy, 'error')]
 
 def _labelled(plane, values, label, jpeg):
     "`_judge` where the foreground is chosen by `label`."
-    if jpeg: return None, [('mask is a JPEG file, whose values are not exact: no label can be picked', _THRESHOLD, 'error')]
+    if jpeg:
+        return _fault('mask is a JPEG file, whose values are not exact: no label can be picked', _THRESHOLD)
     if len(values) > 64:
-        return None, [(f'mask has {len(values)} values: a grey picture has no labels', 'is this the mask? give one with classes', 'error')]
+        problem = f'mask has {len(values)} values: a grey picture has no labels'
+        return _fault(problem, 'is this the mask? give one with classes')
     mask = np.isin(plane, _label_values(label)).astype(np.uint8)
     return mask, [] if mask.any() else [_EMPTY]
 
@@ -541,32 +590,31 @@ def _judge(im, label=None):
     "Mask uint8 (H,W) in {0,1} or `None`, and the problems: list of (problem, remedy, severity)."
     plane, unusual = _plane(im)
     if plane is None and unusual == 'transparency':
-        return None, [('mask not two-valued: it has transparency (RGBA)', f'{_SAVE}, without alpha channel', 'error')]
+        return _fault('mask not two-valued: it has transparency (RGBA)', f'{_SAVE}, without alpha channel')
     if plane is None:
-        likely = 'JPEG artefacts, or not a mask at all'
-        return None, [(f'mask not two-valued: {unusual}; {likely}', _SAVE, 'error')]
+        return _fault(f'mask not two-valued: {unusual}; JPEG artefacts, or not a mask at all', _SAVE)
     values, jpeg = np.unique(plane), im.format in ('JPEG', 'MPO')
     if label is not None: return _labelled(plane, values, label, jpeg)
     if len(values) == 1 and values[0] == 0: return np.zeros(plane.shape, np.uint8), [_EMPTY]
     if len(values) == 1:
         full = f'full mask: every pixel is {_value_text(values[0], unusual)}'
-        return np.ones(plane.shape, np.uint8), [(full, 'draw the lesion, or remove the pair', 'error')]
+        return np.ones(plane.shape, np.uint8), [(full, 'annotate the lesion, or remove the pair', 'error')]
     if len(values) > 2 or values[0] != 0:
         cause, remedy = _cause(plane, values, unusual, jpeg)
         ends = ' to '.join(_value_text(v, unusual) for v in (values[0], values[-1]))
-        return None, [(f'mask not two-valued: {len(values)} values from {ends}, likely {cause}', remedy, 'error')]
+        return _fault(f'mask not two-valued: {len(values)} values from {ends}, likely {cause}', remedy)
     what = _UNUSUAL.get(unusual)
     if not what and values[-1] != 255: what = f'mask holds 0 and {values[-1]} instead of 0 and 255'
     problems = [(f'{what}: accepted, but easily misread by other programs', _SAVE, 'warning')] if what else []
     return (plane > 0).astype(np.uint8), problems
 
 def read_mask(path: str | Path,                 # an image file with two values, or with classes
-              size: int | tuple = None,         # side, or (height, width), in pixels (nearest); `None`: as stored
+              size: int | tuple = None,  # side, or (height, width), in pixels (nearest); `None`: as stored
               label: int | str | list = None,   # value or values of the foreground; `None`: all that is not 0
               page: int = None,                 # which page of a file with several, from 0
               fit: str = 'stretch'              # how another aspect ratio is met: see `Geometry`
              ) -> np.ndarray:                   # uint8 (H,W) in {0,1}
-    "One mask; `MedsynError` if it is unreadable or not two-valued. An empty or full mask is returned as it is."
+    "One mask; `MedsynError` if it is unreadable or not two-valued. Empty and full masks are returned."
     im = _open(path, 'mask', page)
     _one_page(im, path, 'mask', page)
     mask, problems = _judge(im, label)
@@ -577,16 +625,17 @@ def read_mask(path: str | Path,                 # an image file with two values,
 def read_pair(pair: Pair,                       # what to read
               size: int | tuple = None,         # side, or (height, width), in pixels; `None`: as stored
               fit: str = 'stretch',             # how another aspect ratio is met: see `Geometry`
-              window: tuple | str = None,       # (lo, hi) or 'auto', for images of more than 8 bits per channel
+              window: tuple | str = None,  # (lo, hi) or 'auto', for images of more than 8 bits per channel
               page: int = None,                 # which page of files with several, from 0
-              label: int | str | list = None    # value or values of the foreground; `None`: all that is not 0
+              label: int | str | list = None  # value or values of the foreground; `None`: all that is not 0
              ) -> tuple:                        # image uint8 (H,W,3) and mask uint8 (H,W) in {0,1}
-    "Image and mask (bilinear and nearest when resized); `MedsynError` if either is unusable or their sizes differ."
+    "Image and mask, resized bilinear and nearest; `MedsynError` if one is unusable or the sizes differ."
     image = read_image(pair.image, window=window, page=page)
     mask = read_mask(pair.mask, label=label, page=page if _pages_of(pair.mask) > 1 else None)
     if image.shape[:2] != mask.shape:
-        raise MedsynError(f"{pair.image} is {image.shape[1]}x{image.shape[0]} but its mask {pair.mask.name} is "
-                          f"{mask.shape[1]}x{mask.shape[0]}: export both at the same size")
+        sizes = [f'{array.shape[1]}x{array.shape[0]}' for array in (image, mask)]
+        raise MedsynError(f"{pair.image} is {sizes[0]} but its mask {pair.mask.name} is {sizes[1]}: "
+                          "export both at the same size")
     if size is None: return image, mask
     geometry = Geometry(mask.shape, size, fit)
     return geometry.image(image), geometry.mask(mask)
@@ -599,7 +648,7 @@ def _pages_of(path):
 # %% ../../nbs/api/11_data.pairs.ipynb #558dae86
 def foreground_values(pairs: list   # of `Pair`
                      ) -> dict:     # value as text ('2', '#ff0000') -> mask files that hold it
-    "The values other than 0 in masks, file by file; masks that cannot be read, JPEG files and grey pictures are left out."
+    "The values other than 0 in masks, file by file, without unreadable masks, JPEG files and grey pictures."
     files = defaultdict(list)
     for p in track(pairs, 'reading masks'):
         try: im = _open(p.mask, 'mask')
@@ -616,7 +665,8 @@ def _classes(pairs):
     values = foreground_values(pairs)
     n_values = Counter(file for files in values.values() for file in files)
     single = {value: sum(n_values[file] == 1 for file in files) for value, files in values.items()}
-    single = {value: n for value, n in single.items() if n}          # a file with several classes is refused by itself
+    # a file with several classes is refused by itself
+    single = {value: n for value, n in single.items() if n}
     if len(single) < 2 or {*single} <= {'1', '255', '65535', '#ffffff'}: return ''
     counts = ', '.join(f"{value} in {n} file{'s'*(n > 1)}" for value, n in sorted(single.items())[:6])
     return f"the masks hold several classes ({counts}{', ...' if len(single) > 6 else ''})"
@@ -634,8 +684,9 @@ def same_images(a: list,    # image files or `Pair`s
                 b: list     # image files or `Pair`s
                ) -> list:   # files of `a` (`Path`) whose pixels are those of an image of `b`
     "The images of `a` that are also in `b`, by their decoded pixels."
-    in_b = {content_hash(read_image(_file_of(item))) for item in track(b, 'comparing')}
-    return [_file_of(item) for item in track(a, 'comparing') if content_hash(read_image(_file_of(item))) in in_b]
+    def pixels(item): return content_hash(read_image(_file_of(item)))
+    in_b = {pixels(item) for item in track(b, 'comparing')}
+    return [_file_of(item) for item in track(a, 'comparing') if pixels(item) in in_b]
 
 # %% ../../nbs/api/11_data.pairs.ipynb #b713e942
 def _fingerprint(im, side=24):
@@ -651,7 +702,10 @@ def _duplicates(files, prints, least=.95, block=1024):
         for j, correlation in enumerate(prints[start:start + block] @ prints.T, start):
             earlier = np.flatnonzero(correlation[:j] >= least)
             if not len(earlier): continue
-            yield _row(files[j], f"near-duplicate of {files[earlier[0]]}", "keep one of them, or keep them in the same split", 'warning')
+            remedy = "keep one of them, or keep them in the same split"
+            yield _row(files[j], f"near-duplicate of {files[earlier[0]]}", remedy, 'warning')
+
+_CHOOSE_PAGE = 'choose one with page=, or save the frame you mean as PNG'
 
 def _check_image(path, stride, window, page):
     "Problems of one image file, and the picture (`None` if unreadable)."
@@ -660,15 +714,16 @@ def _check_image(path, stride, window, page):
     if (im.mode in _DEEP or im.deep_colour) and window is None:
         try: advice = "window=({:.6g}, {:.6g})".format(*auto_window(_full_values(im, path, page)))
         except MedsynError: advice = 'window=(lo, hi)'
-        rows.append(_row(path, 'image has more than 8 bits per channel',
-                         f"choose what you want to see with {advice} or window='auto', or convert it to 8 bits"))
+        remedy = f"choose what you want to see with {advice} or window='auto', or convert it to 8 bits"
+        rows.append(_row(path, 'image has more than 8 bits per channel', remedy))
     if im.mode == 'CMYK':
-        rows.append(_row(path, 'image is CMYK, made for print: its colours may come out wrong', 'convert it to RGB', 'warning'))
+        problem = 'image is CMYK, made for print: its colours may come out wrong'
+        rows.append(_row(path, problem, 'convert it to RGB', 'warning'))
     if min(im.size) < stride:
-        rows.append(_row(path, f"image of {im.size[0]}x{im.size[1]} is smaller than the network's stride {stride}",
-                         'use larger images, or remove it'))
+        problem = f"image of {im.size[0]}x{im.size[1]} is smaller than the network's stride {stride}"
+        rows.append(_row(path, problem, 'use larger images, or remove it'))
     if page is None and _pages(im) > 1:
-        rows.append(_row(path, f'image holds {_pages(im)} frames', 'choose one with page=, or save the frame you mean as PNG'))
+        rows.append(_row(path, f'image holds {_pages(im)} frames', _CHOOSE_PAGE))
     return im, rows
 
 # %% ../../nbs/api/11_data.pairs.ipynb #7d917418
@@ -679,7 +734,7 @@ def _check_mask(path, label, page):
     im = _open(path, 'mask', page if _pages_of(path) > 1 else None)
     rows = [_row(path, *problem) for problem in _judge(im, label)[1]]
     if page is None and _pages(im) > 1:
-        rows.append(_row(path, f'mask holds {_pages(im)} frames', 'choose one with page=, or save the frame you mean as PNG'))
+        rows.append(_row(path, f'mask holds {_pages(im)} frames', _CHOOSE_PAGE))
     return im, rows
 
 def _check_one(pair, stride, window, page, label):
@@ -695,7 +750,8 @@ def _check_one(pair, stride, window, page, label):
         rows += of_mask
     except MedsynError as e: rows.append(_row(pair.mask, _blame(e, pair.mask), 'copy or export it again'))
     if image and mask and image.size != mask.size:
-        turned = ' (the image carries a rotation tag: save it turned)' if image.getexif().get(0x0112, 1) > 4 else ''
+        tagged = image.getexif().get(0x0112, 1) > 4
+        turned = ' (the image carries a rotation tag: save it turned)' if tagged else ''
         sizes = f"image {image.size[0]}x{image.size[1]}, mask {mask.size[0]}x{mask.size[1]}"
         rows.append(_row(pair.mask, f"size mismatch: {sizes}{turned}", 'export both at the same size'))
     return rows, _fingerprint(image) if image and image.mode not in _DEEP else None
@@ -706,16 +762,19 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
                 window: tuple | str = None,     # as in `read_pair`, as are the next two
                 page: int = None,
                 label: int | str | list = None
-               ) -> pd.DataFrame:   # columns file, problem, remedy, severity ('error' or 'warning'); no rows: all is well
-    "Every problem of a set of pairs. `MedsynError` only if the folder does not exist or has none of the known layouts."
+               ) -> pd.DataFrame: # file, problem, remedy, severity (error or warning); no rows: all is well
+    "Every problem of a set of pairs; `MedsynError` only if the folder is missing or of no known layout."
     root = None if isinstance(pairs, (list, tuple)) else Path(pairs)
     pairs, rows = (list(pairs), []) if root is None else _scan(root)
     names = Counter(p.name for p in pairs)
-    rows += [_row(name, 'duplicate stem: two pairs have this name', 'rename one of them') for name, n in names.items() if n > 1]
+    twice = [name for name, n in names.items() if n > 1]
+    rows += [_row(name, 'duplicate stem: two pairs have this name', 'rename one of them') for name in twice]
     if len(pairs) < least:
-        rows.append(_row(root or 'all', f'only {len(pairs)} pairs', f'at least {least} are needed for training and validation'))
+        remedy = f'at least {least} are needed for training and validation'
+        rows.append(_row(root or 'all', f'only {len(pairs)} pairs', remedy))
     classes = '' if label is not None else _classes(pairs)
-    if classes: rows.append(_row(root or 'all', classes, 'choose the foreground with label= (one value or several)'))
+    if classes:
+        rows.append(_row(root or 'all', classes, 'choose the foreground with label= (one value or several)'))
     files, prints = [], []
     for p in track(pairs, 'checking'):
         problems, fingerprint = _check_one(p, stride, window, page, label)
@@ -751,16 +810,16 @@ def _clean_image(path, window, page):
     deep = im.mode in _DEEP or im.deep_colour
     if not deep and _pages(im) == 1: return Path(path).read_bytes(), Path(path).suffix, None
     used = None
-    if deep: used = auto_window(_full_values(im, path, page)) if isinstance(window, str) else window
+    if deep: used = _window_of(_full_values(im, path, page), window)
     return _png_bytes(np.asarray(_eight_bits(im, path, used, page))), '.png', used
 
 def clean_masks(path: str | Path,               # folder in a known layout
-                out: str | Path,                # new folder: out/images (as they are where they can be) and out/masks (PNG, 0 and 255)
+                out: str | Path,                # new folder: out/images and out/masks (PNG, 0 and 255)
                 threshold: int = 128,           # foreground is what is at least this (0 to 255)
                 label: int | str | list = None, # or what has this value, or one of these
-                window: tuple | str = 'auto',   # (lo, hi) for images of more than 8 bits; 'auto': percentiles 0.5 and 99.5 of each file
+                window: tuple | str = 'auto',   # (lo, hi) for more than 8 bits; 'auto': see `auto_window`
                 page: int = None                # which page of files with several, from 0
-               ) -> pd.DataFrame:               # a row per pair: name, unsure (share of pixels between 10% and 90%), masks (how many were united), window
+               ) -> pd.DataFrame: # name, unsure (share between 10% and 90%), masks (united), window
     "Write a copy of a set of pairs with two-valued masks; `MedsynError` if `out` holds anything else."
     pairs, problems = _scan(path, unite=True)
     if problems: find_pairs(path)               # names what does not pair up
@@ -784,7 +843,7 @@ def clean_masks(path: str | Path,               # folder in a known layout
 # %% ../../nbs/api/11_data.pairs.ipynb #85223663
 @lru_cache(64)
 def _groups_of(table, changed):
-    "Name -> group of a `manifest.csv`, whose first column is the pair's name; `changed` is its time of change."
+    "Name -> group of a `manifest.csv`, whose first column is the pair's name; `changed`: its time of change."
     manifest = pd.read_csv(table, dtype=str)
     if 'group' not in manifest: return {}
     known = manifest.dropna(subset='group')
@@ -792,7 +851,7 @@ def _groups_of(table, changed):
 
 def group_of(pair: Pair     # from `find_pairs`
             ) -> str:       # its group (patient, video), or its name
-    "What a split keeps together: the column `group` of the `manifest.csv` beside the pair's folder, else the pair's name."
+    "What a split keeps together: the column `group` of the `manifest.csv` beside the pair, else its name."
     image = Path(pair.image)
     for folder in (image.parent, image.parent.parent):
         table = folder/'manifest.csv'
@@ -803,16 +862,18 @@ def group_of(pair: Pair     # from `find_pairs`
 
 # %% ../../nbs/api/11_data.pairs.ipynb #a58030d0
 def split_pairs(pairs: list,            # of `Pair`
-                valid: float = .1,      # share to hold out, in (0,1); at least one group goes to either side
+                valid: float = .1,  # share to hold out, in (0,1); at least one group goes to either side
                 seed: int = 0,          # another seed, another split
-                group=group_of          # function of a pair: pairs with equal results are never divided; `None`: every pair by itself
+                group: Callable = group_of  # equal results stay together; `None`: each pair by itself
                ) -> tuple:              # training pairs and validation pairs, each sorted by name
-    "Hold out a random share of the pairs, whole groups at a time; `MedsynError` if there are fewer than two groups."
-    if not 0 < valid < 1: raise MedsynError(f"valid={valid} is no share to hold out: give a number between 0 and 1")
+    "Hold out a random share of the pairs, whole groups at a time; `MedsynError` if there is only one group."
+    if not 0 < valid < 1:
+        raise MedsynError(f"valid={valid} is no share to hold out: give a number between 0 and 1")
     groups = defaultdict(list)
     for p in sorted(pairs): groups[group(p) if group else p.name].append(p)
     if len(groups) < 2:
-        raise MedsynError(f"{len(groups)} group of pairs cannot be split into training and validation: give two or more")
+        raise MedsynError(f"{len(groups)} group of pairs cannot be split into training and validation: "
+                          "give two or more")
     order = np.random.default_rng(seed_of(seed, 'split')).permutation(len(groups))
     names, held_out = list(groups), []
     for k in order[:-1]:
@@ -866,7 +927,8 @@ def random_stream(seed: int,        # in [0, 2**63)
     device, state = torch.device(device), random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         try:
-            random.seed(seed); torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)
             if device.type == 'cuda':
                 with torch.cuda.device(device): torch.cuda.manual_seed(seed)
             yield
@@ -901,18 +963,21 @@ class SeededDL(TfmdDL):
         try: return super().one_batch()
         finally: self.epoch = epoch
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
 
 # %% ../../nbs/api/11_data.pairs.ipynb #286feb8d
-AUGMENT = {'full': dict(flip_vert=True, max_rotate=10., min_zoom=1., max_zoom=1.15, max_warp=0., max_lighting=.2),
+AUGMENT = {'full': dict(flip_vert=True, max_rotate=10., min_zoom=1., max_zoom=1.15, max_warp=0.,
+                        max_lighting=.2),
            'flip': dict(flip_vert=True, max_rotate=0., max_zoom=1., max_warp=0., max_lighting=0.),
            'strong': None, 'none': None}
 
 def _elastic(h, w, mean=.02):
-    "kornia's settings for an elastic deformation whose bumps are a twelfth of the picture and move it by `mean` of its side."
+    "kornia's elastic deformation with bumps of a twelfth of the picture, moved by `mean` of its side."
     sigma = h/12, w/12
     kernel = tuple(2*int(3*s + .99) + 1 for s in sigma)
-    alpha = tuple(2*mean*s/.163 for s in reversed(sigma))       # smoothed uniform noise has a deviation of .163/sigma
+    # smoothed uniform noise has a deviation of .163/sigma
+    alpha = tuple(2*mean*s/.163 for s in reversed(sigma))
     return dict(kernel_size=kernel, sigma=sigma, alpha=alpha, padding_mode='reflection')
 
 @lru_cache(8)
@@ -943,7 +1008,7 @@ def _warped(part, geometry, draws):
 def _has_lesion(mask): return (mask.as_subclass(Tensor) > 0).flatten(1).any(1)
 
 class StrongAugment(ItemTransform):
-    "Strong augmentation of a training batch: every image of its tuple gets the same draws, every mask the same geometry."
+    "Strong augmentation of a batch: all images of its tuple get the same draws, all masks the same geometry."
     order, split_idx = 30, 0
     def encodes(self, batch):
         image = batch[0].as_subclass(Tensor)
@@ -953,9 +1018,11 @@ class StrongAugment(ItemTransform):
         colour(moved)
         colour_draws = colour._params
 
-        keep = torch.zeros(len(image), dtype=torch.bool, device=image.device)      # samples that would lose their lesion
+        # samples that would lose their lesion
+        keep = torch.zeros(len(image), dtype=torch.bool, device=image.device)
         for part in batch:
-            if isinstance(part, TensorMask): keep |= _has_lesion(part) & ~_has_lesion(_warped(part, geometry, draws))
+            if isinstance(part, TensorMask):
+                keep |= _has_lesion(part) & ~_has_lesion(_warped(part, geometry, draws))
 
         def augmented(part):
             if not isinstance(part, (TensorImage, TensorMask)): return part
@@ -976,27 +1043,30 @@ def batch_transforms(augment: str | bool    # 'strong', 'full' or True, 'flip', 
 # %% ../../nbs/api/11_data.pairs.ipynb #965dcf04
 def _split(pairs, valid, seed):
     "Training and validation pairs from a share or from a second list; refuses too few and overlapping ones."
-    if len(pairs) < 8: raise MedsynError(f"only {len(pairs)} pairs: at least 8 are needed for training and validation")
+    if len(pairs) < 8:
+        raise MedsynError(f"only {len(pairs)} pairs: at least 8 are needed for training and validation")
     if not isinstance(valid, (list, tuple)): return split_pairs(pairs, valid, seed)
-    if not valid: raise MedsynError("the list of validation pairs is empty: give a share such as valid=0.1, or at least one pair")
+    if not valid:
+        raise MedsynError("the list of validation pairs is empty: give a share such as valid=0.1, "
+                          "or at least one pair")
     in_both = {p.image.resolve() for p in pairs} & {p.image.resolve() for p in valid}
     if in_both:
-        raise MedsynError(f"{len(in_both)} image(s) are in training and validation, {sorted(in_both)[0]} for one: "
+        raise MedsynError(f"{len(in_both)} image(s) are in training and validation, as {sorted(in_both)[0]}: "
                           "take them out of one of the lists")
     return list(pairs), list(valid)
 
 def pair_dls(pairs: list,                       # training `Pair`s, 8 or more
              size: int | tuple = 64,            # side, or (height, width), in pixels
              bs: int = 16,                      # batch size; a set smaller than this makes it smaller
-             valid: float | list = .1,          # share to hold out (whole groups, see `group_of`), or a list of `Pair`
+             valid: float | list = .1,          # share to hold out, by `group_of`, or a list of `Pair`
              seed: int = 0,                     # for the split, the order and the augmentation
              augment: str | bool = True,        # 'strong', 'full' (True), 'flip' or 'none' (False)
-             device: torch.device | str = None, # where the batches go; `None`: the accelerator if there is one
-             num_workers: int = 0,              # processes that decode; 0 is fastest once the pictures are cached
+             device: torch.device | str = None, # where the batches go; `None`: see `default_device`
+             num_workers: int = 0,  # processes that decode; 0 is fastest once the pictures are cached
              cache: bool = True,                # keep the decoded pictures in memory if they fit in 2 GiB
              **reading                          # for `read_pair`: fit, window, page, label
             ) -> DataLoaders:                   # with `.pairs_train`, `.pairs_valid` and `.size`
-    "fastai DataLoaders of image/mask batches; `MedsynError` for fewer than 8 pairs, for a damaged pair, overlap or unnamed classes."
+    "fastai DataLoaders of image/mask batches; `MedsynError` for too few, damaged or overlapping pairs."
     train, held_out = _split(list(pairs), valid, seed)
     if reading.get('label') is None: _refuse_classes(train + held_out)
     device = default_device() if device is None else torch.device(device)
@@ -1007,7 +1077,8 @@ def pair_dls(pairs: list,                       # training `Pair`s, 8 or more
     common = dict(num_workers=num_workers, device=device, seed=seed)
     train_dl = SeededDL(datasets[0], bs=min(bs, len(train)), shuffle=True, drop_last=True,
                         after_batch=batch_transforms(augment), **common)
-    valid_dl = SeededDL(datasets[1], bs=min(bs, len(held_out)), after_batch=batch_transforms('none'), **common)
+    valid_dl = SeededDL(datasets[1], bs=min(bs, len(held_out)),
+                        after_batch=batch_transforms('none'), **common)
     dls = DataLoaders(train_dl, valid_dl, device=device)
     dls.pairs_train, dls.pairs_valid, dls.size = train, held_out, size
     return dls
@@ -1022,9 +1093,9 @@ def image_dls(images: list,                         # image files, see `find_ima
               bs: int = 16,                         # batch size; a set smaller than this makes it smaller
               seed: int = 0,                        # for the order and the augmentation
               augment: str | bool = True,           # as in `pair_dls`
-              device: torch.device | str = None,    # where the batches go; `None`: the accelerator if there is one
+              device: torch.device | str = None,    # where the batches go; `None`: see `default_device`
               shuffle: bool = True,                 # False: every image once, in the given order
-              cache: bool = True,                   # keep the decoded pictures in memory if they fit in 2 GiB
+              cache: bool = True,  # keep the decoded pictures in memory if they fit in 2 GiB
               **reading                             # for `read_image`: fit, window, page
              ) -> SeededDL:                         # batches (x,), x float (B,3,size,size) in [0,1]
     "A loader of images alone; `MedsynError` if there are none or one cannot be read."
@@ -1033,7 +1104,7 @@ def image_dls(images: list,                         # image files, see `find_ima
     dataset.split_idx = 0
     if dataset.cache is not None: dataset.load()
     device = default_device() if device is None else torch.device(device)
-    dl = SeededDL(dataset, bs=min(bs, len(dataset)), shuffle=shuffle, drop_last=shuffle, seed=seed, device=device,
-                  after_batch=batch_transforms(augment))
+    dl = SeededDL(dataset, bs=min(bs, len(dataset)), shuffle=shuffle, drop_last=shuffle, seed=seed,
+                  device=device, after_batch=batch_transforms(augment))
     dl.size = size
     return dl

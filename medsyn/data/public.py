@@ -38,122 +38,181 @@ class PublicSet:
     layout: str         # its folders after unpacking
     licence: str        # as far as known; the page decides
     citation: str       # what to cite
-    files: tuple = ()   # (address, SHA-256 or None) of each archive; empty where it cannot be fetched without a person
-    how: str = ''       # what to do by hand
+    files: tuple = ()   # (address, SHA-256 or None) of each archive; empty where a person has to fetch it
+    by_hand: str = ''   # what to do by hand
 
 # %% ../../nbs/api/13_data.public.ipynb #0a223866
-def _isic(year, *files):
-    "The archives of an ISIC challenge."
-    return tuple((f'https://isic-challenge-data.s3.amazonaws.com/{year}/{name}.zip', sha) for name, sha in files)
+_ISIC = 'https://isic-challenge-data.s3.amazonaws.com'
+def _isic(year, splits, kinds, prefix):
+    "The archives of an ISIC challenge, whose checksums nobody has published."
+    return tuple((f'{_ISIC}/{year}/{prefix}_{split}_{kind}.zip', None) for split in splits for kind in kinds)
 
-_POLYP_HANDS = "open the page, follow its download link in a browser, unpack it, and give medsyn the folder"
-_ISIC_CITE = {2016: "Gutman D. et al., arXiv:1605.01397 (2016)", 2017: "Codella N. et al., arXiv:1710.05006 (2017)",
-              2018: "Codella N. et al., arXiv:1902.03368 (2019); Tschandl P. et al., Scientific Data 5:180161 (2018)"}
+_ISIC_2018 = {
+    'ISIC2018_Task1-2_Training_Input': '80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f',
+    'ISIC2018_Task1_Training_GroundTruth': '99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c',
+    'ISIC2018_Task1-2_Validation_Input': '0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797',
+    'ISIC2018_Task1_Validation_GroundTruth':
+        'f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285',
+    'ISIC2018_Task1-2_Test_Input': 'e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d',
+    'ISIC2018_Task1_Test_GroundTruth': '2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82'}
 
 _SETS = [
-    PublicSet('kvasir-seg', 'polyps in colonoscopy, Norway', 'https://datasets.simula.no/kvasir-seg/', '1000',
-              'Kvasir-SEG/images/*.jpg, Kvasir-SEG/masks/*.jpg (JPEG masks: run `clean_masks`)', 'research and education; commercial use only with written permission',
-              'Jha D. et al., Kvasir-SEG: A Segmented Polyp Dataset, MMM 2020', (('https://datasets.simula.no/downloads/kvasir-seg.zip', None),)),
-    PublicSet('cvc-clinicdb', 'polyps in colonoscopy, Barcelona', 'https://polyp.grand-challenge.org/CVCClinicDB/', '612', 'Original/*.tif, Ground Truth/*.tif',
-              'research and education; commercial use forbidden', 'Bernal J. et al., Computerized Medical Imaging and Graphics 43 (2015) 99-111', how=_POLYP_HANDS),
-    PublicSet('pranet', 'the polyp benchmark: 900 Kvasir + 550 ClinicDB to train, five sets to test', 'https://github.com/DengPingFan/PraNet', '1450 + 798 (60, 62, 100, 380, 196)',
-              'TrainDataset/image*, TrainDataset/mask*; TestDataset/<set>/images, TestDataset/<set>/masks', 'those of the sets it is made of',
-              'Fan D.-P. et al., PraNet, MICCAI 2020, and each of the sets', how="open the page; TrainDataset and TestDataset are two Google Drive links in its README"),
-    PublicSet('piccolo', 'polyps in white light and narrow band, Spain', 'https://www.biobancovasco.bioef.eus/en/Sample-and-data-e-catalog/Databases/PD178-PICCOLO-EN1.html', '3433 (2203 + 897 + 333)',
-              '<train|validation|test>/polyps, <train|validation|test>/masks', 'on request, under an agreement with the Basque Biobank',
-              'Sanchez-Peralta L.F. et al., Applied Sciences 10(23):8501 (2020)', how="fill in the request form on the page; the Basque Biobank sends a link to a .rar file, which you unpack"),
-    PublicSet('polypgen', 'polyps from six hospitals', 'https://www.synapse.org/#!Synapse:syn26376615/wiki/613312', '1537 single frames (2225 more in sequences)',
-              'data_C1/images_C1/*.jpg, data_C1/masks_C1/*_mask.jpg, and so on to C6 (JPEG masks: run `clean_masks`)', 'CC BY 4.0',
-              'Ali S. et al., Scientific Data 10:75 (2023)', how="register with Synapse, accept the terms on the page, download and unpack it"),
-    PublicSet('isic2016', 'skin lesions in dermoscopy', 'https://challenge.isic-archive.com/data/#2016', '900 + 379', 'ISBI2016_ISIC_Part1_<Training|Test>_Data/*.jpg, .._GroundTruth/*_Segmentation.png',
-              'CC0 1.0', _ISIC_CITE[2016], _isic(2016, *((f'ISBI2016_ISIC_Part1_{s}_{k}', None) for s in ('Training', 'Test') for k in ('Data', 'GroundTruth')))),
-    PublicSet('isic2017', 'skin lesions in dermoscopy', 'https://challenge.isic-archive.com/data/#2017', '2000 + 150 + 600',
-              'ISIC-2017_<Training|Validation|Test_v2>_Data/*.jpg, .._Part1_GroundTruth/*_segmentation.png', 'CC0 1.0', _ISIC_CITE[2017],
-              _isic(2017, *((f'ISIC-2017_{s}_{k}', None) for s in ('Training', 'Validation', 'Test_v2') for k in ('Data', 'Part1_GroundTruth')))),
-    PublicSet('isic2018', 'skin lesions in dermoscopy', 'https://challenge.isic-archive.com/data/#2018', '2594 + 100 + 1000',
-              'ISIC2018_Task1-2_<Training|Validation|Test>_Input/*.jpg, ISIC2018_Task1_.._GroundTruth/*_segmentation.png', 'CC BY-NC 4.0', _ISIC_CITE[2018],
-              _isic(2018, ('ISIC2018_Task1-2_Training_Input', '80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f'),
-                          ('ISIC2018_Task1_Training_GroundTruth', '99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c'),
-                          ('ISIC2018_Task1-2_Validation_Input', '0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797'),
-                          ('ISIC2018_Task1_Validation_GroundTruth', 'f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285'),
-                          ('ISIC2018_Task1-2_Test_Input', 'e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d'),
-                          ('ISIC2018_Task1_Test_GroundTruth', '2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82'))),
-]
+    PublicSet(
+        name='kvasir-seg', title='polyps in colonoscopy, Norway', n='1000',
+        page='https://datasets.simula.no/kvasir-seg/',
+        layout='Kvasir-SEG/images/*.jpg, Kvasir-SEG/masks/*.jpg (JPEG masks: run `clean_masks`)',
+        licence='research and education; commercial use only with written permission',
+        citation='Jha D. et al., Kvasir-SEG: A Segmented Polyp Dataset, MMM 2020',
+        files=(('https://datasets.simula.no/downloads/kvasir-seg.zip', None),)),
+    PublicSet(
+        name='cvc-clinicdb', title='polyps in colonoscopy, Barcelona', n='612',
+        page='https://polyp.grand-challenge.org/CVCClinicDB/',
+        layout='Original/*.tif, Ground Truth/*.tif',
+        licence='research and education; commercial use forbidden',
+        citation='Bernal J. et al., Computerized Medical Imaging and Graphics 43 (2015) 99-111',
+        by_hand="open the page, follow its download link, unpack it, and give medsyn the folder"),
+    PublicSet(
+        name='pranet', title='the polyp benchmark: 900 Kvasir + 550 ClinicDB to train, five sets to test',
+        n='1450 + 798 (60, 62, 100, 380, 196)', page='https://github.com/DengPingFan/PraNet',
+        layout='TrainDataset/image*, TrainDataset/mask*; TestDataset/<set>/images, TestDataset/<set>/masks',
+        licence='those of the sets it is made of',
+        citation='Fan D.-P. et al., PraNet, MICCAI 2020, and each of the sets',
+        by_hand="open the page; TrainDataset and TestDataset are two Google Drive links in its README"),
+    PublicSet(
+        name='piccolo', title='polyps in white light and narrow band, Spain', n='3433 (2203 + 897 + 333)',
+        page=('https://www.biobancovasco.bioef.eus/en/Sample-and-data-e-catalog/Databases/'
+              'PD178-PICCOLO-EN1.html'),
+        layout='<train|validation|test>/polyps, <train|validation|test>/masks',
+        licence='on request, under an agreement with the Basque Biobank',
+        citation='Sanchez-Peralta L.F. et al., Applied Sciences 10(23):8501 (2020)',
+        by_hand=("fill in the request form on the page; the Basque Biobank sends a link to a .rar file, "
+                 "which you unpack")),
+    PublicSet(
+        name='polypgen', title='polyps from six hospitals', n='1537 single frames (2225 more in sequences)',
+        page='https://www.synapse.org/#!Synapse:syn26376615/wiki/613312',
+        layout=('data_C1/images_C1/*.jpg, data_C1/masks_C1/*_mask.jpg, and so on to C6 '
+                '(JPEG masks: run `clean_masks`)'),
+        licence='CC BY 4.0', citation='Ali S. et al., Scientific Data 10:75 (2023)',
+        by_hand="register with Synapse, accept the terms on the page, download and unpack it"),
+    PublicSet(
+        name='isic2016', title='skin lesions in dermoscopy', n='900 + 379',
+        page='https://challenge.isic-archive.com/data/#2016',
+        layout='ISBI2016_ISIC_Part1_<Training|Test>_Data/*.jpg, .._GroundTruth/*_Segmentation.png',
+        licence='CC0 1.0', citation='Gutman D. et al., arXiv:1605.01397 (2016)',
+        files=_isic(2016, ('Training', 'Test'), ('Data', 'GroundTruth'), 'ISBI2016_ISIC_Part1')),
+    PublicSet(
+        name='isic2017', title='skin lesions in dermoscopy', n='2000 + 150 + 600',
+        page='https://challenge.isic-archive.com/data/#2017',
+        layout='ISIC-2017_<Training|Validation|Test_v2>_Data/*.jpg, .._Part1_GroundTruth/*_segmentation.png',
+        licence='CC0 1.0', citation='Codella N. et al., arXiv:1710.05006 (2017)',
+        files=_isic(2017, ('Training', 'Validation', 'Test_v2'), ('Data', 'Part1_GroundTruth'), 'ISIC-2017')),
+    PublicSet(
+        name='isic2018', title='skin lesions in dermoscopy', n='2594 + 100 + 1000',
+        page='https://challenge.isic-archive.com/data/#2018',
+        layout=('ISIC2018_Task1-2_<Training|Validation|Test>_Input/*.jpg, '
+                'ISIC2018_Task1_.._GroundTruth/*_segmentation.png'),
+        licence='CC BY-NC 4.0',
+        citation=('Codella N. et al., arXiv:1902.03368 (2019); '
+                  'Tschandl P. et al., Scientific Data 5:180161 (2018)'),
+        files=tuple((f'{_ISIC}/2018/{name}.zip', sha) for name, sha in _ISIC_2018.items()))]
 PUBLIC = {s.name: s for s in _SETS}    # name -> PublicSet
 
 # %% ../../nbs/api/13_data.public.ipynb #fa74f568
-def _open_url(url, start, mark, timeout):
+def _open_url(url, start, version, timeout):
     "The server's answer from byte `start` on, and where it really starts."
-    req = urllib.request.Request(url, headers={'User-Agent': 'medsyn', 'Accept-Encoding': 'identity'})
+    request = urllib.request.Request(url, headers={'User-Agent': 'medsyn', 'Accept-Encoding': 'identity'})
     if start:
-        req.add_header('Range', f'bytes={start}-')
-        if mark: req.add_header('If-Range', mark)
-    r = urllib.request.urlopen(req, timeout=timeout)
-    if r.status != 206: return r, 0
-    first = re.match(r'bytes (\d+)-', r.headers.get('Content-Range', ''))
-    if not first or int(first[1]) != start: raise OSError(f"the server resumed at {first and first[1]} instead of {start}")
-    return r, start
+        request.add_header('Range', f'bytes={start}-')
+        if version: request.add_header('If-Range', version)
+    answer = urllib.request.urlopen(request, timeout=timeout)
+    if answer.status != 206: return answer, 0
+    first = re.match(r'bytes (\d+)-', answer.headers.get('Content-Range', ''))
+    if not first or int(first[1]) != start:
+        raise OSError(f"the server resumed at {first and first[1]} instead of {start}")
+    return answer, start
+
+def _version(headers):
+    "What identifies the version of a file on the server: a strong ETag, or the date."
+    etag = headers.get('ETag', '')
+    return etag if etag and not etag.startswith('W/') else headers.get('Last-Modified')
+
+def _arrived(part, known, url):
+    "How many bytes of this file are there already, if they can be continued."
+    if not part.exists() or known.get('url') != url or not known.get('mark'): return 0
+    return part.stat().st_size
 
 def _receive(url, part, state, timeout):
     "Append what the server sends to `part`; true when all of it is there."
     known = load_json(state) if state.exists() else {}
-    start = part.stat().st_size if part.exists() and known.get('url') == url and known.get('mark') else 0
-    r, start = _open_url(url, start, known.get('mark'), timeout)
-    with r:
-        if 'text/html' in r.headers.get('Content-Type', '') and not part.stem.endswith(('.html', '.htm')):
-            raise MedsynError(f"{url} answered with a web page instead of a file: it wants a login or a click, so download it in a browser")
-        etag = r.headers.get('ETag', '')
-        save_json(state, dict(url=url, mark=etag if etag and not etag.startswith('W/') else r.headers.get('Last-Modified')))
-        length = r.headers.get('Content-Length')
+    answer, start = _open_url(url, _arrived(part, known, url), known.get('mark'), timeout)
+    with answer:
+        html = 'text/html' in answer.headers.get('Content-Type', '')
+        if html and not part.stem.endswith(('.html', '.htm')):
+            raise MedsynError(f"{url} answered with a web page instead of a file: "
+                              "it wants a login or a click, so download it in a browser")
+        save_json(state, dict(url=url, mark=_version(answer.headers)))
+        length = answer.headers.get('Content-Length')
         total = start + int(length) if length else None
-        bar = track(None, part.stem, total=total); bar.unit, bar.unit_scale = 'B', True
-        with os_errors(part): f = open(part, 'ab' if start else 'wb')
-        with f, bar:
+        bar = track(None, part.stem, total=total)
+        bar.unit, bar.unit_scale = 'B', True
+        with os_errors(part): file = open(part, 'ab' if start else 'wb')
+        with file, bar:
             bar.update(start)
-            while chunk := r.read(1 << 16):
-                with os_errors(part): f.write(chunk)
+            while chunk := answer.read(1 << 16):
+                with os_errors(part): file.write(chunk)
                 bar.update(len(chunk))
     return total is None or part.stat().st_size == total
 
 # %% ../../nbs/api/13_data.public.ipynb #13ba8004
 def _sha256(path): return file_hash(path, 64)
 
+def _size(path): return path.stat().st_size if path.exists() else 0
+
 def _attempts(url, part, state, tries, timeout):
     "Call `_receive` until the file is complete; `MedsynError` when nothing arrives any more."
-    left, why = tries, ''
+    left, reason = tries, ''
     while left:
-        had = part.stat().st_size if part.exists() else 0
+        before = _size(part)
         try:
             if _receive(url, part, state, timeout): return
-            why = 'the connection was cut'
+            reason = 'the connection was cut'
         except urllib.error.HTTPError as e:
-            if e.code == 416: part.unlink(missing_ok=True)                      # there is nothing after what we have: start over
-            elif e.code < 500 and e.code not in (408, 429): raise MedsynError(f"{url} is not available ({e.code} {e.reason}): look for the file on the set's own page") from e
-            why = f'{e.code} {e.reason}'
+            if e.code == 416: part.unlink(missing_ok=True)      # nothing follows what is there: start over
+            elif e.code < 500 and e.code not in (408, 429):
+                raise MedsynError(f"{url} is not available ({e.code} {e.reason}): "
+                                  "look for the file on the set's own page") from e
+            reason = f'{e.code} {e.reason}'
         except MedsynError: raise
-        except (OSError, HTTPException) as e: why = str(getattr(e, 'reason', e))
-        left = tries if part.exists() and part.stat().st_size > had else left - 1
+        except (OSError, HTTPException) as e: reason = str(getattr(e, 'reason', e))
+        left = tries if _size(part) > before else left - 1
         if left: time.sleep(min(10, .1*2**(tries - left)))
-    raise MedsynError(f"{url} could not be fetched ({why}): check the connection and call again, what has arrived is kept in {part.name}")
+    raise MedsynError(f"{url} could not be fetched ({reason}): check the connection and call again, "
+                      f"what has arrived is kept in {part.name}")
 
 def fetch(url: str,             # http or https
-          dest,                 # the file to write
+          dest: str | Path,     # the file to write
           sha256: str = None,   # the expected SHA-256 in hexadecimal; `None`: not checked
           tries: int = 5,       # attempts without progress before giving up
           timeout: float = 30   # seconds to wait for the server
          ) -> Path:             # `dest`
-    "Download a file whole or not at all, going on with a part that is already there. `MedsynError` for a wrong checksum, a missing file, a dead connection."
+    "Download a file whole or not at all, resuming a part that is there; `MedsynError` if that fails."
     dest = Path(dest)
-    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'): raise MedsynError(f"{url} is no http or https address: download the file yourself and give its path")
+    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
+        raise MedsynError(f"{url} is no http or https address: download the file yourself and give its path")
     if dest.exists():
-        if sha256 and _sha256(dest) != sha256: raise MedsynError(f"{dest} exists but its SHA-256 is not {sha256[:12]}...: delete it and call again")
+        if sha256 and _sha256(dest) != sha256:
+            raise MedsynError(f"{dest} exists but its SHA-256 is not {sha256[:12]}...: "
+                              "delete it and call again")
         return dest
     with os_errors(dest): dest.parent.mkdir(parents=True, exist_ok=True)
-    part, state = (dest.with_name(dest.name + s) for s in ('.part', '.part.json'))
+    part, state = (dest.with_name(dest.name + ending) for ending in ('.part', '.part.json'))
     _attempts(url, part, state, tries, timeout)
-    if sha256 and (got := _sha256(part)) != sha256:
-        part.unlink(); state.unlink(missing_ok=True)
-        raise MedsynError(f"{url} arrived with SHA-256 {got[:12]}... instead of {sha256[:12]}...: it was damaged or has been replaced; call again, and if it stays so look at the set's page")
+    got = _sha256(part) if sha256 else None
+    if got != sha256:
+        part.unlink()
+        state.unlink(missing_ok=True)
+        raise MedsynError(f"{url} arrived with SHA-256 {got[:12]}... instead of {sha256[:12]}...: "
+                          "it was damaged or has been replaced; call again, or look at the set's page")
     with os_errors(dest): os.replace(part, dest)
     state.unlink(missing_ok=True)
     return dest
@@ -162,25 +221,38 @@ def fetch(url: str,             # http or https
 def _safe_name(name, archive):
     "A member's path, or a `MedsynError` if it leads anywhere but inwards."
     path = PurePosixPath(name)
-    if path.is_absolute() or '..' in path.parts or '\\' in name or '\0' in name or re.match(r'[A-Za-z]:', name) or not path.parts:
-        raise MedsynError(f"{archive} holds a file called {name!r} that would land outside the target folder: do not use this archive")
+    foreign = '\\' in name or '\0' in name or re.match(r'[A-Za-z]:', name)
+    if foreign or path.is_absolute() or '..' in path.parts or not path.parts:
+        raise MedsynError(f"{archive} holds a file called {name!r} that would land outside the target "
+                          "folder: do not use this archive")
     return path
 
 def _zip_members(z, archive):
     "(path, size, function that opens it) of each file of a zip archive; size `None`: a folder."
-    for i in z.infolist():
-        kind = stat.S_IFMT(i.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise MedsynError(f"{archive} holds a link or device called {i.filename!r}: do not use this archive")
-        if i.flag_bits & 1: raise MedsynError(f"{archive} is encrypted: unpack it yourself with its password")
-        yield _safe_name(i.filename, archive), None if i.is_dir() else i.file_size, lambda i=i: z.open(i)
+    for member in z.infolist():
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise MedsynError(f"{archive} holds a link or device called {member.filename!r}: "
+                              "do not use this archive")
+        if member.flag_bits & 1:
+            raise MedsynError(f"{archive} is encrypted: unpack it yourself with its password")
+        size = None if member.is_dir() else member.file_size
+        yield _safe_name(member.filename, archive), size, lambda member=member: z.open(member)
 
 def _tar_members(t, archive):
     "The same for a tar archive."
-    for i in t:
-        if not (i.isreg() or i.isdir()): raise MedsynError(f"{archive} holds a link or device called {i.name!r}: do not use this archive")
-        if i.isdir() and PurePosixPath(i.name) == PurePosixPath('.'): continue
-        yield _safe_name(i.name, archive), None if i.isdir() else i.size, lambda i=i: t.extractfile(i)
-    if t.fileobj.read(1 << 20) and t.fileobj.read(1): raise tarfile.ReadError('data after its end')    # to the end: only there is gzip's checksum looked at
+    for member in t:
+        if not (member.isreg() or member.isdir()):
+            raise MedsynError(f"{archive} holds a link or device called {member.name!r}: "
+                              "do not use this archive")
+        if member.isdir() and PurePosixPath(member.name) == PurePosixPath('.'): continue
+        size = None if member.isdir() else member.size
+        yield _safe_name(member.name, archive), size, lambda member=member: t.extractfile(member)
+    # read to the end: only there does gzip check its sum
+    if t.fileobj.read(1 << 20) and t.fileobj.read(1): raise tarfile.ReadError('data after its end')
+
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
+           NotImplementedError)
 
 @contextlib.contextmanager
 def _members(archive):
@@ -190,35 +262,41 @@ def _members(archive):
             with zipfile.ZipFile(archive) as z: yield _zip_members(z, archive)
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as t: yield _tar_members(t, archive)
-        else: raise MedsynError(f"{archive} is neither zip nor tar: unpack it yourself" + (' (with unrar or 7z)' if archive.suffix == '.rar' else ''))
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError) as e:
+        else:
+            tool = ' (with unrar or 7z)' if archive.suffix == '.rar' else ''
+            raise MedsynError(f"{archive} is neither zip nor tar: unpack it yourself{tool}")
+    except _DAMAGE as e:
         raise MedsynError(f"{archive} is damaged ({e}): delete it and download it again") from e
 
 # %% ../../nbs/api/13_data.public.ipynb #8bb1fbfb
 def _unpack(members, archive, into, limit):
     "Write the members below `into`, counting the bytes that really come out."
-    seen, written = set(), 0
+    names, written = set(), 0
     for path, size, opened in members:
         target = into.joinpath(*path.parts)
         if size is None:
             target.mkdir(parents=True, exist_ok=True)
             continue
-        if (key := str(path).casefold()) in seen: raise MedsynError(f"{archive} holds {str(path)!r} twice: do not use this archive")
-        seen.add(key)
+        name = str(path).casefold()
+        if name in names: raise MedsynError(f"{archive} holds {str(path)!r} twice: do not use this archive")
+        names.add(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with opened() as src, open(target, 'xb') as out:
             while chunk := src.read(1 << 20):
-                if (written := written + len(chunk)) > limit:
-                    raise MedsynError(f"{archive} unpacks to more than {limit/2**20:,.0f} MiB, which no image set of its size does: raise max_ratio or max_gb if you trust it")
+                written += len(chunk)
+                if written > limit:
+                    raise MedsynError(f"{archive} unpacks to more than {limit/2**20:,.0f} MiB, "
+                                      "which no image set of its size does: if you trust it, "
+                                      "raise max_ratio or max_gb")
                 out.write(chunk)
-    if not seen: raise MedsynError(f"{archive} holds no file: download it again")
+    if not names: raise MedsynError(f"{archive} holds no file: download it again")
 
-def extract(archive,                # a zip or tar file, compressed or not
-            dest,                   # folder to unpack into: new, or without what the archive brings
+def extract(archive: str | Path,    # a zip or tar file, compressed or not
+            dest: str | Path,       # folder to unpack into: new, or without what the archive brings
             max_gb: float = 50,     # most that may come out, in GiB
-            max_ratio: float = 200  # most that may come out, in multiples of the archive's size (64 MiB are always allowed)
+            max_ratio: float = 200  # the same in multiples of the archive's size (64 MiB are always allowed)
            ) -> Path:               # `dest`
-    "Unpack an archive inside `dest`, whole or not at all. `MedsynError` for paths that lead outside, links, bombs, damage, or files in the way."
+    "Unpack an archive inside `dest`, whole or not at all; `MedsynError` if it is hostile or damaged."
     archive, dest = Path(archive), Path(dest)
     if not archive.is_file(): raise MedsynError(f"{archive} is not a file: check the path")
     limit = min(max_gb*2**30, max(2**26, max_ratio*archive.stat().st_size))
@@ -228,18 +306,21 @@ def extract(archive,                # a zip or tar file, compressed or not
         try:
             with _members(archive) as members: _unpack(members, archive, tmp, limit)
             clash = [p.name for p in sorted(tmp.iterdir()) if (dest/p.name).exists()]
-            if clash: raise MedsynError(f"{dest} already holds {clash[0]!r}: choose a new folder, or delete it")
+            if clash:
+                raise MedsynError(f"{dest} already holds {clash[0]!r}: choose a new folder, or delete it")
             for p in sorted(tmp.iterdir()): os.replace(p, dest/p.name)
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return dest
 
 # %% ../../nbs/api/13_data.public.ipynb #1db21a2c
-def get_public(name: str,       # one of `PUBLIC`
-               dest             # folder for it
-              ) -> Path:        # the folder to give to `find_pairs` (with `split=` where it holds several)
-    "Download and unpack a public set. `MedsynError` with the way by hand if it cannot be fetched without a person."
+def get_public(name: str,           # one of `PUBLIC`
+               dest: str | Path     # folder for it
+              ) -> Path:            # the folder for `find_pairs` (with `split=` where it holds several)
+    "Download and unpack a public set; `MedsynError` says what to do by hand where a person has to fetch it."
     s, dest = PUBLIC[pick(name, PUBLIC, 'public set')], Path(dest)
-    if not s.files: raise MedsynError(f"{s.title} ({s.name}) cannot be fetched by a program: {s.how} ({s.page}; licence: {s.licence})")
+    if not s.files:
+        raise MedsynError(f"{s.title} ({s.name}) cannot be fetched by a program: {s.by_hand} ({s.page}; "
+                          f"licence: {s.licence})")
     for url, sha in s.files:
         archive = fetch(url, dest/'downloads'/PurePosixPath(urllib.parse.urlsplit(url).path).name, sha)
         done = archive.with_name(archive.name + '.unpacked')

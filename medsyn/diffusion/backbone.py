@@ -28,7 +28,8 @@ def full_precision(x: Tensor    # any tensor: autocast is switched off for its d
                   ):            # a context manager
     "Inside, autocast rounds nothing."
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    if not torch.amp.is_autocast_available(device): return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 class PatchPCA(nn.Module):
     "Linear codec: the leading principal components of image patches."
@@ -52,14 +53,15 @@ class PatchPCA(nn.Module):
         x0: Tensor      # (N,C,H,W) images in [-1,1], at least one
     ) -> 'PatchPCA':    # itself, fitted; at most about a million patches are used
         "Fit mean, basis and scales in closed form."
-        if not len(x0): raise MedsynError("the codec is fitted on images and got none: pass the training images")
+        if not len(x0):
+            raise MedsynError("the codec is fitted on images and got none: pass the training images")
         patches = F.pixel_unshuffle(x0, self.stride).movedim(1, -1).flatten(0, -2)
         patches = patches[::max(1, len(patches)//2**20)].double()
         mean = patches.mean(0)
         covariance = (patches - mean).T @ (patches - mean) / len(patches)
         variances, axes = torch.linalg.eigh(covariance)                     # from the smallest to the largest
         basis = axes.flip(1)[:, :self.channels]
-        basis = basis*torch.where(basis.sum(0) < 0, -1., 1.)                # a sign rule, so that equal data give equal codecs
+        basis = basis*torch.where(basis.sum(0) < 0, -1., 1.)        # a sign rule: equal data, equal codecs
         sd = variances.flip(0)[:self.channels].clamp_min(1e-8).sqrt()
         scale = sd**self.config['power']
         scale = scale*((sd/scale)**2).mean().sqrt()                         # the latent's mean variance is 1
@@ -244,7 +246,8 @@ class MaskedConv(nn.Module):
     ):
         super().__init__()
         self.conv = conv
-        self.mask = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        settings = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding)
+        self.mask = nn.Conv2d(channels, conv.out_channels, bias=False, **settings)
         nn.init.zeros_(self.mask.weight)
 
     def forward(self, x):
@@ -264,8 +267,8 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if unet.config.in_channels != codec.channels:
-            raise MedsynError(f"the U-Net takes {unet.config.in_channels} channels and the codec gives {codec.channels}: "
-                              "they are not from one model, open both from one folder")
+            raise MedsynError(f"the U-Net takes {unet.config.in_channels} channels and the codec gives "
+                              f"{codec.channels}: they are not from one model, open both from one folder")
         self.unet, self.codec, self.text, self.schedule = unet, codec, text, schedule
         self.size, self.prompt = size, prompt
         self.source = None              # the folder or hub id that holds these very weights, if there is one
@@ -285,7 +288,8 @@ class Backbone(nn.Module):
         "A backbone that shares everything with this one except the decoder, which is copied."
         new, unet = copy.copy(self), copy.copy(self.unet)
         new._modules, unet._modules = dict(self._modules), dict(self.unet._modules)
-        for k in ('up_blocks', 'conv_norm_out', 'conv_out'): unet._modules[k] = copy.deepcopy(unet._modules[k])
+        for name in ('up_blocks', 'conv_norm_out', 'conv_out'):
+            unet._modules[name] = copy.deepcopy(unet._modules[name])
         new.unet = unet
         return new
 
@@ -304,8 +308,10 @@ def _tiny_unet(channels, latent, size, attend, dim):
     down = ['CrossAttnDownBlock2D' if a else 'DownBlock2D' for a in attend]
     up = ['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attend)]
     return UNet2DConditionModel(
-        sample_size=size, in_channels=latent, out_channels=latent, block_out_channels=tuple(channels), layers_per_block=1,
-        down_block_types=tuple(down), up_block_types=tuple(up), cross_attention_dim=dim, attention_head_dim=8, norm_num_groups=16)
+        sample_size=size, in_channels=latent, out_channels=latent,
+        block_out_channels=tuple(channels), layers_per_block=1,
+        down_block_types=tuple(down), up_block_types=tuple(up),
+        cross_attention_dim=dim, attention_head_dim=8, norm_num_groups=16)
 
 def tiny(cls,
          x0: Tensor,                            # (N,3,H,W) training images in [-1,1], to fit the codec
@@ -364,7 +370,7 @@ def load_part(cls: type,            # a diffusers or transformers class
     try: return cls.from_pretrained(path, subfolder=part, **kw)
     except Exception as e:
         raise MedsynError(f"cannot open the {part} of {path} ({str(e).strip().splitlines()[0][:200]}): "
-                          "give a Stable-Diffusion-1.x folder in diffusers layout, or a hub id that is reachable") from e
+                          "give a Stable-Diffusion-1.x folder of diffusers, or a reachable hub id") from e
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #6066eace
 def save_pretrained(self: Backbone,
@@ -389,7 +395,7 @@ Backbone.save_pretrained = save_pretrained
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #7e285ee6
 def from_pretrained(cls,
-                    path: str | Path,       # folder that `save_pretrained` wrote, Stable-Diffusion-1.x folder, or hub id
+                    path: str | Path,       # folder of `save_pretrained` or Stable Diffusion 1.x, or hub id
                     size: int = None,       # side of the images, pixels; default: as saved, else 512
                     prompt: str = None      # default prompt; default: as saved, else "A photo of a polyp."
                    ) -> Backbone:           # in float32, on the CPU, in evaluation mode
@@ -431,23 +437,25 @@ def _random_tokenizer(path):
     return tokenizer
 
 def random_stable_diffusion(path: str | Path,               # folder to write
-                            width: int = 32,                # channels of the U-Net's first level; 320 is Stable Diffusion 1.5
+                            width: int = 32,                # channels of the first level; 320: full size
                             prediction: str = 'epsilon',    # epsilon or v_prediction
                             seed: int = 0                   # of the random weights
                            ) -> Path:                       # the folder
-    "A randomly initialised model in Stable Diffusion 1.x's diffusers layout: for tests and for measuring speed."
+    "A model with random weights in Stable Diffusion 1.x's layout: for tests and for measuring speed."
     from diffusers import PNDMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
     path, full = Path(path), width == 320
     torch.manual_seed(seed)
     dim = 768 if full else 32
     UNet2DConditionModel(
-        sample_size=64 if full else 8, block_out_channels=(width, 2*width, 4*width, 4*width), layers_per_block=2,
+        sample_size=64 if full else 8, layers_per_block=2,
+        block_out_channels=(width, 2*width, 4*width, 4*width),
         cross_attention_dim=dim, attention_head_dim=8 if full else 4, norm_num_groups=32 if full else 8,
     ).save_pretrained(path/'unet')
     AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512) if full else (8, 8, 8, 8), norm_num_groups=32 if full else 4,
-        layers_per_block=2 if full else 1, down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
+        block_out_channels=(128, 256, 512, 512) if full else (8, 8, 8, 8),
+        norm_num_groups=32 if full else 4, layers_per_block=2 if full else 1,
+        down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
         scaling_factor=0.18215,
     ).save_pretrained(path/'vae')
     tokenizer = _random_tokenizer(path/'tokenizer')
@@ -457,7 +465,7 @@ def random_stable_diffusion(path: str | Path,               # folder to write
         eos_token_id=1, bos_token_id=0, pad_token_id=1,
     )).save_pretrained(path/'text_encoder')
     PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', skip_prk_steps=True, steps_offset=1,
-        prediction_type=prediction,
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear',
+        skip_prk_steps=True, steps_offset=1, prediction_type=prediction,
     ).save_pretrained(path/'scheduler')
     return path

@@ -112,7 +112,7 @@ class WithMoments:
 def cached_dls(dls: DataLoaders,        # from `pair_dls(..., augment=False)`
                backbone: Backbone,      # its codec and text encoder are moved to the device of `dls`
                folder: str | Path,      # where latents.safetensors and text.safetensors are kept
-               dtype: torch.dtype = torch.float32   # of the stored latents; float16 halves the file and rounds
+               dtype: torch.dtype = torch.float32   # of the stored latents; float16 halves the file
               ) -> DataLoaders:         # the same batches in the same order, the moments as a second input
     "DataLoaders whose training batches bring the codec's moments; `MedsynError` if images are augmented."
     random = [type(t).__name__ for t in dls.train.after_batch.fs if not isinstance(t, IntToFloatTensor)]

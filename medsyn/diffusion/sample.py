@@ -168,7 +168,7 @@ def sample(generator: Denoiser,         # any generator
            masks: Tensor,               # (N,1,H,W) in {0,1}; (N,H,W) and numpy are taken too
            steps: int = 50,             # sampler steps (DDIM 50 in Siamese-Diffusion)
            guidance: float = None,      # g, 1 is none; `None`: see `defaults_of`
-           guide: str = None,           # what the weaker half lacks, prompt or mask; `None`: see `defaults_of`
+           guide: str = None,           # what the weaker half lacks: prompt or mask; `None` as above
            sampler: str = 'ddim',       # ddim (eta 0), dpm++ or unipc
            seeds=0,                     # one seed an image, or one number s for s, s+1, s+2, ...
            prompt: str = None,          # default: the backbone's

@@ -43,14 +43,15 @@ class Schedule:
         kind: str = 'scaled_linear',        # one of `KINDS`
         prediction: str = 'epsilon',        # what the network predicts: epsilon or v_prediction
         spacing: str = 'trailing',          # which timesteps a sampler visits: trailing or leading
-        steps_offset: int = 0               # added to visited timesteps if spacing is leading; Stable Diffusion: 1
+        steps_offset: int = 0               # added to each timestep if spacing is leading; 1 in SD 1.x
     ):
         self.T, self.prediction = T, pick(prediction, ['epsilon', 'v_prediction'], 'prediction type')
         self.abar = alphas_bar(T, beta_start, beta_end, kind)       # stays on the CPU
         self._tables = {}                                           # (device, dtype) -> amplitudes
         self.config = dict(
             num_train_timesteps=T, beta_start=beta_start, beta_end=beta_end, beta_schedule=kind,
-            prediction_type=prediction, timestep_spacing=spacing, steps_offset=steps_offset, clip_sample=False)
+            prediction_type=prediction, timestep_spacing=spacing, steps_offset=steps_offset,
+            clip_sample=False)
 
     @classmethod
     def from_diffusers(cls,
@@ -151,7 +152,8 @@ def min_snr_weight(schedule: Schedule,      # it says what the network predicts
                    gamma: float = 5.        # the largest signal-to-noise ratio that counts
                   ) -> Tensor:              # (B,) float32
     "Weights of the denoising loss by timestep (Hang et al. 2023); `MedsynError` unless gamma is positive."
-    if gamma <= 0: raise MedsynError(f"min-SNR weighting with gamma {gamma}: give a positive number, such as 5")
+    if gamma <= 0:
+        raise MedsynError(f"min-SNR weighting with gamma {gamma}: give a positive number, such as 5")
     snr = schedule.snr(t)
     unit = snr if schedule.prediction == 'epsilon' else snr + 1
     return snr.clamp(max=gamma)/unit

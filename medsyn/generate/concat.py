@@ -57,7 +57,7 @@ class ConcatGenerator(MaskGenerator):
 
     def forward(self, zt, t, cond: Cond):
         "The network's answer (noise or velocity), (B,K,h,w)."
-        channels_last = zt.is_contiguous(memory_format=torch.channels_last)     # a convolution rounds by its layout
+        channels_last = zt.is_contiguous(memory_format=torch.channels_last)     # rounding depends on it
         layout = torch.channels_last if channels_last else torch.contiguous_format
         further = self.mask_input(cond, zt).contiguous(memory_format=layout)
         return self.backbone.unet(torch.cat([zt, further], 1), t, cond.text).sample
@@ -84,18 +84,20 @@ class WithUnlabelled:
         return image, TensorMask(torch.full(image.shape[-2:], UNKNOWN, dtype=torch.uint8))
 
 def with_unlabelled(dls: DataLoaders,       # from `pair_dls`; not changed
-                    images: list,           # image files without masks, see `find_images`; empty: `dls` is returned
+                    images: list,           # image files without masks; empty: `dls` is returned
                     share: float = .5       # least share of labelled items, in [0,1)
                    ) -> DataLoaders:        # the same, with the images among the training items
     "Unlabelled images mixed into the training set; `MedsynError` if one is a validation image, by content."
     if not images: return dls
-    if not 0 <= share < 1: raise MedsynError(f"a share of {share} labelled items: give a number from 0 up to, but not including, 1")
+    if not 0 <= share < 1:
+        raise MedsynError(f"a share of {share} labelled items: give a number from 0 up to, not including, 1")
     files = [Path(f) for f in images]
     if overlap := same_images(files, dls.pairs_valid):
-        raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, {overlap[0]} for one: take them out")
+        raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, {overlap[0]} for one: "
+                          "take them out")
     pairs = dls.train.dataset
     if not isinstance(pairs, PairDataset):
-        raise MedsynError("unlabelled images are mixed into loaders of pair_dls alone: leave the cache of latents out")
+        raise MedsynError("unlabelled images need loaders of pair_dls: leave the cache of latents out")
     wanted = share/(1 - share)*len(files)               # labelled items beside that many unlabelled ones
     copies = max(1, -int(-wanted//len(pairs)))
     new, train = copy.copy(dls), dls.train.new(WithUnlabelled(pairs, files, copies))
@@ -120,7 +122,7 @@ def concat_learner(
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36030
 def as_backbone(self: ConcatGenerator
                ) -> Backbone:       # with a copy of the trained U-Net
-    "A backbone that was trained with masks, for other generators: the network with its mask channels left out."
+    "A backbone that was trained with masks, for other generators: the network without its mask channels."
     new, unet = copy.copy(self.backbone), copy.deepcopy(self.backbone.unet)
     unet.conv_in = unet.conv_in.conv
     new._modules = {**self.backbone._modules, 'unet': unet}
@@ -130,12 +132,11 @@ def as_backbone(self: ConcatGenerator
 def save_pretrained(self: ConcatGenerator,
                     path        # folder to write
                    ) -> Path:   # the folder: a backbone's, with mask_in/ and generator.json
-    "Write the network in safetensors and JSON; `Backbone.from_pretrained` opens the folder as `as_backbone()`."
+    "Write safetensors and JSON; `Backbone.from_pretrained` opens the folder as `as_backbone()`."
     path = self.as_backbone().save_pretrained(path)
     added = self.backbone.unet.conv_in.mask
-    settings = dict(in_channels=added.in_channels, out_channels=added.out_channels, kernel_size=added.kernel_size,
-                    stride=added.stride, padding=added.padding, bias=False)
-    save_tensors(path/'mask_in', added, settings)
+    names = 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding'
+    save_tensors(path/'mask_in', added, {'bias': False, **{name: getattr(added, name) for name in names}})
     save_json(path/'generator.json', {'class': type(self).__name__, **self.config})
     return path
 
