@@ -119,7 +119,7 @@ def _labelled(part):
             yield from _labelled(str(key))
             yield from _labelled(part[key])
     elif hasattr(part, 'dtype') and hasattr(part, 'shape'): yield _array_bytes(part)
-    else: raise TypeError(f"{type(part).__name__} has no content to hash: give str, bytes, array, tensor or a dict")
+    else: raise TypeError(f"{type(part).__name__} has no content to hash: give str, bytes, array or tensor")
 
 def content_hash(*parts,        # str, bytes, array, tensor, or a dict of them such as a `state_dict`
                  n: int = 16    # hexadecimal digits to keep, 1 to 64
@@ -201,7 +201,8 @@ def _same_run(out, old, new, what):
     if not different: return
     first = different[0]
     more = f", and {len(different) - 1} more" if len(different) > 1 else ''
-    raise MedsynError(f"{out} holds another {what} run ({first} was {old.get(first)!r}, now {new.get(first)!r}{more}): "
+    change = f"{first} was {old.get(first)!r}, now {new.get(first)!r}{more}"
+    raise MedsynError(f"{out} holds another {what} run ({change}): "
                       "choose a new folder or delete this one")
 
 # %% ../nbs/api/00_core.ipynb #41a3d626

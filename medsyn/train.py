@@ -32,7 +32,7 @@ _ORDER = dict(
     precision=(10, "fastai's MixedPrecision: what follows in `before_batch` runs under autocast"),
     clip=(11, "fastai's GradientClip: after the gradients are unscaled"),
     diffusion=(12, "makes noised latents, timesteps, condition and target of the batch"),
-    image_branch=(13, "changes the noised batch: Siamese-Diffusion's image branch, Free Lunch's doubled batch"),
+    image_branch=(13, "changes the noised batch: Siamese-Diffusion's image branch, Free Lunch's second one"),
     consistency=(14, "compares with what the image branch predicted"),
     weighted_loss=(15, "weights of the plain loss may depend on everything above"),
     ema=(55, "averages the weights after the optimiser's step"),
@@ -147,8 +147,8 @@ class WeightedLossCB(LossTermCB):
         "The plain loss of every element, in float32."
         try: loss = self.learn.loss_func(self.pred, *self.yb, reduction='none')
         except TypeError as e:
-            raise MedsynError(f"{type(self).__name__} weights the elements of the loss, and this learner's loss "
-                              "takes no reduction='none': give it a loss that does, such as F.mse_loss") from e
+            raise MedsynError(f"{type(self).__name__} weights the elements of the loss, and this learner's "
+                              "loss takes no reduction='none': give it one that does, as F.mse_loss") from e
         return loss.as_subclass(Tensor).float()
 
     def term(self):
@@ -161,7 +161,7 @@ class EMACB(Callback):
     "Exponential moving average of the trainable weights, used for evaluation and after the fit."
     order, run_valid, name = ORDER['ema'], False, 'ema'
     def __init__(self,
-        decay: float | str = 'auto' # largest decay per step; 'auto': over a tenth of the fit, at most 10,000 steps
+        decay: float | str = 'auto' # largest decay; 'auto': over a tenth of the fit, at most 10,000 steps
     ): self.decay, self.avg = decay, None
 
     def params(self) -> list:
@@ -260,7 +260,7 @@ def fit_steps(learn: Learner,               # any learner
               desc: str = 'train',          # title of the progress bar
               cbs: list = ()                # further callbacks for this fit
              ) -> Learner:                  # `learn`, trained, with `learn.history`
-    "Train for a number of optimiser steps; `MedsynError` if there is nothing to train on or the loss is not finite."
+    "Train for a number of optimiser steps; `MedsynError` without data or if the loss is not finite."
     steps = int(steps)
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     if not len(learn.dls.train):

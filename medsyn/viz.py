@@ -45,7 +45,7 @@ def _split(a,       # an array with 2, 3 or 4 axes
                       "or a batch of them")
 
 # %% ../nbs/api/01_viz.ipynb #db182546
-def as_images(x: object # tensor, array, picture of PIL, or a list of these; see the table below for shapes and ranges
+def as_images(x: object # tensor, array, picture of PIL, or a list of these; see the table below
              ) -> list: # uint8 arrays, (H,W,3) for images and (H,W) for masks
     "Any images or masks as a list of `uint8` arrays; `MedsynError` for other shapes, ranges and types."
     if isinstance(x, (list, tuple)): return [image for item in x for image in as_images(item)]
@@ -55,7 +55,8 @@ def as_images(x: object # tensor, array, picture of PIL, or a list of these; see
         x = (x.float() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
     a = np.asarray(x)
     if a.dtype.kind not in 'buif' or not a.size:
-        raise MedsynError(f"{type(x).__name__} {str(x)[:40]!r} is no image: give a tensor, a numpy array, or a list of them")
+        raise MedsynError(f"{type(x).__name__} {str(x)[:40]!r} is no image: "
+                          "give a tensor, a numpy array, or a list of them")
     images = [_as_uint8(one) for one in _split(a, tensor)]
     return [image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image for image in images]
 
@@ -77,7 +78,7 @@ def _outline_axis(ax, masks, color, width):
     return ax
 
 def contour(on: object,             # a matplotlib axis; or images in any form that `as_images` takes
-            mask: object,           # the mask of each image, (H,W) in {0,1}, 0/255, or a probability (cut at 1/2)
+            mask: object,           # each image's mask, (H,W) in {0,1}, 0/255, or a probability (cut at 1/2)
             color: str = '#39ff14', # a matplotlib colour
             width: float = 1.2      # the line's width in points (axis only; on images it is one pixel)
            ):                       # the axis; or a list of uint8 arrays (H,W,3)
@@ -85,16 +86,17 @@ def contour(on: object,             # a matplotlib axis; or images in any form t
     from matplotlib.colors import to_rgb
     masks = [m > 127 for m in as_images(mask)]
     if hasattr(on, 'contour'): return _outline_axis(on, masks, color, width)
-    images = [np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy() for image in as_images(on)]
+    def coloured(image): return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
+    images = [coloured(image) for image in as_images(on)]
     got, want = [image.shape[:2] for image in images], [m.shape for m in masks]
     if got != want:
-        raise MedsynError(f"{len(got)} image(s) of size {got[0]} and {len(want)} mask(s) of size {want[0]} do not match: "
-                          "give one mask of the same size per image")
+        raise MedsynError(f"{len(got)} image(s) of size {got[0]} and {len(want)} mask(s) of size {want[0]} "
+                          "do not match: give one mask of the same size per image")
     for image, m in zip(images, masks, strict=True): image[_edge(m)] = np.round(255*np.array(to_rgb(color)))
     return images
 
 # %% ../nbs/api/01_viz.ipynb #79b52590
-def save_png(picture: object,       # a matplotlib figure or axis, or one image in a form that `as_images` takes
+def save_png(picture: object,       # a matplotlib figure or axis, or one image as `as_images` takes it
              path: str | Path,      # the file to write
              dpi: int = None        # pixels per inch for a figure; `None`: its own
             ) -> Path:              # the path
@@ -183,7 +185,8 @@ def curves(frame: object,           # a table with named columns (a pandas DataF
         there = ~np.isnan(values)
         line, = ax.plot(along[there], smooth(values[there], n), label=label, **{'lw': 1.4, **kw})
         if n > 1:
-            ax.plot(along[there], values[there], color=line.get_color(), lw=.5, alpha=.3, zorder=line.get_zorder() - .1)
+            behind = line.get_zorder() - .1
+            ax.plot(along[there], values[there], color=line.get_color(), lw=.5, alpha=.3, zorder=behind)
     ax.set(xlabel=x)
     if ylabel: ax.set(ylabel=ylabel)
     if logy: ax.set(yscale='log')

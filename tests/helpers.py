@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
-NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(NBS).parts))
+def _hidden(path): return any(part.startswith(('.', '_')) for part in path.relative_to(NBS).parts)
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not _hidden(p))
 API = [p for p in NOTEBOOKS if p.parent == NBS/'api']
 
 def ids(paths):
@@ -23,7 +24,8 @@ def source(cell):
 
 def directives(cell):
     "The words of a code cell's `#|` lines: {'export', 'eval: false', ...}."
-    return {m.strip() for m in re.findall(r'^#\|(.*)$', source(cell), re.M)} if cell['cell_type'] == 'code' else set()
+    if cell['cell_type'] != 'code': return set()
+    return {m.strip() for m in re.findall(r'^#\|(.*)$', source(cell), re.M)}
 
 def exports(nb):
     "The dotted module that a notebook is exported to, `None` if it is a page only."
@@ -36,7 +38,7 @@ def module_file(dotted):
     return ROOT/'medsyn'/(dotted.replace('.', '/') + '.py')
 
 def imported(path, package='medsyn'):
-    "The modules of `package` that a file imports anywhere, relative imports resolved: `data.pairs`, `core`, ..."
+    "The modules of `package` that a file imports, relative imports resolved: `data.pairs`, `core`, ..."
     here = path.relative_to(ROOT/package).with_suffix('').parts
     out = set()
     for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):

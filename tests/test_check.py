@@ -9,13 +9,13 @@ from PIL import Image
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions
-from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_pairs, fitting_size, pair_dls,
-                               read_image, read_pair)
+from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_pairs, fitting_size,
+                               pair_dls, read_image, read_pair)
 
 N = 24
 
 class Spoiler:
-    "Spoils pairs of a folder one by one; `faults`: name of the fault -> (file, words in the problem, severity)."
+    "Spoils pairs of a folder one by one; `faults`: name -> (file, words in the problem, severity)."
     def __init__(self, root, x, m):
         self.images, self.masks, self.x, self.m, self.faults = root/'images', root/'masks', x, m, {}
 
@@ -65,7 +65,8 @@ class Spoiler:
         self.fault('empty mask', self.mask(9), 'empty mask', 'warning')
         Image.fromarray(self.m[10]*0 + 255).save(self.mask(10))
         self.fault('full mask', self.mask(10), 'full mask')
-        soft = self.grey(18).resize((57, 57), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BICUBIC)
+        smooth = Image.Resampling.BICUBIC
+        soft = self.grey(18).resize((57, 57), smooth).resize((64, 64), smooth)
         soft.save(self.mask(18))
         self.fault('soft mask', self.mask(18), 'a soft edge')
         self.grey(19).convert('RGBA').save(self.mask(19))
@@ -117,7 +118,8 @@ def test_every_fault_is_listed(folder):
 
 def test_nothing_else_is_listed(folder):
     _, faults, report = folder
-    extra = set(zip(report.file, report.problem)) - {(f, p) for f, w, _ in faults.values() for p in report.problem if w in p}
+    known = {(file, p) for file, words, _ in faults.values() for p in report.problem if words in p}
+    extra = set(zip(report.file, report.problem)) - known
     assert not extra and len(report) == len(faults), report.to_string()
 
 def test_columns_and_order(folder):
@@ -126,13 +128,14 @@ def test_columns_and_order(folder):
 
 def test_find_refuses_and_strict_false_leaves_out(folder):
     root, *_ = folder
-    with pytest.raises(MedsynError, match=r'4 file\(s\) in .* do not pair up .*12.png: unpaired image.*; and 1 more') as e: find_pairs(root)
+    words = r'4 file\(s\) in .* do not pair up .*12.png: unpaired image.*; and 1 more'
+    with pytest.raises(MedsynError, match=words) as e: find_pairs(root)
     assert '\n' not in str(e.value)
     names = [p.name for p in find_pairs(root, strict=False)]
     assert len(names) == N - 3 and not {'12', '13', '14'} & {*names}
 
 def test_reading_agrees_with_the_report(folder):
-    "What is an error in a file is a `MedsynError` with that file's name when it is read; a warning is not; near-duplicates and sizes apart."
+    "An error in the report is a `MedsynError` with the file's name on reading; a warning is not."
     root, faults, report = folder
     errors = {file.split('/')[1].split('.')[0] for file, words, severity in faults.values()
               if severity == 'error' and 'full' not in words and 'stride' not in words}
@@ -149,7 +152,8 @@ def test_few_pairs_and_lists(folder):
     report = check_pairs(pairs)
     assert report.problem.tolist() == ['only 3 pairs']
     report = check_pairs(pairs + [Pair('00', pairs[1].image, pairs[1].mask)])
-    assert report.problem.str.contains('two pairs have this name').any() and report.problem.str.contains('near-duplicate').any()
+    for words in ('two pairs have this name', 'near-duplicate'):
+        assert report.problem.str.contains(words).any()
 
 def test_no_pairs_at_all(tmp_path):
     (tmp_path/'photo.png').touch()
@@ -162,7 +166,7 @@ def test_good_folder_is_clean(tmp_path):
     from medsyn.data.lesions import lesion_folder
     assert len(check_pairs(lesion_folder(tmp_path/'a', 12, 64))) == 0
 
-# Inputs that are easily misread ---------------------------------------------------------------------------------------
+# Inputs that are easily misread -----------------------------------------------------------------------------
 
 def png_of_16_bit_colours(values):
     "A PNG file of 16-bit RGB, which pillow can read but not write."
@@ -171,7 +175,8 @@ def png_of_16_bit_colours(values):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    chunks = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + chunks
 
 def folder_of(path, images, masks):
     "A folder of pairs from bytes or pictures."
@@ -187,6 +192,11 @@ LESION[10:30, 12:40] = 1
 def noise(i): return Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 64, 3), dtype=np.uint8))
 def mask_of(value): return Image.fromarray(LESION*value)
 
+def pictures_and_masks(path, masks):
+    "A folder of as many pictures of noise as there are masks."
+    images = {f'{i}.png': noise(i) for i in range(len(masks))}
+    return folder_of(path, images, {f'{i}.png': mask for i, mask in enumerate(masks)})
+
 def test_16_bit_colours_are_not_cut_to_8_bits(tmp_path):
     values = np.random.default_rng(0).integers(0, 5000, (48, 64, 3)).astype(np.uint16)
     folder_of(tmp_path/'a', {'a.png': png_of_16_bit_colours(values)}, {'a.png': mask_of(255)})
@@ -196,7 +206,8 @@ def test_16_bit_colours_are_not_cut_to_8_bits(tmp_path):
     want = ((values.astype(float) - 1000)/3000).clip(0, 1)*255
     assert abs(image - want).max() <= .5
     report = check_pairs([pair], least=1)
-    assert report.problem.tolist() == ['image has more than 8 bits per channel'] and 'window=(' in report.remedy.item()
+    assert report.problem.tolist() == ['image has more than 8 bits per channel']
+    assert 'window=(' in report.remedy.item()
     assert not len(check_pairs([pair], least=1, window='auto'))
 
 @pytest.mark.parametrize('order', ['II', 'MM'])
@@ -215,9 +226,11 @@ def test_a_16_bit_tiff_of_colours(tmp_path, order):
     image = read_image(tmp_path/'a.tif', window=(0, 60000))
     assert abs(image - values/60000*255).max() <= .5
 
-@pytest.mark.parametrize('ending,dtype', [('png', np.uint16), ('tif', np.uint16), ('tif', np.float32), ('tif', np.int32)])
+@pytest.mark.parametrize('ending,dtype', [('png', np.uint16), ('tif', np.uint16), ('tif', np.float32),
+                                          ('tif', np.int32)])
 def test_deep_grey_images(tmp_path, ending, dtype):
-    values = np.linspace(-500 if dtype in (np.float32, np.int32) else 0, 3000, 48*64).reshape(48, 64).astype(dtype)
+    least = 0 if dtype == np.uint16 else -500
+    values = np.linspace(least, 3000, 48*64).reshape(48, 64).astype(dtype)
     path = tmp_path/f'a.{ending}'
     Image.fromarray(values).save(path)
     with pytest.raises(MedsynError, match='more than 8 bits'): read_image(path)
@@ -240,12 +253,13 @@ def test_a_16_bit_bitmap_has_8_bits_per_channel(tmp_path):
 
 def test_one_class_per_file_is_not_merged(tmp_path):
     values = [1, 2, 3, 1, 2, 3, 1, 2, 3]
-    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(9)}, {f'{i}.png': mask_of(v) for i, v in enumerate(values)})
+    pictures_and_masks(tmp_path/'a', [mask_of(value) for value in values])
     pairs = find_pairs(tmp_path/'a')
     words = r'several classes \(1 in 3 files, 2 in 3 files, 3 in 3 files\)'
     with pytest.raises(MedsynError, match=words): pair_dls(pairs, 32, device='cpu')
     assert check_pairs(tmp_path/'a').problem.str.contains(words).sum() == 1
-    y = torch.cat([y for _, y in pair_dls(pairs, 32, bs=4, valid=.5, label=[2, 3], augment=False, device='cpu').valid])
+    dls = pair_dls(pairs, 32, bs=4, valid=.5, label=[2, 3], augment=False, device='cpu')
+    y = torch.cat([y for _, y in dls.valid])
     held_out = pair_dls(pairs, 32, bs=4, valid=.5, device='cpu', label=2).pairs_valid
     assert y.flatten(1).any(1).tolist() == [values[int(p.name)] in (2, 3) for p in held_out]
 
@@ -255,19 +269,20 @@ def test_one_colour_per_file_is_not_merged(tmp_path):
         rgb = np.zeros((48, 64, 3), np.uint8)
         rgb[..., i % 2] = LESION*255
         return Image.fromarray(rgb)
-    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': coloured(i) for i in range(8)})
+    pictures_and_masks(tmp_path/'a', [coloured(i) for i in range(8)])
     pairs = find_pairs(tmp_path/'a')
-    with pytest.raises(MedsynError, match='#00ff00 in 4 files, #ff0000 in 4 files'): pair_dls(pairs, 32, device='cpu')
+    words = '#00ff00 in 4 files, #ff0000 in 4 files'
+    with pytest.raises(MedsynError, match=words): pair_dls(pairs, 32, device='cpu')
     assert [read_pair(p, label='#ff0000')[1].any() for p in pairs] == [True, False]*4
 
 def test_lesion_free_images_are_legal(tmp_path):
-    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': mask_of(255*(i > 2)) for i in range(8)})
+    pictures_and_masks(tmp_path/'a', [mask_of(255*(i > 2)) for i in range(8)])
     report = check_pairs(tmp_path/'a')
     assert report.severity.tolist() == ['warning']*3 and report.problem.str.contains('empty mask').all()
     pair_dls(find_pairs(tmp_path/'a'), 32, device='cpu').one_batch()
 
 def test_volumes_are_named_wherever_they_lie(tmp_path):
-    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': mask_of(255) for i in range(8)})
+    pictures_and_masks(tmp_path/'a', [mask_of(255)]*8)
     for name in ('ct.nii.gz', 'images/scan.nii', 'masks/IM0001.dcm'): (tmp_path/'a'/name).touch()
     problems = check_pairs(tmp_path/'a').set_index('file').problem
     assert problems.index.tolist() == ['images/scan.nii', 'masks/IM0001.dcm', 'ct.nii.gz']
@@ -285,7 +300,8 @@ def test_several_pages_need_a_choice(tmp_path):
     with pytest.raises(MedsynError, match='holds 3 frames: choose one with page='): read_pair(pair)
     assert (read_pair(pair, page=2)[0] == np.asarray(pages[2])).all()
     table = clean_masks(tmp_path/'a', tmp_path/'clean', page=1)
-    assert (read_pair(*find_pairs(tmp_path/'clean'))[0] == np.asarray(pages[1])).all() and table.masks.tolist() == [1]
+    assert (read_pair(*find_pairs(tmp_path/'clean'))[0] == np.asarray(pages[1])).all()
+    assert table.masks.tolist() == [1]
 
 def test_several_masks_of_an_image_are_united_and_said(tmp_path):
     parts = [LESION.copy() for _ in range(3)]
@@ -297,13 +313,13 @@ def test_several_masks_of_an_image_are_united_and_said(tmp_path):
     assert clean_masks(tmp_path/'a', tmp_path/'b').masks.tolist() == [3]
     assert (read_pair(*find_pairs(tmp_path/'b'))[1] == LESION).all()
 
-# The way to the network's size and back -------------------------------------------------------------------------------
+# The way to the network's size and back ---------------------------------------------------------------------
 
 @pytest.mark.parametrize('fit', FITS)
 @pytest.mark.parametrize('size', [64, (48, 96), (33, 17)])
 @pytest.mark.parametrize('shape', [(48, 64), (64, 48), (50, 50), (7, 90)])
 def test_geometry_is_inverted_up_to_the_resolution(fit, size, shape):
-    "Each pixel comes back from the pixel of the result that covers it, and what was not shown comes back empty."
+    "Each pixel comes back from the pixel that covers it, and what was not shown comes back empty."
     geometry = Geometry(shape, size, fit)
     (top, left, height, width), (ptop, pleft, pheight, pwidth) = geometry.boxes
     numbers = np.arange(geometry.size[0]*geometry.size[1], dtype=np.int32).reshape(geometry.size) + 1
@@ -334,9 +350,10 @@ def test_image_and_mask_share_the_geometry():
         assert ((small[..., 0] > 127) != mask).mean() < .02, fit
 
 def test_training_on_sizes_that_are_not_square(tmp_path):
-    folder_of(tmp_path/'a', {f'{i}.png': noise(i) for i in range(8)}, {f'{i}.png': mask_of(255) for i in range(8)})
+    pictures_and_masks(tmp_path/'a', [mask_of(255)]*8)
     size = fitting_size((48, 64), 64)
     assert size == (64, 96)
     for augment in ('full', 'strong'):
-        x, y = pair_dls(find_pairs(tmp_path/'a'), size, bs=4, fit='pad', augment=augment, device='cpu').one_batch()
+        dls = pair_dls(find_pairs(tmp_path/'a'), size, bs=4, fit='pad', augment=augment, device='cpu')
+        x, y = dls.one_batch()
         assert x.shape == (4, 3, *size) and y.shape == (4, *size)

@@ -1,4 +1,4 @@
-"The drawn lesions, the loaders, and the masks: what their notebooks do not cover; and the real sets where MEDSYN_DATA points at them."
+"Rendered lesions, loaders and masks, where their notebooks stop; and the real sets of MEDSYN_DATA."
 import os
 import random
 import subprocess
@@ -9,26 +9,27 @@ import numpy as np
 import pytest
 import torch
 from fastai.torch_core import TensorImage, TensorMask
-from PIL import Image
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
-from medsyn.data.pairs import (PairDataset, StrongAugment, check_pairs, find_images, find_pairs, group_of, image_dls,
+from medsyn.data.pairs import (StrongAugment, check_pairs, find_images, find_pairs, group_of, image_dls,
                                pair_dls, random_stream, read_pair, same_images, split_pairs)
 
 REAL = os.environ.get('MEDSYN_DATA')
-real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: the real image sets are not on this machine')
+real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: no real image sets here')
 
 @pytest.fixture(scope='module')
-def pairs(tmp_path_factory): return find_pairs(lesion_folder(tmp_path_factory.mktemp('data')/'toy', 20, 48, seed=3))
+def pairs(tmp_path_factory):
+    return find_pairs(lesion_folder(tmp_path_factory.mktemp('data')/'toy', 20, 48, seed=3))
 
-# Lesions --------------------------------------------------------------------------------------------------------------
+# Lesions ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [16, 32, 65, 200])
 def test_lesions_at_any_size(size):
     x, m = draw_lesions(6, size, seed=4)
-    assert x.shape == (6, size, size, 3) and x.dtype == np.uint8 and m.shape == (6, size, size) and set(np.unique(m)) == {0, 1}
+    assert x.shape == (6, size, size, 3) and x.dtype == np.uint8
+    assert m.shape == (6, size, size) and set(np.unique(m)) == {0, 1}
     assert m.any((1, 2)).all() and .015 < m.mean((1, 2)).min() and m.mean((1, 2)).max() < .36
     assert x.std((1, 2)).min() > 8                                              # no flat picture
 
@@ -37,9 +38,13 @@ def test_lesions_keep_their_area_at_all_sizes():
     np.testing.assert_allclose(small, big, atol=.02)
 
 def test_lesions_are_the_same_in_another_process():
-    code = "from medsyn.data.lesions import draw_lesions; import hashlib; x, m = draw_lesions(3, 40, 5); print(hashlib.sha256(x.tobytes() + m.tobytes()).hexdigest())"
-    runs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': str(i)}).stdout for i in range(2)}
-    assert len(runs) == 1
+    code = ("from medsyn.core import content_hash; from medsyn.data.lesions import draw_lesions; "
+            "print(content_hash(*draw_lesions(3, 40, 5)))")
+    def run(hash_seed):
+        env = {**os.environ, 'PYTHONHASHSEED': str(hash_seed)}
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env)
+        return done.stdout
+    assert run(0) == run(1)
 
 def test_lesion_folder_goes_on_and_refuses(tmp_path):
     f = lesion_folder(tmp_path/'a', 5, 32, seed=1)
@@ -55,21 +60,23 @@ def test_lesion_folder_goes_on_and_refuses(tmp_path):
     assert not (tmp_path/'c').exists()
 
 def test_lesion_appearance_depends_on_the_mask():
-    "A threshold on colour does not find lesions, but a pixel classifier on colour relative to the picture's mean does better: there is something to learn."
+    "Colour relative to the picture's median differs inside a lesion: there is something to learn."
     x, m = draw_lesions(120, 48, seed=8)
     chroma = x/np.maximum(x.sum(-1, keepdims=True), 12)
     own = abs(chroma - np.median(chroma.reshape(120, -1, 3), 1)[:, None, None]).sum(-1)
     lesion, rest = own[m == 1], own[m == 0]
     assert np.median(lesion) > 1.3*np.median(rest)
 
-# Loaders --------------------------------------------------------------------------------------------------------------
+# Loaders ----------------------------------------------------------------------------------------------------
 
 def first(dls): return [t.clone() for t in dls.one_batch()]
 
 def test_training_and_validation_share_nothing(pairs):
     dls = pair_dls(pairs, 32, bs=4, valid=.25, device='cpu')
-    assert not {*dls.pairs_train} & {*dls.pairs_valid} and sorted(dls.pairs_train + dls.pairs_valid) == sorted(pairs) and len(dls.pairs_valid) == 5
-    assert sum(len(b[0]) for b in dls.valid) == 5                                # nobody is dropped from validation
+    assert not {*dls.pairs_train} & {*dls.pairs_valid}
+    assert sorted(dls.pairs_train + dls.pairs_valid) == sorted(pairs)
+    # none is dropped from validation
+    assert len(dls.pairs_valid) == sum(len(b[0]) for b in dls.valid) == 5
 
 def test_validation_is_not_augmented_and_in_order(pairs):
     dls = pair_dls(pairs[4:], 32, bs=4, valid=pairs[:4], device='cpu')
@@ -106,7 +113,8 @@ def test_the_loader_leaves_the_global_generators_alone(pairs):
 def test_every_training_pair_is_seen(pairs):
     dls = pair_dls(pairs, 32, bs=3, augment=False, device='cpu')
     seen = {x.numpy().tobytes() for b in dls.train for x in b[0]}
-    assert len(seen) == len(dls.pairs_train)//3*3                                # drop_last drops less than a batch, each epoch another
+    # drop_last drops less than a batch, each epoch another
+    assert len(seen) == len(dls.pairs_train)//3*3
 
 @pytest.mark.parametrize('n,bs,want', [(8, 16, 7), (9, 4, 4), (20, 64, 18)])
 def test_small_sets_shrink_the_batch(pairs, n, bs, want):
@@ -114,7 +122,8 @@ def test_small_sets_shrink_the_batch(pairs, n, bs, want):
     assert dls.train.bs == want and len(dls.train) >= 1
 
 def test_cache_and_no_cache_agree(pairs):
-    for a, b in zip(first(pair_dls(pairs, 32, bs=4, device='cpu')), first(pair_dls(pairs, 32, bs=4, cache=False, device='cpu'))): assert (a == b).all()
+    cached, decoded = (first(pair_dls(pairs, 32, bs=4, cache=cache, device='cpu')) for cache in (True, False))
+    for a, b in zip(cached, decoded, strict=True): assert (a == b).all()
 
 def test_a_damaged_pair_shows_before_training(tmp_path):
     f = lesion_folder(tmp_path/'a', 9, 32)
@@ -123,7 +132,8 @@ def test_a_damaged_pair_shows_before_training(tmp_path):
 
 def test_augmentation_stays_in_range_and_moves(pairs):
     plain, moved = (first(pair_dls(pairs, 48, bs=16, augment=a, device='cpu')) for a in (False, True))
-    assert moved[0].min() >= 0 and moved[0].max() <= 1 and set(moved[1].unique().tolist()) == {0, 1} and moved[1].dtype == torch.int64
+    assert moved[0].min() >= 0 and moved[0].max() <= 1
+    assert set(moved[1].unique().tolist()) == {0, 1} and moved[1].dtype == torch.int64
     assert (moved[1].numpy() != plain[1].numpy()).any((1, 2)).mean() > .6        # most masks move
     before, after = plain[1].float().mean().item(), moved[1].float().mean().item()
     assert .7 < after/before < 1.7                                               # and stay in the picture
@@ -153,7 +163,8 @@ def test_strong_augmentation_differs_from_sample_to_sample():
 
 def test_strong_augmentation_treats_two_images_of_a_sample_alike():
     image, mask = TensorImage(torch.rand(4, 3, 32, 32)), TensorMask(torch.ones(4, 32, 32).long())
-    with random_stream(2): x, partner, _ = StrongAugment()((image, TensorImage(image.clone()), mask), split_idx=0)
+    twice = image, TensorImage(image.clone()), mask
+    with random_stream(2): x, partner, _ = StrongAugment()(twice, split_idx=0)
     assert (x == partner).all()
 
 def test_strong_augmentation_of_an_image_that_is_not_square():
@@ -183,19 +194,22 @@ def test_a_learner_trains_on_it(pairs):
     from fastai.learner import Learner
     dls = pair_dls(pairs, 32, bs=6, device='cpu')
     net = torch.nn.Conv2d(3, 1, 3, padding=1)
-    loss = lambda p, y: torch.nn.functional.binary_cross_entropy_with_logits(p.as_subclass(torch.Tensor)[:, 0], y.as_subclass(torch.Tensor).float())
+    def loss(p, y):
+        p, y = p.as_subclass(torch.Tensor)[:, 0], y.as_subclass(torch.Tensor).float()
+        return torch.nn.functional.binary_cross_entropy_with_logits(p, y)
     learn = Learner(dls, net, loss, train_bn=False)
     learn.logger = lambda *_: None
     learn.fit(8, 1e-2)
     assert learn.recorder.values[-1][0] < learn.recorder.values[0][0]
 
-# Masks ----------------------------------------------------------------------------------------------------------------
+# Masks ------------------------------------------------------------------------------------------------------
 
 def test_random_masks_are_valid_and_seeded():
     m = draw_lesions(30, 48, seed=2)[1]
     for i, k in enumerate(m):
         (a, p), (b, q) = (random_mask(k, np.random.default_rng(i)) for _ in range(2))
-        assert p == q and (a == b).all() and a.dtype == np.uint8 and set(np.unique(a)) == {0, 1} and a.flags.c_contiguous
+        assert p == q and (a == b).all()
+        assert a.dtype == np.uint8 and set(np.unique(a)) == {0, 1} and a.flags.c_contiguous
         assert (a == transform_mask(k, **{o: v for o, v in p.items() if o not in ('kind', 'tries')})[0]).all()
 
 def test_masks_of_any_shape():
@@ -209,7 +223,7 @@ def test_mask_kinds_share_a_signature():
         new, params = f(m, np.random.default_rng(0))
         assert params['kind'] == kind and new.shape == m.shape
 
-# Real sets ------------------------------------------------------------------------------------------------------------
+# Real sets --------------------------------------------------------------------------------------------------
 
 @real
 @pytest.mark.data

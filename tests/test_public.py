@@ -29,11 +29,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append((self.path, asked, self.headers.get('If-Range')))
         if fails := rules.get('fail', []):
             return self.send_error(fails.pop(0))
-        if asked and rules.get('range', True) and self.headers.get('If-Range') in (None, rules.get('etag', '"v1"')):
+        current = self.headers.get('If-Range') in (None, rules.get('etag', '"v1"'))
+        if asked and rules.get('range', True) and current:
             start = int(asked[6:-1])
             if start >= len(data): return self.send_error(416)
         self.send_response(206 if start else 200)
-        if start: self.send_header('Content-Range', f"bytes {rules.get('lie', start)}-{len(data)-1}/{len(data)}")
+        if start:
+            self.send_header('Content-Range', f"bytes {rules.get('lie', start)}-{len(data)-1}/{len(data)}")
         if rules.get('length', True): self.send_header('Content-Length', str(len(data) - start))
         if tag := rules.get('etag', '"v1"'): self.send_header('ETag', tag)
         if rules.get('modified'): self.send_header('Last-Modified', rules['modified'])
@@ -55,13 +57,14 @@ def server(monkeypatch):
 
 def names(path): return sorted(p.name for p in path.iterdir())
 
-# Downloads ------------------------------------------------------------------------------------------------------------
+# Downloads --------------------------------------------------------------------------------------------------
 
 def test_plain(server, tmp_path):
     assert fetch(server.url, tmp_path/'sub'/'set.zip', SHA).read_bytes() == DATA
     assert names(tmp_path/'sub') == ['set.zip']
     fetch(server.url, tmp_path/'sub'/'set.zip', SHA)
-    assert len(server.log) == 1                                                 # what is there is not fetched again
+    # what is there is not fetched again
+    assert len(server.log) == 1
 
 def test_resume_after_cuts(server, tmp_path):
     server.rules = dict(cuts=[50_000, 1, 70_000])
@@ -71,7 +74,8 @@ def test_resume_after_cuts(server, tmp_path):
 
 def test_resume_in_a_second_call(server, tmp_path):
     server.rules = dict(cuts=[50_000] + [0]*5)
-    with pytest.raises(MedsynError, match='what has arrived is kept in set.zip.part'): fetch(server.url, tmp_path/'set.zip', SHA)
+    with pytest.raises(MedsynError, match='what has arrived is kept in set.zip.part'):
+        fetch(server.url, tmp_path/'set.zip', SHA)
     assert (tmp_path/'set.zip.part').stat().st_size == 50_000 and not (tmp_path/'set.zip').exists()
     server.log.clear()
     assert fetch(server.url, tmp_path/'set.zip', SHA).read_bytes() == DATA
@@ -109,7 +113,8 @@ def test_server_without_marks(server, tmp_path):
 
 def test_server_that_resumes_elsewhere(server, tmp_path):
     server.rules = dict(cuts=[50_000] + [0]*9, lie=10)
-    with pytest.raises(MedsynError, match='resumed at 10 instead of 50000'): fetch(server.url, tmp_path/'set.zip', SHA)
+    with pytest.raises(MedsynError, match='resumed at 10 instead of 50000'):
+        fetch(server.url, tmp_path/'set.zip', SHA)
     assert not (tmp_path/'set.zip').exists()
 
 def test_server_without_length(server, tmp_path):
@@ -129,26 +134,31 @@ def test_part_that_is_too_long(server, tmp_path):
     assert fetch(server.url, tmp_path/'set.zip', SHA).read_bytes() == DATA
 
 def test_wrong_checksum(server, tmp_path):
-    with pytest.raises(MedsynError, match=f'arrived with SHA-256 {SHA[:12]}... instead of 000000000000...'): fetch(server.url, tmp_path/'set.zip', '0'*64)
+    words = f'arrived with SHA-256 {SHA[:12]}... instead of 000000000000...'
+    with pytest.raises(MedsynError, match=words): fetch(server.url, tmp_path/'set.zip', '0'*64)
     assert names(tmp_path) == []
     (tmp_path/'set.zip').write_bytes(b'mine')
-    with pytest.raises(MedsynError, match='exists but its SHA-256 is not'): fetch(server.url, tmp_path/'set.zip', SHA)
+    with pytest.raises(MedsynError, match='exists but its SHA-256 is not'):
+        fetch(server.url, tmp_path/'set.zip', SHA)
     assert (tmp_path/'set.zip').read_bytes() == b'mine'
 
 @pytest.mark.parametrize('code', [401, 403, 404])
 def test_missing(server, tmp_path, code):
     server.rules = dict(fail=[code])
-    with pytest.raises(MedsynError, match=f'is not available \\({code} '): fetch(server.url, tmp_path/'set.zip')
+    with pytest.raises(MedsynError, match=f'is not available \\({code} '):
+        fetch(server.url, tmp_path/'set.zip')
     assert len(server.log) == 1 and names(tmp_path) == []
 
 def test_web_page_instead_of_a_file(server, tmp_path):
     server.rules = dict(data=b'<html>please log in', type='text/html; charset=utf-8')
-    with pytest.raises(MedsynError, match='a web page instead of a file'): fetch(server.url, tmp_path/'set.zip')
+    with pytest.raises(MedsynError, match='a web page instead of a file'):
+        fetch(server.url, tmp_path/'set.zip')
     assert names(tmp_path) == []
 
 def test_no_server(tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1'); monkeypatch.setattr(public.time, 'sleep', lambda s: None)
-    with pytest.raises(MedsynError, match='could not be fetched'): fetch('http://127.0.0.1:9/set.zip', tmp_path/'set.zip', timeout=1)
+    with pytest.raises(MedsynError, match='could not be fetched'):
+        fetch('http://127.0.0.1:9/set.zip', tmp_path/'set.zip', timeout=1)
 
 @pytest.mark.parametrize('url', ['file:///etc/passwd', 'ftp://example.org/x', 'x.zip', ''])
 def test_other_addresses(url, tmp_path):
@@ -156,9 +166,10 @@ def test_other_addresses(url, tmp_path):
 
 def test_unwritable(server, tmp_path):
     (tmp_path/'file').touch()
-    with pytest.raises(MedsynError, match='a file stands where a folder is needed'): fetch(server.url, tmp_path/'file'/'set.zip')
+    with pytest.raises(MedsynError, match='a file stands where a folder is needed'):
+        fetch(server.url, tmp_path/'file'/'set.zip')
 
-# Archives -------------------------------------------------------------------------------------------------------------
+# Archives ---------------------------------------------------------------------------------------------------
 
 def zipped(path, *members):
     "A zip archive of (name or ZipInfo, bytes)."
@@ -180,23 +191,28 @@ def refused(archive, dest, words, **kw):
     with pytest.raises(MedsynError, match=words) as e: extract(archive, dest, **kw)
     assert '\n' not in str(e.value) and (names(dest) if dest.exists() else []) == before
 
-BAD_NAMES = ['../evil', '/evil', 'a/../../evil', '..', 'C:/evil', 'c:evil', '..\\evil', 'a\\..\\..\\evil', '//server/evil', './../evil']
+BAD_NAMES = ['../evil', '/evil', 'a/../../evil', '..', 'C:/evil', 'c:evil', '..\\evil', 'a\\..\\..\\evil',
+             '//server/evil', './../evil']
 
 @pytest.mark.parametrize('name', BAD_NAMES)
 @pytest.mark.parametrize('make,end', [(zipped, 'zip'), (tarred, 'tar.gz')])
 def test_paths_that_lead_outside(tmp_path, name, make, end):
-    refused(make(tmp_path/f'a.{end}', ('ok.png', b'1'), (name, b'2')), tmp_path/'in'/'side', 'outside the target folder')
+    archive = make(tmp_path/f'a.{end}', ('ok.png', b'1'), (name, b'2'))
+    refused(archive, tmp_path/'in'/'side', 'outside the target folder')
     assert not list(tmp_path.rglob('evil*'))
 
 @pytest.mark.parametrize('kind', [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
 def test_zip_links(tmp_path, kind):
     i = zipfile.ZipInfo('link'); i.create_system = 3; i.external_attr = (kind | 0o777) << 16
-    refused(zipped(tmp_path/'a.zip', ('ok.png', b'1'), (i, '/etc/passwd')), tmp_path/'out', 'a link or device')
+    archive = zipped(tmp_path/'a.zip', ('ok.png', b'1'), (i, '/etc/passwd'))
+    refused(archive, tmp_path/'out', 'a link or device')
 
-@pytest.mark.parametrize('kind', [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE])
+@pytest.mark.parametrize('kind', [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE,
+                                  tarfile.BLKTYPE])
 def test_tar_links(tmp_path, kind):
     i = tarfile.TarInfo('link'); i.type, i.linkname = kind, '../../etc/passwd'
-    refused(tarred(tmp_path/'a.tar', ('ok.png', b'1'), (i, b''), mode='w'), tmp_path/'out', 'a link or device')
+    archive = tarred(tmp_path/'a.tar', ('ok.png', b'1'), (i, b''), mode='w')
+    refused(archive, tmp_path/'out', 'a link or device')
 
 def test_link_then_file_through_it(tmp_path):
     i = tarfile.TarInfo('dir'); i.type, i.linkname = tarfile.SYMTYPE, str(tmp_path)
@@ -218,7 +234,8 @@ def test_zip_that_lies_about_its_sizes(tmp_path):
 
 @pytest.mark.parametrize('twice', [('a.png', 'a.png'), ('a.png', 'A.PNG')])
 def test_names_twice(tmp_path, twice):
-    with pytest.warns(UserWarning) if twice[0] == twice[1] else pytest.MonkeyPatch.context(): f = zipped(tmp_path/'a.zip', *((t, b'1') for t in twice))
+    warned = pytest.warns(UserWarning) if twice[0] == twice[1] else pytest.MonkeyPatch.context()
+    with warned: f = zipped(tmp_path/'a.zip', *((t, b'1') for t in twice))
     refused(f, tmp_path/'out', 'twice')
 
 def test_more_after_the_end(tmp_path):
@@ -238,17 +255,21 @@ def test_encrypted(tmp_path):
 
 KINDS = [('tar.gz', 'w:gz'), ('tar.xz', 'w:xz'), ('tar.bz2', 'w:bz2'), ('zip', None)]
 
-@pytest.mark.parametrize('end,mode,harm', [(*k, h) for k in KINDS for h in ('cut', 'flip')] + [('tar', 'w', 'cut')])
+HARMS = [(*kind, harm) for kind in KINDS for harm in ('cut', 'flip')] + [('tar', 'w', 'cut')]
+
+@pytest.mark.parametrize('end,mode,harm', HARMS)
 def test_damage(tmp_path, end, mode, harm):
     members = [(f'{i}.png', DATA[i*1000:i*1000 + 40_000]) for i in range(5)]
-    f = zipped(tmp_path/f'a.{end}', *members) if mode is None else tarred(tmp_path/f'a.{end}', *members, mode=mode)
+    path = tmp_path/f'a.{end}'
+    f = zipped(path, *members) if mode is None else tarred(path, *members, mode=mode)
     raw = bytearray(f.read_bytes())
     if harm == 'cut': raw = raw[:len(raw)//2]
     else: raw[len(raw)//2] ^= 0xff
     f.write_bytes(raw)
     refused(f, tmp_path/'out', 'is damaged|neither zip nor tar')
 
-@pytest.mark.parametrize('name,words', [('a.rar', 'unrar or 7z'), ('a.zip', 'neither zip nor tar'), ('a.tar.gz', 'neither zip nor tar')])
+@pytest.mark.parametrize('name,words', [('a.rar', 'unrar or 7z'), ('a.zip', 'neither zip nor tar'),
+                                        ('a.tar.gz', 'neither zip nor tar')])
 def test_no_archive(tmp_path, name, words):
     (tmp_path/name).write_bytes(b'Rar!' + DATA[:999])
     refused(tmp_path/name, tmp_path/'out', words)
@@ -257,7 +278,8 @@ def test_no_archive(tmp_path, name, words):
 def test_empty_and_in_the_way(tmp_path):
     refused(zipped(tmp_path/'a.zip'), tmp_path/'out', 'holds no file|neither')
     (tmp_path/'out').mkdir(exist_ok=True); (tmp_path/'out'/'x.png').write_bytes(b'mine')
-    refused(zipped(tmp_path/'b.zip', ('x.png', b'theirs'), ('y.png', b'1')), tmp_path/'out', "already holds 'x.png'")
+    archive = zipped(tmp_path/'b.zip', ('x.png', b'theirs'), ('y.png', b'1'))
+    refused(archive, tmp_path/'out', "already holds 'x.png'")
     assert (tmp_path/'out'/'x.png').read_bytes() == b'mine'
     extract(zipped(tmp_path/'c.zip', ('y.png', b'1')), tmp_path/'out')          # beside what is there: fine
     assert names(tmp_path/'out') == ['x.png', 'y.png']
@@ -266,27 +288,34 @@ def test_empty_and_in_the_way(tmp_path):
 def test_good_tar(tmp_path, end, mode):
     i = tarfile.TarInfo('./d'); i.type, i.mode = tarfile.DIRTYPE, 0o000
     j = tarfile.TarInfo('d/run.png'); j.mode = 0o6777
-    out = extract(tarred(tmp_path/f'a.{end}', (i, b''), (j, b'1'), ('d/e/f.png', DATA), mode=mode), tmp_path/'out')
+    archive = tarred(tmp_path/f'a.{end}', (i, b''), (j, b'1'), ('d/e/f.png', DATA), mode=mode)
+    out = extract(archive, tmp_path/'out')
     assert (out/'d'/'e'/'f.png').read_bytes() == DATA
-    assert not (out/'d'/'run.png').stat().st_mode & 0o6111                      # neither setuid nor executable
+    # neither setuid nor executable
+    assert not (out/'d'/'run.png').stat().st_mode & 0o6111
 
-# Sets -----------------------------------------------------------------------------------------------------------------
+# Sets -------------------------------------------------------------------------------------------------------
 
 def test_get_public_from_one_end_to_the_other(server, tmp_path, monkeypatch):
     lesion_folder(tmp_path/'Toy', 8, 32)
-    archive = zipped(tmp_path/'a.zip', *((str(p.relative_to(tmp_path)), p.read_bytes()) for p in sorted((tmp_path/'Toy').rglob('*.png'))))
+    files = sorted((tmp_path/'Toy').rglob('*.png'))
+    archive = zipped(tmp_path/'a.zip', *((str(p.relative_to(tmp_path)), p.read_bytes()) for p in files))
     server.rules = dict(data=archive.read_bytes(), cuts=[5000])
-    toy = PublicSet('toy', 'drawn lesions', server.url, '8', 'Toy/images, Toy/masks', 'none', 'none', ((server.url, hashlib.sha256(archive.read_bytes()).hexdigest()),))
+    sha = hashlib.sha256(archive.read_bytes()).hexdigest()
+    toy = PublicSet('toy', 'rendered lesions', server.url, '8', 'Toy/images, Toy/masks', 'none', 'none',
+                    ((server.url, sha),))
     monkeypatch.setitem(PUBLIC, 'toy', toy)
     for _ in range(2): out = get_public('toy', tmp_path/'sets')
     assert [p.name for p in find_pairs(out)] == [f'Toy/{i:04d}' for i in range(8)] and len(server.log) == 2
 
 @pytest.mark.parametrize('name', [k for k, s in PUBLIC.items() if not s.files])
 def test_by_hand(name, tmp_path):
-    with pytest.raises(MedsynError, match='cannot be fetched by a program') as e: get_public(name, tmp_path/'x')
+    with pytest.raises(MedsynError, match='cannot be fetched by a program') as e:
+        get_public(name, tmp_path/'x')
     assert PUBLIC[name].page in str(e.value) and not (tmp_path/'x').exists()
 
 def test_registry():
     for k, s in PUBLIC.items():
-        assert k == s.name and s.page.startswith('https://') and s.licence and s.citation and s.layout and (s.files or s.by_hand)
+        assert k == s.name and s.page.startswith('https://') and s.licence and s.citation and s.layout
+        assert s.files or s.by_hand
         assert all(u.startswith('https://') and u.endswith('.zip') for u, _ in s.files)

@@ -1,4 +1,4 @@
-"The training loop that every learner shares: fastai's own fits run on every learner, and give the losses of `fit_steps`."
+"The shared training loop: fastai's own fits run on every learner, with the losses of `fit_steps`."
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -69,7 +69,8 @@ def test_fit_gives_the_losses_of_fit_steps(pairs, name, monkeypatch):
     fit_steps(by_steps, BATCHES, 1e-3, schedule='flat')
     assert columns(by_epochs) == columns(by_steps)
     assert len(columns(by_epochs)['loss']) == BATCHES
-    for a, b in zip(by_epochs.model.parameters(), by_steps.model.parameters(), strict=True): assert torch.equal(a, b)
+    for a, b in zip(by_epochs.model.parameters(), by_steps.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 @each
 def test_fit_one_cycle_runs(pairs, name):
@@ -95,7 +96,8 @@ def test_the_averaged_weights_span_a_tenth_of_each_fit():
     model = torch.nn.Linear(1, 1)
     data = torch.utils.data.TensorDataset(torch.ones(4, 1), torch.ones(4, 1))
     batches = torch.utils.data.DataLoader(data, 4)
-    learn = train.Learner(train_loaders(batches), model, loss_func=F.mse_loss, lr=1e-3, cbs=train.common_cbs('cpu'))
+    learn = train.Learner(train_loaders(batches), model, loss_func=F.mse_loss, lr=1e-3,
+                          cbs=train.common_cbs('cpu'))
     for steps, decay in ((160, 1 - 1/16), (110, 1 - 1/11)):
         fit_steps(learn, steps)
         assert learn.ema.avg.decay == pytest.approx(decay), steps
@@ -115,7 +117,7 @@ def test_share_done_in_every_fit(pairs):
         with quiet(learn): fit()
         assert seen == [0, .25, .5, .75]
 
-# A weighted loss ------------------------------------------------------------------------------------------------------
+# A weighted loss --------------------------------------------------------------------------------------------
 
 class Weights(WeightedLossCB):
     def __init__(self, f, weight=1.): super().__init__(weight); self.f = f
@@ -126,7 +128,8 @@ def gradients(pairs, f=None, weight=1.):
     grads = []
     class Keep(Callback):
         order = ORDER['gates']
-        def after_backward(self): grads.extend(p.grad.clone() for p in self.model.parameters() if p.grad is not None)
+        def after_backward(self):
+            grads.extend(p.grad.clone() for p in self.model.parameters() if p.grad is not None)
     learn = control(loaders(pairs))
     learn.add_cbs([Keep(), *([Weights(f, weight)] if f else [])])
     fit_steps(learn, 1)

@@ -62,7 +62,8 @@ def draw_light(rng: np.random.Generator,    # where the randomness comes from
     direction = rng.uniform(0, 2*np.pi)
     squash = rng.uniform(.8, 1.25)
     x, y = (u - away*np.cos(direction))*squash, (v - away*np.sin(direction))/squash
-    triangle = np.cos(3*np.arctan2(y, x) + rng.uniform(0, 2*np.pi))            # a transverse colon is three-cornered
+    # a transverse colon is three-cornered
+    triangle = np.cos(3*np.arctan2(y, x) + rng.uniform(0, 2*np.pi))
     r = np.hypot(x, y)*(1 + .10*smooth_noise(rng, 3, size) + .07*triangle)
     phase = rng.uniform(1.8, 3.6)*np.log(np.maximum(r, 0) + .2)
     phase = phase + .22*smooth_noise(rng, 3, size) + .1*smooth_noise(rng, 6, size) + rng.uniform()
@@ -111,7 +112,7 @@ def draw_vessels(rng: np.random.Generator,  # where the randomness comes from
 def lesion_field(rng: np.random.Generator,  # where the randomness comes from
                  size: int,                 # side in pixels
                  share: float,              # share of the picture that the lesion covers, in (0, 0.35]
-                 angle: float = None        # direction from the picture's centre in radians; `None`: anywhere
+                 angle: float = None  # direction from the picture's centre in radians; `None`: anywhere
                 ) -> tuple:  # q (size,size), < 1 inside, and the mean radius in units of half the picture
     "The signed shape of one lesion of a given area that lies inside the field of view."
     u, v = pixel_grid(size)

@@ -21,7 +21,7 @@ def transform_mask(mask: np.ndarray,        # (H,W) uint8 in {0,1}
                    scale: float = 1.,       # about the lesion's centre; over 1 enlarges
                    dx: float = 0.,          # shift to the right as a share of the width
                    dy: float = 0.           # shift downwards as a share of the height
-                  ) -> tuple: # mask (H,W) uint8 in {0,1}, and the share of the lesion's pixels that stays in the picture
+                  ) -> tuple: # mask (H,W) uint8 in {0,1}, and the share of the lesion that stays
     "Flip, then scale and shift a mask (nearest neighbour); `MedsynError` if it is empty."
     if mask.ndim != 2 or not mask.any():
         raise MedsynError(f"a mask of shape {mask.shape} with {int(mask.sum())} foreground pixels cannot "
@@ -46,10 +46,10 @@ def random_mask(mask: np.ndarray,           # (H,W) uint8 in {0,1} with a lesion
                 scale: tuple = (.7, 1.4),   # bounds of the scale
                 shift: float = .2,          # largest shift either way, as a share of the side
                 keep: float = .8,           # least share of the lesion's pixels that stays in the picture
-                least: float = .002,        # least share of the picture that is lesion (or its own, if smaller)
+                least: float = .002,        # least share that is lesion (or its own, if smaller)
                 most: float = .5,           # largest share (or its own, if larger)
                 tries: int = 50             # draws before giving up
-               ) -> tuple: # mask (H,W) uint8 in {0,1}, and what was drawn: kind, flip_lr, flip_ud, scale, dx, dy, tries
+               ) -> tuple: # mask (H,W) uint8 in {0,1}, and kind, flip_lr, flip_ud, scale, dx, dy, tries
     "A flipped, scaled and shifted mask (\"Random\", Table 3). `MedsynError` if every draw loses the lesion."
     low, high = min(least, mask.mean()), max(most, mask.mean())
     for i in range(1, tries + 1):

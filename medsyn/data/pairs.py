@@ -551,7 +551,7 @@ def _cause(plane, values, unusual, jpeg):
     if unusual == 'colour' or n <= 20 and near_ends < .98 or n < 5 and top < 20:
         listed = ', '.join(_value_text(v, unusual) for v in values[:6].tolist())
         return (f"several classes ({listed}{', ...' if n > 6 else ''})",
-                'choose the foreground with label= (one value or several), or save it as 255 and the rest as 0')
+                'choose the foreground with label= (one or several), or save it as 255 and the rest as 0')
     if near_ends > .8: return 'a soft edge, as smooth resizing or an earlier JPEG leaves it', _THRESHOLD
     return ('a grey picture: a photograph, or a probability map',
             'is this the mask? if it is, threshold it and save it as PNG')
@@ -762,7 +762,7 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
                 window: tuple | str = None,     # as in `read_pair`, as are the next two
                 page: int = None,
                 label: int | str | list = None
-               ) -> pd.DataFrame: # file, problem, remedy, severity ('error' or 'warning'); no rows: all is well
+               ) -> pd.DataFrame: # file, problem, remedy, severity (error or warning); no rows: all is well
     "Every problem of a set of pairs; `MedsynError` only if the folder is missing or of no known layout."
     root = None if isinstance(pairs, (list, tuple)) else Path(pairs)
     pairs, rows = (list(pairs), []) if root is None else _scan(root)

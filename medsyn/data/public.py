@@ -51,7 +51,8 @@ _ISIC_2018 = {
     'ISIC2018_Task1-2_Training_Input': '80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f',
     'ISIC2018_Task1_Training_GroundTruth': '99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c',
     'ISIC2018_Task1-2_Validation_Input': '0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797',
-    'ISIC2018_Task1_Validation_GroundTruth': 'f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285',
+    'ISIC2018_Task1_Validation_GroundTruth':
+        'f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285',
     'ISIC2018_Task1-2_Test_Input': 'e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d',
     'ISIC2018_Task1_Test_GroundTruth': '2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82'}
 
@@ -79,7 +80,8 @@ _SETS = [
         by_hand="open the page; TrainDataset and TestDataset are two Google Drive links in its README"),
     PublicSet(
         name='piccolo', title='polyps in white light and narrow band, Spain', n='3433 (2203 + 897 + 333)',
-        page='https://www.biobancovasco.bioef.eus/en/Sample-and-data-e-catalog/Databases/PD178-PICCOLO-EN1.html',
+        page=('https://www.biobancovasco.bioef.eus/en/Sample-and-data-e-catalog/Databases/'
+              'PD178-PICCOLO-EN1.html'),
         layout='<train|validation|test>/polyps, <train|validation|test>/masks',
         licence='on request, under an agreement with the Basque Biobank',
         citation='Sanchez-Peralta L.F. et al., Applied Sciences 10(23):8501 (2020)',
@@ -210,7 +212,7 @@ def fetch(url: str,             # http or https
         part.unlink()
         state.unlink(missing_ok=True)
         raise MedsynError(f"{url} arrived with SHA-256 {got[:12]}... instead of {sha256[:12]}...: "
-                          "it was damaged or has been replaced; call again, and if it stays so look at the set's page")
+                          "it was damaged or has been replaced; call again, or look at the set's page")
     with os_errors(dest): os.replace(part, dest)
     state.unlink(missing_ok=True)
     return dest
@@ -284,7 +286,8 @@ def _unpack(members, archive, into, limit):
                 written += len(chunk)
                 if written > limit:
                     raise MedsynError(f"{archive} unpacks to more than {limit/2**20:,.0f} MiB, "
-                                      "which no image set of its size does: raise max_ratio or max_gb if you trust it")
+                                      "which no image set of its size does: if you trust it, "
+                                      "raise max_ratio or max_gb")
                 out.write(chunk)
     if not names: raise MedsynError(f"{archive} holds no file: download it again")
 

@@ -456,7 +456,7 @@ def paired_learners(
     ema: float | str = 'auto',  # decay of the averaged weights, see `EMACB`; `None`: none
     probe: int = None,          # steps between probes; `None`: ten in a run
     cbs: tuple = (),            # further callbacks of the generator's learner
-    **kwargs
+    **kwargs: object            # for `paired_generator`
 ) -> tuple:                     # the guider's learner, to be fitted first, and the generator's with the pair
     "PIG's two learners; the second has the first one's network frozen inside."
     pair = paired_generator(dls, seed=seed, **kwargs).to(dls.device)
