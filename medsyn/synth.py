@@ -146,14 +146,18 @@ class Job:
     feather: float = 1.5        # border of what is pasted or new, pixels
     ring: int = 4               # known background around a new lesion in a frame without a mask, pixels
 
-def from_noise(job: Job, i: int) -> Draft:
+def from_noise(job: Job,    # what is made
+              i: int       # number of the pair
+             ) -> Draft:
     "A mask of the pairs, as it is or moved; the image is all new."
     source, rng, seed = plan(job.pairs, i, job.seed, job.hardness)
     image, own = read_pair(source, job.size)
     mask, transform = MASK_KINDS[job.masks](own, rng)
     return Draft(mask, seed, dict(source=source.name, transform=transform), shown=image)
 
-def from_real(job: Job, i: int) -> Draft:
+def from_real(job: Job,    # what is made
+              i: int       # number of the pair
+             ) -> Draft:
     "A real image under its own mask."
     source, _, seed = plan(job.pairs, i, job.seed, job.hardness)
     image, mask = read_pair(source, job.size)
@@ -187,7 +191,9 @@ def _moved_lesion(mask, seed, tries=20):
         if lesion.sum()*area >= .8*mask.sum(): return moves, lesion
     return torch.eye(2, 3)[None], mask
 
-def from_paste(job: Job, i: int) -> Draft:
+def from_paste(job: Job,    # what is made
+              i: int       # number of the pair
+             ) -> Draft:
     "A real lesion, moved, turned and scaled, in another real picture."
     source, _, seed = plan(job.pairs, i, job.seed, job.hardness)
     donor, donor_mask = _tensors(*read_pair(source, job.size))
@@ -200,7 +206,9 @@ def from_paste(job: Job, i: int) -> Draft:
     unknown = None if known else _unknown(lesion, job.ring)
     return Draft(union[0, 0].numpy().astype(np.uint8), seed, about, init, unknown=unknown)
 
-def from_inpaint(job: Job, i: int) -> Draft:
+def from_inpaint(job: Job,    # what is made
+              i: int       # number of the pair
+             ) -> Draft:
     "A new lesion in a real picture: in place of its own (`masks='real'`), or under another pair's mask."
     source, rng, seed = plan(job.pairs, i, job.seed, job.hardness)
     if job.masks == 'real' and job.into is None:
@@ -235,7 +243,7 @@ def put_back(images: np.ndarray,    # (N,H,W,3) uint8, as sampled
         out.append(np.where(alpha == 0, draft.init, blended.round().astype(np.uint8)))
     return np.stack(out)
 
-def render(generator,           # takes a mask
+def render(generator: object,   # takes a mask
            drafts: list,        # of `Draft`
            strength: float,     # how far pictures are noised, in [0,1]; 0 leaves them as they are
            settings: dict,      # steps, guidance, guide, sampler, prompt: as in `sample`
@@ -268,7 +276,7 @@ def saved_margin(folder: Path   # what `medsyn train` wrote
     values = table['margin'].dropna() if 'margin' in table else []
     return float(values.iloc[-1]) if len(values) else None
 
-def measured_margin(generator,      # takes a mask
+def measured_margin(generator: object,  # takes a mask
                     pairs: list,    # real `Pair`s, two or more
                     size: int,      # side in pixels
                     n: int = 16     # how many pairs are looked at
@@ -468,7 +476,7 @@ def _plan_pairs(generator, masks, size, settings, start, strength, into, hardnes
     return dict(generator.config, **used)
 
 # %% ../nbs/api/40_synth.ipynb #b9a4108b
-def synthesize(generator,                   # any generator that takes a mask, or draws its own
+def synthesize(generator: object,           # any generator that takes a mask, or draws its own
                pairs: list,                 # of `Pair` that lend masks, lesions and pictures; `None` for PIG
                out: Path,                   # folder to write: images/, masks/, manifest.jsonl, synth.json
                n: int,                      # pairs to make; with `keep` or masks of its own, to keep

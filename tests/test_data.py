@@ -42,7 +42,8 @@ def test_lesions_are_the_same_in_another_process():
             "print(content_hash(*draw_lesions(3, 40, 5)))")
     def run(hash_seed):
         env = {**os.environ, 'PYTHONHASHSEED': str(hash_seed)}
-        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env)
+        command = [sys.executable, '-c', code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         return done.stdout
     assert run(0) == run(1)
 

@@ -260,8 +260,8 @@ def undocumented(fn):
 
 def untyped(fn):
     "Parameters of `fn` without a type; `*args` and `**kwargs` need none."
-    spec = inspect.getfullargspec(fn)
-    starred = (spec.varargs, spec.varkw)
+    args = ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0].args
+    starred = {a.arg for a in (args.vararg, args.kwarg) if a}
     return [a.arg for a, _ in parameters(fn) if a.annotation is None and a.arg not in starred]
 
 def has_docstring(o):

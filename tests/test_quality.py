@@ -167,7 +167,8 @@ def test_report_takes_a_comparison_and_readers(made, tmp_path):
     form = pd.read_csv(tmp_path/'study'/'answers.csv').assign(looks_real=1, confidence=5)
     form.to_csv(tmp_path/'a.csv', index=False)
     argv = ['score', made/'syn', '--real', made/'train', '--out', tmp_path/'r',
-            '--scores', tmp_path/'scores.csv', '--answers', tmp_path/'a.csv', '--key', tmp_path/'study_key.csv']
+            '--scores', tmp_path/'scores.csv',
+            '--answers', tmp_path/'a.csv', '--key', tmp_path/'study_key.csv']
     assert main([str(a) for a in argv]) == 0
     numbers = json.loads((tmp_path/'r'/'report.json').read_text())['numbers']
     n = pd.DataFrame(numbers).set_index(['section', 'metric'])

@@ -760,8 +760,8 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
                 stride: int = 32,               # smallest side in pixels that the networks take
                 least: int = 8,                 # fewest pairs that can be trained on
                 window: tuple | str = None,     # as in `read_pair`, as are the next two
-                page: int = None,
-                label: int | str | list = None
+                page: int = None,               # which page of files with several, from 0
+                label: int | str | list = None  # value or values of the foreground
                ) -> pd.DataFrame: # file, problem, remedy, severity (error or warning); no rows: all is well
     "Every problem of a set of pairs; `MedsynError` only if the folder is missing or of no known layout."
     root = None if isinstance(pairs, (list, tuple)) else Path(pairs)
@@ -921,7 +921,7 @@ class PairDataset:
 # %% ../../nbs/api/11_data.pairs.ipynb #b23e7560
 @contextlib.contextmanager
 def random_stream(seed: int,        # in [0, 2**63)
-                  device='cpu'      # where torch draws
+                  device: str = 'cpu'     # where torch draws
                  ):
     "Inside, Python's and torch's global generators start from `seed`; afterwards they are as they were."
     device, state = torch.device(device), random.getstate()
@@ -944,7 +944,7 @@ class _SeededPipeline(Pipeline):
 class SeededDL(TfmdDL):
     "A fastai data loader whose order and augmentation depend on `seed` and the epoch alone."
     def __init__(self,
-                 dataset,           # a `PairDataset`
+                 dataset: 'PairDataset',    # decoded pairs
                  *args,             # as in fastai's `TfmdDL`
                  seed: int = 0,     # for order and augmentation
                  **kwargs           # as in fastai's `TfmdDL`

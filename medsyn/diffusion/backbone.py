@@ -164,8 +164,8 @@ class PromptTable(nn.Module):
 class ClipText(nn.Module):
     "CLIP's tokenizer and text encoder, frozen; an embedding is computed once and kept."
     def __init__(self,
-        tokenizer,      # transformers CLIPTokenizer
-        encoder         # transformers CLIPTextModel
+        tokenizer: object,  # transformers CLIPTokenizer
+        encoder: nn.Module  # transformers CLIPTextModel
     ):
         super().__init__()
         self.tokenizer, self.encoder, self.known = tokenizer, encoder.eval().requires_grad_(False), {}

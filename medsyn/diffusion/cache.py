@@ -60,7 +60,7 @@ def remember(file: Path,        # the cache file
 # %% ../../nbs/api/24_diffusion.cache.ipynb #d3a663fa
 @torch.no_grad()
 def latent_moments(file: Path,              # the cache file
-                   dataset,                 # a `PairDataset`
+                   dataset: object,         # decoded pairs
                    codec: nn.Module,        # `PatchPCA` or `KLCodec`
                    dtype: torch.dtype = torch.float32,  # how they are stored
                    bs: int = 8              # images encoded together
@@ -99,7 +99,7 @@ class WithMoments:
     "A dataset of (image, mask) as (image, moments, mask)."
     n_inp, split_idx = 2, 0
     def __init__(self,
-        dataset,        # a `PairDataset`
+        dataset: object,        # decoded pairs
         moments: list   # of (C,h,w), one an item
     ):
         self.dataset, self.moments = dataset, moments

@@ -283,7 +283,7 @@ class DiffusionCB(Callback):
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #7d20b9ae
 def lesion_weights(mask: Tensor,    # (B,1,H,W) in {0,1}
-                   size             # (h,w) of the latent
+                   size: tuple      # (h,w) of the latent
                   ) -> Tensor:      # (B,1,h,w), positive, mean 1 per image
     "ArSDM's pixel weights divided by their mean; 1 everywhere for an empty or full mask."
     m = F.adaptive_avg_pool2d(mask, size)
@@ -323,8 +323,8 @@ MASKS = dict(right=lambda m: m, shuffled=lambda m: m.roll(1, 0), empty=lambda m:
 def denoising_losses(model: Denoiser,                   # a trained or untrained generator
                      x0: Tensor,                        # (N,3,H,W) images in [-1,1]
                      mask: Tensor,                      # (N,1,H,W) their masks in {0,1}
-                     masks=('right', 'shuffled'),       # names in `MASKS`, or a dict name -> function
-                     ts=(100, 300, 500, 700, 900),      # timesteps
+                     masks: tuple | dict = ('right', 'shuffled'),   # names in `MASKS`, or name -> function
+                     ts: tuple = (100, 300, 500, 700, 900),         # timesteps
                      seed: int = 0,                     # of the noise, the same for every mask
                      prompt: str = None                 # default: the backbone's
                     ) -> pd.DataFrame:                  # image, t, mask, loss (squared error of the noise)

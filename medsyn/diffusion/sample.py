@@ -19,8 +19,8 @@ from .learner import Cond, Denoiser
 from .schedule import Schedule
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #c8c6162f
-def start_noise(seeds,              # one seed an image
-                shape               # (K,h,w) of a latent
+def start_noise(seeds: list,        # one seed an image
+                shape: tuple        # (K,h,w) of a latent
                ) -> Tensor:         # (len(seeds),K,h,w) standard normal
     "The initial latents: image i depends on `seeds[i]` alone."
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
@@ -99,7 +99,7 @@ def denoise(model: Denoiser,            # any generator
             cond: Cond,                 # the whole condition
             null: Cond,                 # the weaker one
             guidance: float,            # g; 1 is no guidance
-            scheduler,                  # a diffusers scheduler
+            scheduler: object,          # a diffusers scheduler
             timesteps: Tensor,          # those that are left
             kept: KeptRegion = None,    # what follows a real image, if anything
             resample: int = 1,          # how often each step is made (RePaint)
@@ -128,7 +128,7 @@ def to_uint8(x: Tensor      # (B,3,H,W) images in about [-1,1]
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #c07569ab
 def check_masks(generator: Denoiser,    # it decides which sizes fit
-                masks,                  # (N,H,W) or (N,1,H,W), tensor or array, two values
+                masks: np.ndarray | Tensor, # (N,H,W) or (N,1,H,W), two values
                 what: str = 'masks'     # what they are, for the message
                ) -> Tensor:             # (N,1,H,W) float in {0,1}
     "Masks in the form that generators take; `MedsynError` for other shapes, values or sizes."
@@ -170,7 +170,7 @@ def sample(generator: Denoiser,         # any generator
            guidance: float = None,      # g, 1 is none; `None`: see `defaults_of`
            guide: str = None,           # what the weaker half lacks: prompt or mask; `None` as above
            sampler: str = 'ddim',       # ddim (eta 0), dpm++ or unipc
-           seeds=0,                     # one seed an image, or one number s for s, s+1, s+2, ...
+           seeds: int | list = 0,       # one seed an image, or one number s for s, s+1, s+2, ...
            prompt: str = None,          # default: the backbone's
            bs: int = 8,                 # images sampled together; does not change them
            images: Tensor = None,       # (N,3,H,W) in [-1,1], for generators that also see the image (M+I)

@@ -250,9 +250,9 @@ def _quiet():
 class ClipVision(nn.Module):
     "The image half of a CLIP: images (B,3,s,s) in [0,1] to embeddings (B,D)."
     def __init__(self,
-        model,  # transformers' CLIPVisionModelWithProjection
-        mean,   # three numbers
-        std     # three numbers
+        model: nn.Module,  # transformers' CLIPVisionModelWithProjection
+        mean: tuple,   # three numbers
+        std: tuple     # three numbers
     ):
         super().__init__()
         self.model = model
@@ -288,7 +288,7 @@ def clip_extractor(path: str | Path # folder in transformers' layout, or a hub i
     except MedsynError: raise
     except Exception as e:
         raise MedsynError(f"cannot open a CLIP from the {where} {path} ({type(e).__name__}):"
-                          " give a folder with config.json and its weights, or a hub id that can be reached") from e
+                          " give a folder with config.json and weights, or a reachable hub id") from e
     try:
         with _quiet(): processor = CLIPImageProcessor.from_pretrained(path)
     except Exception: processor = CLIPImageProcessor()
@@ -299,7 +299,7 @@ def clip_extractor(path: str | Path # folder in transformers' layout, or a hub i
 class EncoderFeatures(nn.Module):
     "The deepest features of a segmenter's encoder, averaged over the image."
     def __init__(self,
-        segmenter   # a `Segmenter`
+        segmenter: nn.Module   # a `Segmenter`
     ):
         super().__init__()
         self.segmenter = segmenter
@@ -391,7 +391,7 @@ def _loaded(item): return item if isinstance(item, np.ndarray) else read_image(i
 def extract(images: str | Path | list | np.ndarray,     # as for `image_list`
             extractor: Extractor | nn.Module | str | Path, # as for `as_extractor`
             bs: int = 32,               # images per batch
-            device=None,                # `None`: the accelerator if there is one
+            device: str = None,         # `None`: the accelerator if there is one
             cache: str | Path = None,   # folder to keep features in; `None`: not kept
             flip: str = '',             # a key of `FLIPS`: mirror each image first
             desc: str = 'features'      # title of the progress bar
@@ -438,7 +438,7 @@ def lpips(real: str | Path | list | np.ndarray, # as for `image_list`
           size: int = 256,          # side at which pictures are compared, in pixels
           bs: int = 32,             # pairs per batch
           seed: int = 0,            # of the random pairs
-          device=None               # `None`: the accelerator if there is one
+          device: str = None        # `None`: the accelerator if there is one
          ) -> np.ndarray:           # (n,) distances, 0 for equal pictures
     "LPIPS of matched or of random pairs (Zhang et al., 2018)."
     real, fake, device = image_list(real), image_list(fake), device or default_device()
@@ -504,13 +504,13 @@ def _matched(match, real, fake):
 
 def fidelity(real: str | Path | list | np.ndarray,  # as for `image_list`; papers use the training set
              fake: str | Path | list | np.ndarray,  # the same, synthetic; papers use equal counts
-             extractor,             # one or a list of what `as_extractor` takes
+             extractor: object,     # one or a list of what `as_extractor` takes
              metrics: list = None,  # names to keep ('FID', 'KID', 'FD-unet', ...); `None`: all
-             lpips_weights=None,    # torchvision's alexnet weights (file) or an LPIPS network, to add LPIPS
+             lpips_weights: object = None,  # alexnet weights (file) or an LPIPS network, to add LPIPS
              match: list = None,    # index of each synthetic image's real partner; `None`: all against all
              subset: int = 1000,    # images per KID subset; lowered to the smaller set
              bs: int = 32,          # images per batch
-             device=None,           # `None`: the accelerator if there is one
+             device: str = None,    # `None`: the accelerator if there is one
              cache: str | Path = None, # folder to keep features in; `None`: not kept
              seed: int = 0          # of subsets, splits and random pairs
             ) -> pd.DataFrame:      # `COLUMNS`, one row per number; `.attrs['versions']` for the caption

@@ -105,11 +105,11 @@ def _feature_vectors(real, fake, extractor, **settings):
 
 def novelty(real: str | Path | list | np.ndarray,   # training images, as for `image_list`
             fake: str | Path | list | np.ndarray,   # synthetic images, the same
-            extractor=None,     # for feature space, as in `fidelity`; `None`: pixels alone
+            extractor: object = None,   # for feature space, as in `fidelity`; `None`: pixels alone
             size: int = 32,     # side to which pictures are reduced for pixel space, in pixels
             q: float = 5,       # percentile of the real set's own distances: the threshold, in [0,100]
             bs: int = 32,       # images per batch of the extractor
-            device=None,        # `None`: the accelerator if there is one
+            device: str = None, # `None`: the accelerator if there is one
             cache: str | Path = None # folder to keep features in; `None`: not kept
            ) -> Novelty:        # `.frame`, `.summary`; see `show_closest`
     "Distances of synthetic images to the training set, beside those within it."
@@ -143,7 +143,7 @@ def show_closest(found: Novelty,        # what `novelty` returned
                  space: str = None,     # 'pixel' or 'feature'; `None`: by the smaller rank of the two
                  size: float = 1.0,     # height of one picture in inches
                  dpi: int = 70,         # pixels per inch
-                 path=None              # write a PNG here instead of showing it
+                 path: str = None       # write a PNG here instead of showing it
                 ):                      # the matplotlib figure, or the path
     "The synthetic images closest to the training set over their nearest training images."
     frame, spaces = found.frame, list(found.real_d)

@@ -33,7 +33,7 @@ def agreement(segmenter: Segmenter,     # trained on real pairs alone
               pairs: list | str | Path, # list of `Pair`, or a folder of pairs
               size: int = None,         # side in pixels to resize images and masks to; `None`: as stored
               bs: int = 16,             # images per batch; it does not change the result
-              device=None,              # where to run; `None`: where the segmenter is
+              device: str = None,       # where to run; `None`: where the segmenter is
               desc: str = 'obedience'   # title of the progress bar
              ) -> pd.DataFrame:         # name, `SCORES`, the shares `mask` and `found` of the picture
     "How well a segmenter's predictions agree with the masks of some pairs, one row per pair."
@@ -76,7 +76,7 @@ def obedience(segmenter: Segmenter, # trained on real pairs alone
               size: int = None,     # side in pixels at which both are compared; `None`: the synthetic images'
               least: float = .5,    # Dice below which an image counts as disobedient, in [0,1]
               bs: int = 16,         # images per batch
-              device=None           # where to run; `None`: where the segmenter is
+              device: str = None    # where to run; `None`: where the segmenter is
              ) -> Obedience:        # `.frame`, `.summary`, `.size`
     "Agreement with the masks of synthetic and held-out real pairs; `MedsynError` for fewer than two."
     sets = dict(synthetic=_as_pairs(synthetic), real=_as_pairs(real))
@@ -97,7 +97,7 @@ def obedience(segmenter: Segmenter, # trained on real pairs alone
 # %% ../../nbs/api/64_evaluate.obedience.ipynb #47de47e9
 def plot_obedience(found: Obedience,        # what `obedience` returned
                    metric: str = 'dice@0.5',# a name in `SCORES`
-                   ax=None                  # matplotlib axes; `None`: new ones
+                   ax: object = None        # matplotlib axes; `None`: new ones
                   ):                        # the axes
     "The share of images at or below each score, synthetic beside real."
     import matplotlib.pyplot as plt
@@ -119,7 +119,7 @@ def _check_takes_mask(generator, so_what):
         raise MedsynError(f"{type(generator).__name__} takes no mask and {so_what}:"
                           " use a generator with a mask")
 
-def denoising_probe(generator,              # any generator that takes a mask
+def denoising_probe(generator: object,      # any generator that takes a mask
                     pairs: list | str | Path, # list of `Pair`, real or synthetic, or a folder; two or more
                     size: int = None,       # side in pixels; `None`: the backbone's
                     ts: tuple = (100, 300, 500, 700, 900), # timesteps to average over
@@ -167,7 +167,7 @@ def keep_obedient(segmenter: Segmenter, # trained on real pairs alone
     keep.about = dict(kind='obedient', segmenter=module_hash(segmenter), least=least, most=most)
     return keep
 
-def keep_believed(generator,            # the generator, or another one with a mask, trained
+def keep_believed(generator: object,    # the generator, or another one with a mask, trained
                   least: float = 0.,    # smallest margin
                   ts: tuple = (100, 300, 500, 700, 900), # timesteps to average over
                   seed: int = 0         # of the noise

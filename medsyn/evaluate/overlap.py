@@ -25,13 +25,13 @@ from ..segment.learner import foreground, predict, upsample
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #f65581ec
 THRESHOLDS = np.arange(256) / 255
 
-def minmax(p):  # (H,W) -> (H,W) in [0,1]
+def minmax(p: np.ndarray):  # (H,W) -> (H,W) in [0,1]
     "Stretch to [0,1]; a constant becomes 0, as in the toolbox."
     p = np.asarray(p, np.float64)
     return (p - p.min()) / (p.max() - p.min()) if p.max() > p.min() else np.zeros_like(p)
 
-def threshold_counts(q,     # (H,W) in [0,1]
-                     g      # (H,W) bool
+def threshold_counts(q: np.ndarray,     # (H,W) in [0,1]
+                     g: np.ndarray       # (H,W) bool
                     ):      # true positives (256,), false positives (256,)
     "Pixels inside and outside the mask that reach each of the 256 thresholds."
     i = np.minimum((q * 255).astype(np.intp), 255)
@@ -41,7 +41,7 @@ def threshold_counts(q,     # (H,W) in [0,1]
     return above(i[g]), above(i[~g])
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #79a7fcce
-def dice_iou(tp, fp, n):    # counts of any shape, and the number of mask pixels
+def dice_iou(tp: np.ndarray, fp: np.ndarray, n: int):    # counts of any shape, and the number of mask pixels
     "Dice and IoU from counts; 0 where there is no true positive."
     tp, fp = np.asarray(tp, float), np.asarray(fp, float)
     return 2*tp / np.maximum(tp + fp + n, 1), tp / np.maximum(fp + n, 1)
@@ -59,8 +59,8 @@ def _ssim(p, g):
     a, b = 4*x*y*sxy, (x**2 + y**2)*(sx + sy)
     return a/(b + 1e-16) if a else float(b == 0)
 
-def s_measure(q,    # (H,W) in [0,1]
-              g     # (H,W) bool
+def s_measure(q: np.ndarray,    # (H,W) in [0,1]
+              g: np.ndarray     # (H,W) bool
              ) -> float: # in [0,1]
     "Structure measure S_alpha (Fan et al., 2017), alpha = 1/2; empty and full masks as in the toolbox."
     u = g.mean()
@@ -73,7 +73,7 @@ def s_measure(q,    # (H,W) in [0,1]
     return float(max(0., (object_part + region_part)/2))
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #bcd9fc59
-def e_curve(tp, fp,     # counts per threshold, any shape
+def e_curve(tp: np.ndarray, fp: np.ndarray,     # counts per threshold, any shape
             n: int,     # mask pixels
             total: int  # pixels
            ):           # E_phi per threshold
@@ -92,8 +92,8 @@ def e_curve(tp, fp,     # counts per threshold, any shape
 _K = np.exp(-np.arange(-3, 4)**2 / 50.)
 _K = np.outer(_K, _K) / _K.sum()**2
 
-def weighted_f(q,   # (H,W) in [0,1]
-               g    # (H,W) bool
+def weighted_f(q: np.ndarray,   # (H,W) in [0,1]
+               g: np.ndarray    # (H,W) bool
               ) -> float: # in [0,1]
     "Weighted F measure F_1^w (Margolin et al., 2014); 0 without foreground."
     if not g.any(): return 0.
@@ -178,9 +178,9 @@ def _case(pred, mask, logits):
                           " say logits=True if they are logits, and look for nan")
     return Case(p, g)
 
-def score(pred,             # (H,W) probability in [0,1]; with `logits`, (H,W) or (C,H,W) logits of any size
-          mask,             # (H,W): bool, {0,1}, or 0..255 with lesions above 128
-          metrics=None,     # names out of `METRICS`; `None`: all
+def score(pred: np.ndarray, # (H,W) probability in [0,1]; with `logits`, (H,W) or (C,H,W) logits of any size
+          mask: np.ndarray, # (H,W): bool, {0,1}, or 0..255 with lesions above 128
+          metrics: list = None,   # names out of `METRICS`; `None`: all
           logits: bool = False # `pred` are logits: upsample to the mask's size, then sigmoid
          ) -> dict:         # metric -> value
     "Every overlap measure of one image; `MedsynError` if sizes, ranges or names are wrong."
@@ -232,7 +232,7 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
                        testsets: dict,      # name -> list of `Pair`, or a folder of pairs
                        size: int = None,    # input side of the network in pixels; `None`: the model's own
                        bs: int = 16,        # images per batch
-                       device=None,         # `None`: where the model is
+                       device: str = None,  # `None`: where the model is
                        metrics: tuple = CHEAP # names out of `METRICS`
                       ) -> pd.DataFrame:    # testset, name, one column per metric; one row per image
     "Score a segmenter image by image; `MedsynError` if a test set is empty."

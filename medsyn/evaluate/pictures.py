@@ -73,7 +73,7 @@ def embed(real: np.ndarray,     # (N,D) features of real images, array or tensor
 def show_embedding(real: np.ndarray,    # (N,D) features of real images
                    fake: np.ndarray,    # (M,D) features of synthetic images
                    how: str = 'tsne',   # the embedding, a key of `EMBEDDINGS`
-                   ax=None,             # matplotlib axes; `None`: new ones
+                   ax: object = None,   # matplotlib axes; `None`: new ones
                    most: int = 500,     # images per set at most
                    seed: int = 0        # of the choice, and of t-SNE
                   ):                    # the axes
@@ -95,7 +95,7 @@ def show_sets(real: str | Path | list | np.ndarray, # folder, list of files or `
               seed: int = 0,    # of the choice
               size: float = .9, # height of one picture in inches
               dpi: int = 70,    # pixels per inch
-              path=None         # write a PNG here instead of showing it
+              path: str = None  # write a PNG here instead of showing it
              ):                 # the matplotlib figure, or the path
     "A grid of random real images over random synthetic ones."
     lines = {}
@@ -114,7 +114,7 @@ def show_scatter(scores: pd.DataFrame,      # the scores.csv of `compare`
                  arm: str,                  # on the vertical axis
                  baseline: str = 'real',    # on the horizontal axis
                  metric: str = 'dice@0.5',  # a column
-                 ax=None                    # matplotlib axes; `None`: new ones
+                 ax: object = None          # matplotlib axes; `None`: new ones
                 ):                          # the axes
     "Each image's score under two arms; `MedsynError` if the images differ."
     import matplotlib.pyplot as plt
@@ -144,7 +144,7 @@ def show_cases(pairs: list,                 # of `Pair`
                metric: str = 'dice@0.5',    # a column, and a key of `METRICS`
                size: float = 1.1,           # height of one picture in inches
                dpi: int = 70,               # pixels per inch
-               path=None                    # write a PNG here instead of showing it
+               path: str = None             # write a PNG here instead of showing it
               ):                            # the matplotlib figure, or the path
     "The best and the worst cases with both outlines; `MedsynError` if the scores are of other images."
     pick(metric, METRICS, 'metric')

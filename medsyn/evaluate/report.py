@@ -369,13 +369,13 @@ def _of_masks(segmenter, fake, real, generator, least, bs, device, seed):
     return rows, pictures, frame
 
 # %% ../../nbs/api/66_evaluate.report.ipynb #b0fcd092
-def report(synthetic: str | Path | list | np.ndarray,   # folder, CSV, list of `Pair` or files, uint8 (N,H,W,3)
+def report(synthetic: str | Path | list | np.ndarray,   # folder, CSV, list of `Pair`, uint8 (N,H,W,3)
            real: str | Path | list | np.ndarray,        # the real images to compare with; same forms
            out: str | Path,         # folder to write: report.html, report.json, images.csv
            extractors: list = (),   # Inception weights, CLIP (folder or id), segmenter, module, `Extractor`
-           segmenter=None,          # a `Segmenter` trained on real pairs alone; also the default extractor
+           segmenter: object = None,    # a `Segmenter` trained on real pairs alone; the default extractor
            held: str | Path | list = None,  # real pairs the segmenter has not seen; `None`: `real`
-           generator=None,          # the generator, for its denoising loss under right and wrong masks
+           generator: object = None,    # the generator, for its denoising loss under right and wrong masks
            lpips_weights: str = None,   # torchvision's alexnet weights (file)
            scores: str | Path = None,   # scores.csv of `compare`, for the differences between arms
            answers: list = (),      # forms of a reader study, filled in (CSV files)
@@ -383,7 +383,7 @@ def report(synthetic: str | Path | list | np.ndarray,   # folder, CSV, list of `
            least: float = .5,       # Dice below which an image counts as disobedient, in [0,1]
            seed: int = 0,           # of subsets and choices
            bs: int = 32,            # images per batch
-           device=None,             # `None`: the accelerator if there is one
+           device: str = None,      # `None`: the accelerator if there is one
            cache: str | Path = None,# folder to keep features in; `None`: not kept
            baseline: str = None     # arm of `scores` to compare with; `None`: real, else the first
           ) -> Path:                # report.html

@@ -49,9 +49,9 @@ def _test_sets(strata, n_images, average):
     return [(part, 1 / len(parts)) for part in parts]
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #0c9f97c0
-def paired_bootstrap(a,                         # (N,) score of each image under the arm, runs averaged
-                     b,                         # (N,) score of the same images under the baseline
-                     strata=None,               # (N,) test set of each image; `None`: one test set
+def paired_bootstrap(a: np.ndarray,             # (N,) score of each image under the arm, runs averaged
+                     b: np.ndarray,             # (N,) score of the same images under the baseline
+                     strata: np.ndarray = None, # (N,) test set of each image; `None`: one test set
                      n: int = 10_000,           # number of resamples
                      seed: int = 0,             # seed of the resampling
                      level: float = 0.95,       # coverage of the interval, in (0,1)
@@ -129,7 +129,7 @@ def _resampled_runs(diff, sets, weights, rng, chunk=4_000_000):
 
 def hierarchical_bootstrap(diff: np.ndarray,        # (R,N) paired differences: runs by images
                            runs: pd.DataFrame,      # R rows: levels of each run, columns among `RUN_FACTORS`
-                           strata=None,             # (N,) test set of each image; `None`: one test set
+                           strata: np.ndarray = None,   # (N,) test set of each image; `None`: one test set
                            n: int = 10_000,         # number of resamples
                            seed: int = 0,           # seed of the resampling
                            level: float = 0.95,     # coverage of the interval, in (0,1)
@@ -318,7 +318,7 @@ def compare_arms(scores: pd.DataFrame,      # arm, segmenter, seed, testset, nam
 # %% ../../nbs/api/63_evaluate.stats.ipynb #a4118d90
 def plot_differences(table: pd.DataFrame,   # from `compare_arms`
                      scale: float = 100,    # printed units per unit of the score
-                     ax=None                # matplotlib axes; `None`: new ones
+                     ax: object = None      # matplotlib axes; `None`: new ones
                     ):                      # the axes
     "Differences with their intervals, one line per arm, segmenter and test set."
     import matplotlib.pyplot as plt

@@ -67,7 +67,7 @@ class WithUnlabelled:
     "A dataset of pairs, repeated, followed by images whose mask is not known."
     n_inp, split_idx = 1, 0
     def __init__(self,
-        dataset,                # a `PairDataset`
+        dataset: PairDataset,   # decoded pairs
         images: list,           # image files without masks
         copies: int = 1         # how often the pairs are repeated
     ):
@@ -112,7 +112,7 @@ def concat_learner(
     drop_mask: float = .15,         # share of labelled samples trained without their mask, [0,1]
     unlabelled: list = None,        # image files without masks that are trained on too, or a folder of them
     share: float = .5,              # least share of labelled items among all, [0,1)
-    **kwargs
+    **kwargs                    # for `denoising_learner`
 ) -> Learner:                       # train it with `fit_steps`; its `.model` is the generator
     "SegGuidedDiff on latents: every weight of the U-Net is trained, with and without the mask."
     if isinstance(unlabelled, (str, Path)): unlabelled = find_images(unlabelled)
@@ -130,7 +130,7 @@ def as_backbone(self: ConcatGenerator
     return new
 
 def save_pretrained(self: ConcatGenerator,
-                    path        # folder to write
+                    path: str | Path    # folder to write
                    ) -> Path:   # the folder: a backbone's, with mask_in/ and generator.json
     "Write safetensors and JSON; `Backbone.from_pretrained` opens the folder as `as_backbone()`."
     path = self.as_backbone().save_pretrained(path)
@@ -141,7 +141,7 @@ def save_pretrained(self: ConcatGenerator,
     return path
 
 def from_pretrained(cls,
-                    path                    # folder written by `save_pretrained`
+                    path: str | Path        # folder written by `save_pretrained`
                    ) -> ConcatGenerator:    # in evaluation mode, on the CPU
     "Open a saved generator; `MedsynError` for another class or a damaged file."
     gen = cls(Backbone.from_pretrained(path), **cls.read_config(path))

@@ -174,7 +174,7 @@ def combine(arms: list  # of `Arm`, one or more
                unlabelled=sorted({f for a in arms for f in a.unlabelled}),
                init=the_only('init', 'a backbone to start from').init)
 
-def as_arm(what,                            # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
+def as_arm(what: 'str | Path | Arm | list', # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
            train: list = (),                # the real training `Pair`s, to look for their partners
            unlabelled: list = (),           # image files without masks, for the arms that use them
            load_generator: Callable = None  # opens a generator: `generate.catalog.load_generator`

@@ -330,13 +330,13 @@ def diffusion_unet(encoder: str,    # not used: the networks share a signature
 
 NETWORKS['diffusion-unet'] = diffusion_unet
 
-def codec_convolution(codec) -> tuple: # weight (K,3,p,p) and bias (K,)
+def codec_convolution(codec: nn.Module) -> tuple: # weight (K,3,p,p) and bias (K,)
     "A patch codec's encoder as one convolution."
     patch, scale = codec.stride, codec.scale[:, None]
     weight = (codec.basis.T/scale).reshape(-1, 3, patch, patch)
     return weight, -(codec.mean @ codec.basis)/codec.scale
 
-def diffusion_segmenter(backbone,           # a tiny backbone, see `diffusion.backbone`; it is copied
+def diffusion_segmenter(backbone: nn.Module,    # a tiny backbone, see `diffusion.backbone`; it is copied
                         size: int = None,   # side in pixels; `None`: the backbone's
                         t: int = 20,        # the timestep the U-Net is told, in [0, T)
                         classes: int = 1    # output channels

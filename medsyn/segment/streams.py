@@ -110,7 +110,7 @@ STREAM_SCHEDULES = dict(
 
 NORMS = dict(shared=contextlib.nullcontext, apart=frozen_stats)     # do running statistics follow the stream?
 
-def forever(loader  # any data loader
+def forever(loader: object  # any data loader
            ):       # yields its batches, epoch after epoch
     "The batches of a loader without an end."
     while True: yield from loader
@@ -120,7 +120,7 @@ class SynthTermCB(LossTermCB):
     "Adds `w` times the mean loss of a batch of synthetic pairs, from a loader of their own."
     name, stream = 'L_syn', 'synthetic'
     def __init__(self,
-        pairs,                      # list of synthetic `Pair`s, or a loader of (image, mask) batches
+        pairs: object,              # list of synthetic `Pair`s, or a loader of (image, mask) batches
         w: float = 1.,              # weight of the synthetic batch, 0 or more
         schedule: str = 'fixed',    # a key of `STREAM_SCHEDULES`
         switch: float = .5,         # with `first`: share of the run after which only real images teach
