@@ -174,7 +174,7 @@ def alignment_learner(
     lr: float = None,           # `None`: 1e-5 on Stable Diffusion (the paper), 5e-3 on a tiny backbone
     seed: int = 0,              # of the adapters' initial weights, the noise and the timesteps
     cbs: tuple = (),            # further callbacks
-    **kwargs
+    **kwargs: object            # for `denoising_learner`
 ) -> Learner:                   # its `.model` is the generator
     "Free Lunch's generator with the paper's alpha."
     with seeded(seed_of(seed, 'lora')): model = AlignmentGenerator(backbone, rank, targets)

@@ -32,7 +32,7 @@ from .siamese import SiameseGenerator, siamese_cbs, siamese_learner
 def unconditional_learner(
     dls: DataLoaders,       # of (image, mask); the masks are not used
     backbone: Backbone,     # pretrained; its U-Net is trained further in place
-    **kwargs
+    **kwargs: object        # for `denoising_learner`
 ) -> Learner:               # its `.model` is the generator
     "A latent diffusion model without a mask: the baseline called LDM, DDPM or DDIM in the papers' tables."
     return denoising_learner(dls, Denoiser(backbone), **kwargs)

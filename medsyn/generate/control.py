@@ -184,7 +184,7 @@ def control_learner(
     lock_decoder: bool = False, # train the branch alone
     depth: str = None,          # also see the image's depth: a folder or hub id for `DepthEstimator`
     seed: int = 0,              # of the branch's initial weights, the noise and the timesteps
-    **kwargs
+    **kwargs: object            # for `denoising_learner`
 ) -> Learner:                   # its `.model` is the generator
     "ControlNet as the papers use it for comparison: mask (M), or mask and image (M+I)."
     estimator = None if depth is None else DepthEstimator(depth)

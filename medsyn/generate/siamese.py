@@ -296,7 +296,7 @@ def siamese_learner(
     T_tau: int = 200,       # and uses samples with an earlier timestep
     seed: int = 0,          # of the branch's initial weights, the noise and the timesteps
     cbs: tuple = (),        # further callbacks
-    **kwargs
+    **kwargs: object        # for `denoising_learner`
 ) -> Learner:               # its `.model` is the generator
     "Siamese-Diffusion, or a part of it (Table 5), with the paper's values."
     method_cbs = siamese_cbs(setting, w_c, K_tau, T_tau)
