@@ -129,6 +129,10 @@ def _weights_like(w, loss):
     if w.ndim == 1: return w.reshape(-1, *[1]*(loss.ndim - 1))
     if w.ndim != 4 or w.shape[1] != 1:
         raise MedsynError(f"weights() returned the shape {tuple(w.shape)}: (B,) or (B,1,H,W) is needed")
+    if loss.ndim < 3:
+        raise MedsynError(f"weights() returned one weight per pixel, but the loss is of shape "
+                          f"{tuple(loss.shape)}: "
+                          "return (B,), or use a loss of every pixel")
     if w.shape[-2:] != loss.shape[-2:]: w = F.adaptive_avg_pool2d(w, loss.shape[-2:])
     return w if loss.ndim == 4 else w[:, 0]
 

@@ -168,7 +168,6 @@ class MaskGenerator(Denoiser):
 class PairGenerator(nn.Module):
     "Base class of generators that sample images and masks together."
     needs_mask, needs_image = False, False
-    own_masks = True    # earlier form of `isinstance(g, PairGenerator)`
     size: int           # side of the images it was trained on, pixels
     steps: int = 50     # sampler steps unless told otherwise
     schedule = None     # its noise schedule
@@ -196,13 +195,6 @@ class PairGenerator(nn.Module):
     ):
         "`MedsynError` unless images of this side fit the networks."
         raise TypeError(f"{type(self).__name__} has no check_size(): define one")
-
-    def draw(self, seeds, steps=None, sampler='ddim', **kw):
-        "The earlier name of `sample_pairs`."
-        return self.sample_pairs(seeds, steps, sampler, **kw)
-    def tidy(self, soft):
-        "The earlier name of `clean_mask`."
-        return self.clean_mask(soft)
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #ace0bb5a
 UNKNOWN = 255       # the value of a mask that is not known: the image is unlabelled
