@@ -702,7 +702,7 @@ def make_generator(
     pairs: 'list | Split',     # training `Pair`s, or their split, made once
     backbone: Backbone,        # pretrained; `None` for a method that needs none (paired)
     out: str | Path,           # folder to write: a generator
-    method: str = 'control',   # a key of `generate.catalog.METHODS`
+    method: str = 'control',   # a name that `medsyn catalog` lists
     steps: int = 3000,         # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)
     bs: int = 16,              # batch size
     lr: float = None,          # learning rate (default 1e-5 on Stable Diffusion, else the method's own)
@@ -816,7 +816,7 @@ def commands(train: list,   # training pairs
 # %% ../nbs/api/70_experiment.ipynb #e1e65279
 def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
                data: str = None, # folder of pairs (default: rendered lesions)
-               method: str = 'control', # a key of `generate.catalog.METHODS`
+               method: str = 'control', # a name that `medsyn catalog` lists
                n_train: int = None, # training pairs (default 50 rendered ones, at most 200 of a folder)
                n_test: int = 100, # test pairs; of a folder at most a quarter
                size: int = 64,  # side in pixels

@@ -158,7 +158,14 @@ class WeightedLossCB(LossTermCB):
     def term(self):
         loss = self.elementwise()
         w = _weights_like(self.weights().to(loss), loss)
-        return ((w - 1)*loss).mean()
+        earlier = self.earlier_weights()
+        self.learn.loss_weights = self.learn.loss, earlier*(1 + self.weight*(w - 1))
+        return (earlier*(w - 1)*loss).mean()
+
+    def earlier_weights(self) -> Tensor | float:
+        "The product of the weights that earlier callbacks gave this batch; 1 for the first of them."
+        batch, product = getattr(self.learn, 'loss_weights', (None, 1.))
+        return product if batch is self.learn.loss else 1.
 
 # %% ../nbs/api/02_train.ipynb #e24c15c5
 class EMACB(Callback):

@@ -149,6 +149,22 @@ def test_weights_scale_the_gradient(pairs):
     none, _ = gradients(pairs, lambda learn: torch.full((6,), 3.), weight=0.)
     assert all(torch.equal(a, b) for a, b in zip(plain, none, strict=True))
 
+class MoreWeights(Weights):
+    name = 'L_more'
+
+def test_weights_of_two_callbacks_multiply(pairs):
+    small, large = torch.tensor([.1, .2, .3, .4, .5, .6]), torch.full((6,), 3.)
+    product, _ = gradients(pairs, lambda learn: small*large)
+    both = []
+    class Keep(Callback):
+        order = ORDER['gates']
+        def after_backward(self):
+            both.extend(p.grad.clone() for p in self.model.parameters() if p.grad is not None)
+    learn = control(loaders(pairs))
+    learn.add_cbs([Keep(), Weights(lambda learn: small), MoreWeights(lambda learn: large)])
+    fit_steps(learn, 1)
+    for a, b in zip(product, both, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
 def test_weights_may_depend_on_the_noised_batch(pairs):
     "The gradient of a loss weighted by the mask is that of the formula."
     got, learn = gradients(pairs, lambda learn: learn.noised.mask*4)
