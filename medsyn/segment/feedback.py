@@ -68,7 +68,7 @@ def judged(generator: nn.Module,    # takes a mask; any class
 def feedback(generator: nn.Module,  # takes a mask; any class
              noised: Iterable,      # draws of `noised_images`
              mask: Tensor           # (B,1,H,W) in [0,1]
-            ) -> tuple:             # the mean loss and its gradient in the mask (B,1,H,W), without a graph
+            ) -> tuple:             # the mean loss, and its gradient with respect to the mask (B,1,H,W)
     "Generative feedback and its gradient; the generator's weights get none."
     leaf, losses, grads = mask.detach().requires_grad_(), [], []
     for draw in noised:
