@@ -43,7 +43,7 @@ def noised_images(generator: nn.Module, # takes a mask; any class
                   n_t: int = 1,         # draws per image
                   prompt: str = None    # default: the backbone's
                  ) -> Iterator:         # `n_t` times zt, t, eps and a condition that still lacks its mask
-    "Noised latents, and what the generator can say of them before it knows the mask."
+    "Noised latents, and the part of the generator's computation that does not depend on the mask."
     backbone, dtype = generator.backbone, next(generator.parameters()).dtype
     with torch.no_grad():
         x0 = fit_size(x.as_subclass(Tensor).float(), backbone.size).to(backbone.device, dtype)*2 - 1
@@ -68,7 +68,7 @@ def judged(generator: nn.Module,    # takes a mask; any class
 def feedback(generator: nn.Module,  # takes a mask; any class
              noised: Iterable,      # draws of `noised_images`
              mask: Tensor           # (B,1,H,W) in [0,1]
-            ) -> tuple:             # the mean loss and its gradient by the mask (B,1,H,W), without a graph
+            ) -> tuple:             # the mean loss, and its gradient with respect to the mask (B,1,H,W)
     "Generative feedback and its gradient; the generator's weights get none."
     leaf, losses, grads = mask.detach().requires_grad_(), [], []
     for draw in noised:
@@ -79,16 +79,16 @@ def feedback(generator: nn.Module,  # takes a mask; any class
 
 def pulled(value: Tensor,   # a scalar without a graph
            mask: Tensor,    # what it was computed from, with a graph
-           grad: Tensor     # its gradient by the mask
+           grad: Tensor     # its gradient with respect to the mask
           ) -> Tensor:      # the scalar, with that gradient
-    "A number whose gradient is known, as part of a loss."
+    "A scalar with a given value and gradient, to be added to a loss."
     return value + ((mask - mask.detach())*grad).sum()
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #e86dc67b
-def check_judge(generator: nn.Module,   # what is to judge
+def check_judge(generator: nn.Module,   # the judge
                 t_range: tuple          # timesteps, the first included, the last not
                ) -> None:
-    "`MedsynError` unless it takes a mask and has such timesteps."
+    "Raise `MedsynError` unless the generator takes a mask and its schedule contains `t_range`."
     if not getattr(generator, 'needs_mask', False):
         raise MedsynError(f"{type(generator).__name__} takes no mask, so it cannot judge one:"
                           " give a generator that was trained with masks")
@@ -105,7 +105,7 @@ class GenerativeFeedbackCB(LossTermCB):
         weight: float = 1.,             # of the term
         temperature: float = 0.5,       # lambda, in (0, 1]
         t_range: tuple = (200, 800),    # timesteps, the first included, the last not
-        every: int = 1,                 # it runs in every so many steps
+        every: int = 1,                 # the term is computed once in `every` steps
         n_t: int = 1,                   # draws of timestep and noise per image and step
         resize: bool = False,           # let a generator of another image size judge
         prompt: str = None,             # default: the backbone's

@@ -41,7 +41,7 @@ def _manifest(folder):
 def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` wrote
                   pairs: list           # the real `Pair`s
                  ) -> dict:             # name of a real pair -> its synthetic `Pair`s
-    "The synthetic images under each real image's own mask; `MedsynError` if masks were moved or are others."
+    "The synthetic images sampled under each real image's mask; `MedsynError` if a mask was moved or differs."
     folder, partners = Path(folder), defaultdict(list)
     real_pairs = {p.name: p for p in pairs}
     for row in track(_manifest(folder), 'partners'):
@@ -63,7 +63,7 @@ def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` w
 def check_partners(pairs: list,     # real training `Pair`s
                    partners: dict   # name of a real pair -> its synthetic `Pair`s
                   ) -> None:
-    "`MedsynError` that names the first real image without a partner, if there is one."
+    "Raise `MedsynError` if a real image has no partner; the message names the first one."
     lacking = [p.name for p in pairs if not partners.get(p.name)]
     if lacking:
         raise MedsynError(f"{len(lacking)} of {len(pairs)} real images have no synthetic partner,"
@@ -71,12 +71,12 @@ def check_partners(pairs: list,     # real training `Pair`s
                           " or leave these images out")
 
 class PartnerDataset:
-    "(real, partner, mask), each decoded once; `epoch` decides which of several partners."
+    "Items (real, partner, mask), each decoded once; `epoch` selects one of several partners."
     n_inp, split_idx = 1, 0
     def __init__(self,
                  real: PairDataset,     # the real training pairs
                  partners: dict,        # name of a real pair -> its synthetic `Pair`s
-                 seed: int = 0          # of the choice among several
+                 seed: int = 0          # seed of the choice among several partners
                 ):
         check_partners(real.pairs, partners)
         self.real, self.partners, self.seed = real, partners, seed
@@ -105,7 +105,7 @@ class PartnerDataset:
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #65a1a3fd
 class _PartnerPipeline(Pipeline):
-    "Batch transforms of a triple: one stream for the geometry of all, another for the partner's colours."
+    "Batch transforms of a triple: one shared random stream, and a second one for the partner's colours."
     stream, batch = (0, 'none', 0), 0
     def __call__(self, b):
         real, partner, mask = b
@@ -119,13 +119,13 @@ class _PartnerPipeline(Pipeline):
         return moved_real, moved_partner, moved_mask
 
     def _only(self, pair, colours):
-        "An image and its mask under the transforms of colour alone, or under all others."
+        "Apply only the colour transforms to an image and its mask, or only the other transforms."
         for transform in self.fs:
             if isinstance(transform, LightingTfm) == colours: pair = transform(pair, split_idx=self.split_idx)
         return pair
 
 class PartnerDL(SeededDL):
-    "A `SeededDL` of triples: another partner each epoch, one geometry for the three."
+    "A `SeededDL` of triples: the partner is chosen again each epoch, and all three share one geometry."
     def __init__(self,
                  dataset: PartnerDataset,   # real images with partners
                  *args,                     # as in `SeededDL`
@@ -152,7 +152,7 @@ def partner_dls(dls: DataLoaders,   # from `pair_dls`
 @contextlib.contextmanager
 def frozen_stats(model: nn.Module   # any network
                 ):                  # context manager
-    "Inside, batch normalisation uses the batch's statistics as always; its running ones stay as they are."
+    "Inside, batch normalisation works as usual but does not update its running statistics."
     tracked = [(m, m.track_running_stats) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
         for layer, _ in tracked: layer.track_running_stats = False
@@ -166,8 +166,8 @@ class MixedBatch:
     real: Tensor            # (B,3,H,W) in [0,1]
     partner: Tensor         # (B,3,H,W) in [0,1]
     yb: tuple               # the target: the real images' masks (B,H,W)
-    seed: int = 0           # of dropout, and of the strength per image
-    per_image: bool = False # every image has a strength of its own, uniform in [0,s]
+    seed: int = 0           # seed of dropout and of the strength per image
+    per_image: bool = False # each image has its own strength, uniform in [0,s]
 
     def at(self,
         s: float    # strength, 0 (real) to 1 (partner)
@@ -183,7 +183,7 @@ class MixedBatch:
         loss_func: Callable,    # (out, *yb) -> scalar
         s: float                # strength, 0 to 1
     ) -> Tensor:                # scalar
-        "The loss at strength `s` in a pass of its own; random streams and running statistics are untouched."
+        "The loss at strength `s`, in a separate pass; random streams and running statistics do not change."
         dropout_seed = seed_of(self.seed, 'dropout')
         with frozen_stats(model), random_stream(dropout_seed, self.real.device):
             return loss_func(model(self.at(s)), *self.yb)
@@ -198,8 +198,8 @@ class PairedMixCB(LossTermCB):
         s: float = .5,              # mixing strength, 0 (real) to 1 (synthetic)
         w: float = 1.,              # weight of the mixed samples, 0 or more
         schedule: str = 'fixed',    # a key of `MIX_SCHEDULES`
-        per_image: bool = False,    # every image has a strength of its own, uniform in [0,s]
-        passes: int = 2             # 1: both halves in one batch; 2: each with statistics of its own
+        per_image: bool = False,    # each image has its own strength, uniform in [0,s]
+        passes: int = 2             # 1: both halves in one batch; 2: each half with its own statistics
     ):
         super().__init__(w)
         if not 0 <= s <= 1 or w < 0 or passes not in (1, 2):

@@ -53,7 +53,7 @@ class TeacherCB(EMACB):
             else: average[name].copy_(value)
 
     def _load(self, state):
-        "Into the network; a callback may have added buffers of its own."
+        "Load weights into the network; buffers that a callback added may be missing."
         self.learn.model.load_state_dict(state, strict=False)
 
     def after_fit(self): self._load(self.teacher.state_dict())
@@ -77,10 +77,10 @@ def pseudo_labels(probability: Tensor,  # (B,H,W) of the lesion, in [0,1]
 def small_moves(n: int,                     # how many
                 generator: torch.Generator, # where the randomness comes from, on the CPU
                 scale: tuple = (.8, 1.25),  # bounds of the scale
-                turn: float = 45.,          # largest turn either way, degrees
-                shift: float = .1           # largest shift either way, as a share of the picture
+                turn: float = 45.,          # largest rotation in either direction, degrees
+                shift: float = .1           # largest shift in either direction, as a fraction of the image
                ) -> Tensor:                 # (n,2,3) for `data.paste.move`
-    "Random affine moves about the middle of the picture."
+    "Random affine moves about the image centre."
     u = torch.rand(n, 4, generator=generator)
     low, high = math.log(scale[0]), math.log(scale[1])
     scales = torch.exp(low + (high - low)*u[:, 0])
@@ -113,7 +113,7 @@ def mix_boxes(x: Tensor,                    # (B,3,H,W) images
     return torch.where(box[:, None], x.roll(1, 0), x), torch.where(box, y.roll(1, 0), y)
 
 # %% ../../nbs/api/57_segment.semi.ipynb #28e8ff25
-def ramp_up(share: float,   # of the run that is done, in [0,1]
+def ramp_up(share: float,   # fraction of the run that is done, in [0,1]
             ramp: float     # share of the run over which the weight rises, 0 for none
            ) -> float:      # in (0,1]
     "The sigmoid-shaped ramp of mean teacher."
@@ -190,7 +190,7 @@ class UnlabelledCB(SynthTermCB):
         if self.w > 0: super().after_loss()
 
     def views(self, weak, target):
-        "The strong view of frames (B,3,H,W), and what the student is to predict there, (B,H,W)."
+        "The strong view of frames (B,3,H,W), and the student's target there, (B,H,W)."
         rng = torch.Generator().manual_seed(self.stream_seed('views'))
         strong = recolour(weak, self.changes, self.stream_seed('colour'))
         if self.geometry:
@@ -276,7 +276,7 @@ class DiffusionNet(nn.Module):
         unet: dict,         # configuration of a `UNet2DConditionModel`
         patch: int,         # side of the codec's patches, pixels
         prompt: tuple,      # shape (L,D) of the embedded prompt
-        t: int = 20,        # the timestep it is told
+        t: int = 20,        # the timestep given to the U-Net
         classes: int = 1,   # output channels
         width: int = 32     # channels of the head
     ):
@@ -293,7 +293,7 @@ class DiffusionNet(nn.Module):
         self.out = nn.Conv2d(width, classes, 1)
 
     def features(self, x: Tensor) -> list: # (B,3,H,W) -> one (B,C,h,w) per level of the decoder
-        "What the levels of the U-Net's decoder say of a clean image at timestep `t`."
+        "The outputs of the U-Net's decoder levels for a clean image at timestep `t`."
         found = []
         def collect(module, args, out): found.append(out)
         hooks = [block.register_forward_hook(collect) for block in self.unet.up_blocks]
@@ -314,7 +314,7 @@ class DiffusionNet(nn.Module):
         return self.out(self.at_full(torch.cat([grow(half, x.shape[-2:]), at_full], 1)))
 
 class _NoEncoder(nn.Module):
-    "As much of an encoder as `segmenter` asks for."
+    "The only encoder attribute that `segmenter` reads: its output stride."
     def __init__(self, stride):
         super().__init__()
         self.output_stride = stride
@@ -338,7 +338,7 @@ def codec_convolution(codec: nn.Module) -> tuple: # weight (K,3,p,p) and bias (K
 
 def diffusion_segmenter(backbone: nn.Module,    # a tiny backbone, see `diffusion.backbone`; it is copied
                         size: int = None,   # side in pixels; `None`: the backbone's
-                        t: int = 20,        # the timestep the U-Net is told, in [0, T)
+                        t: int = 20,        # the timestep given to the U-Net, in [0, T)
                         classes: int = 1    # output channels
                        ) -> Segmenter:      # to be fine-tuned
     "A segmenter that starts from a diffusion backbone; `MedsynError` for one without a patch codec."

@@ -46,11 +46,11 @@ def leave_out(out: Tensor,  # logits (B,1,H,W) or (B,2,H,W)
 
 # %% ../../nbs/api/56_segment.streams.ipynb #930ecabd
 class StreamDataset(PairDataset):
-    "As `PairDataset`; pixels that are not known carry the label `IGNORE`."
+    "A `PairDataset` in which pixels without a known label carry the label `IGNORE`."
     def __init__(self,
                  items: list,           # of `Pair`, or image files without a mask
                  size: int,             # side in pixels
-                 ignore: dict = None,   # name of a pair -> bool (H,W), True where nothing is to be learned
+                 ignore: dict = None,   # name of a pair -> bool (H,W), True where a pixel is ignored
                  cache: bool = True     # keep the decoded pictures in memory if they fit
                 ):
         super().__init__(items, size, cache)
@@ -96,9 +96,9 @@ def colour_changes() -> nn.Module:  # (B,3,H,W) in [0,1] -> the same; draws from
 
 def recolour(x: Tensor,             # (B,3,H,W) images in [0,1]
              changes: nn.Module,    # as `colour_changes` returns them
-             seed: int              # of what is drawn
+             seed: int              # seed of the changes
             ) -> Tensor:            # (B,3,H,W) in [0,1]
-    "Apply photometric changes under a seed; torch's global stream stays as it was."
+    "Apply photometric changes under a seed; torch's global random stream does not change."
     with torch.no_grad(), random_stream(seed, x.device):
         return changes(x.as_subclass(Tensor).float()).clamp(0, 1)
 
@@ -112,7 +112,7 @@ NORMS = dict(shared=contextlib.nullcontext, apart=frozen_stats)     # do running
 
 def forever(loader: object  # any data loader
            ):       # yields its batches, epoch after epoch
-    "The batches of a loader without an end."
+    "The batches of a loader, repeated without end."
     while True: yield from loader
 
 # %% ../../nbs/api/56_segment.streams.ipynb #fc103288
@@ -123,12 +123,12 @@ class SynthTermCB(LossTermCB):
         pairs: object,              # list of synthetic `Pair`s, or a loader of (image, mask) batches
         w: float = 1.,              # weight of the synthetic batch, 0 or more
         schedule: str = 'fixed',    # a key of `STREAM_SCHEDULES`
-        switch: float = .5,         # with `first`: share of the run after which only real images teach
+        switch: float = .5,         # with `first`: fraction of the run after which only the real loss counts
         norm: str = 'apart',        # a key of `NORMS`: whose statistics prediction will use
         augment: str = 'colour',    # colour: strong photometric changes besides the real augmentation; none
         ignore: dict = None,        # name of a pair -> bool (H,W), see `implausible`
         bs: int = None,             # batch size of the stream; `None`: that of the real stream
-        seed: int = 0               # of order, augmentation and dropout, with the real loader's seed
+        seed: int = 0               # seed of order, augmentation and dropout, with the real loader's
     ):
         super().__init__(w)
         if w < 0 or not 0 <= switch <= 1:
@@ -148,7 +148,7 @@ class SynthTermCB(LossTermCB):
         return StreamDataset(self.pairs, self.dls.size, self.ignore).load()
 
     def loader(self, dataset, stream):
-        "A loader like the real one, with the same geometric augmentation and a seed of its own."
+        "A loader like the real one, with the same geometric augmentation and its own seed."
         train = self.dls.train
         seed = seed_of(train.seed, stream, self.seed)
         return train.new(dataset, SeededDL, bs=min(self.bs or train.bs, len(dataset)), seed=seed)
@@ -197,7 +197,7 @@ class RealAgainCB(SynthTermCB):
     def __init__(self,
         w: float = 1.,          # weight of the second batch, 0 or more
         norm: str = 'shared',   # a key of `NORMS`
-        seed: int = 0           # of its order, augmentation and dropout
+        seed: int = 0           # seed of its order, augmentation and dropout
     ):
         super().__init__([None], w, norm=norm, augment='none', seed=seed)
 
@@ -213,8 +213,8 @@ class CopyPasteCB(Callback):
         p: float = .5,              # share of the images that get a lesion, in [0,1]
         feather: float = 1.,        # standard deviation of the border in pixels
         scale: tuple = (.7, 1.4),   # bounds of the lesion's scale
-        turn: float = 180.,         # largest turn either way, degrees
-        shift: float = .2           # largest shift either way, as a share of the picture
+        turn: float = 180.,         # largest rotation in either direction, degrees
+        shift: float = .2           # largest shift in either direction, as a fraction of the image
     ):
         if not 0 <= p <= 1: raise MedsynError(f"p={p}: the share of images with a pasted lesion is in [0,1]")
         self.p, self.feather, self.scale, self.turn, self.shift = p, feather, scale, turn, shift
@@ -263,7 +263,7 @@ class PasteOntoCB(SynthTermCB):
         return image, self.label(labels[:n].as_subclass(Tensor), lesion)
 
     def label(self, labels, lesion):
-        "Lesion 1, an unknown ring around it 0, everything else as it was."
+        "Labels: 1 in the lesion, 0 where the ring around it was unknown, all others unchanged."
         around = F.max_pool2d(lesion, 2*self.ring + 1, 1, self.ring)[:, 0] > 0
         labels = torch.where(around & (labels == IGNORE), torch.zeros_like(labels), labels)
         return torch.where(lesion[:, 0] > 0, torch.ones_like(labels), labels)
@@ -289,9 +289,9 @@ def class_losses(teacher: Segmenter,    # trained on real pairs alone
     return tuple((sums/counts.clip(1)).tolist())
 
 def check_teacher(teacher: Segmenter,   # trained on real pairs alone
-                  pairs: list           # real `Pair`s with lesions, best held-out ones
+                  pairs: list           # real `Pair`s with lesions, preferably held out
                  ) -> float:            # its mean Dice at 0.5
-    "Refuse a teacher that finds lesions no better than marking whole images."
+    "Refuse a teacher whose mean Dice is not above that of marking whole images."
     dices, chances = [], []
     for p, probability in zip(pairs, predict(teacher, pairs), strict=True):
         mask, found = read_mask(p.mask) > 0, probability > .5
@@ -307,8 +307,8 @@ def check_teacher(teacher: Segmenter,   # trained on real pairs alone
 
 def implausible(teacher: Segmenter,     # trained on real pairs alone
                 pairs: list,            # synthetic `Pair`s
-                factor: float = 1.25,   # tolerance, over 0
-                real: list = None       # real `Pair`s for the mean losses, best held-out; `None`: `pairs`
+                factor: float = 1.25,   # tolerance, above 0
+                real: list = None       # real `Pair`s for the mean losses, better held out; `None`: `pairs`
                ) -> dict:               # name of a pair -> bool (H,W), True where the pixel is to be ignored
     "Pixels that a real-only teacher finds implausible; `MedsynError` if no lesion pixel is left."
     if factor <= 0: raise MedsynError(f"factor {factor}: the tolerance must be over 0, FreeMask's is 1.25")
@@ -351,7 +351,7 @@ def read_ignored(folder: Path,  # what `save_ignored` wrote
 # %% ../../nbs/api/56_segment.streams.ipynb #b65fe455
 def hardness(teacher: Segmenter,    # trained on real pairs alone
              pairs: list,           # real `Pair`s
-             most: float = 20.      # how much heavier the hardest is than the easiest, at least 1
+             most: float = 20.      # ratio of the largest weight to the smallest, at least 1
             ) -> dict:              # name of a pair -> weight, mean 1
     "Weights that grow with the rank of the teacher's loss."
     if most < 1:
