@@ -16,14 +16,15 @@ from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls, read_pair
 from medsyn.segment.learner import (LOSSES, DiceMetric, cross_entropy, edge_weights, flip_averaged,
                                     foreground, predict, segment_learner, structure_loss, upsample)
-from medsyn.segment.models import NETWORKS, Segmenter, good_sizes, normalisation, segmenter
+from medsyn.segment.models import Segmenter, good_sizes, normalisation, segmenter
 from medsyn.train import evaluating, fit_steps
 
 TINY = dict(encoder='mobilenetv3_small_050')
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', list(NETWORKS))
+# the diffusion U-Net takes no encoder: tests/test_semi.py has it
+@pytest.mark.parametrize('name', ['unet', 'segformer'])
 @pytest.mark.parametrize('encoder', ['resnet18', 'efficientnet-b0', 'mit_b0', 'tu-convnext_atto',
                                      'mobilenetv3_small_050'])
 @pytest.mark.parametrize('classes', [1, 2])
