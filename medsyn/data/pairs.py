@@ -759,7 +759,7 @@ def _check_one(pair, stride, window, page, label):
 def check_pairs(pairs: str | Path | list,       # folder in a known layout, or list of `Pair`
                 stride: int = 32,               # smallest side in pixels that the networks take
                 least: int = 8,                 # fewest pairs that can be trained on
-                window: tuple | str = None,     # values shown as black and white, for images of more than 8 bits; or auto
+                window: tuple | str = None,     # values shown as black and white, or auto; for deep images
                 page: int = None,               # which page of files with several, from 0
                 label: int | str | list = None  # value or values of the foreground
                ) -> pd.DataFrame: # file, problem, remedy, severity (error or warning); no rows: all is well
