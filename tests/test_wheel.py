@@ -106,5 +106,5 @@ def test_one_step_beside_the_newest_fastai(wheel, newest, tmp_path):
     synthesis = ['--n-synth', 2, '--sample-steps', 2]
     medsyn = python.with_name('medsyn')
     text = call(medsyn, 'quickstart', '--out', 'q', *data, *steps, *synthesis, '--seeds', 0, cwd=tmp_path)
-    assert 'dice@0.5 against the baseline' in text
+    assert 'dice@0.5 against real' in text
     print(out)
