@@ -159,13 +159,14 @@ class WeightedLossCB(LossTermCB):
         loss = self.elementwise()
         w = _weights_like(self.weights().to(loss), loss)
         earlier = self.earlier_weights()
-        self.learn.loss_weights = self.learn.loss, earlier*(1 + self.weight*(w - 1))
+        self.learn.loss_weights = getattr(self.learn, 'loss', None), earlier*(1 + self.weight*(w - 1))
         return (earlier*(w - 1)*loss).mean()
 
     def earlier_weights(self) -> Tensor | float:
         "The product of the weights that earlier callbacks gave this batch; 1 for the first of them."
         batch, product = getattr(self.learn, 'loss_weights', (None, 1.))
-        return product if batch is self.learn.loss else 1.
+        is_same = batch is not None and batch is getattr(self.learn, 'loss', None)
+        return product if is_same else 1.
 
 # %% ../nbs/api/02_train.ipynb #e24c15c5
 class EMACB(Callback):
