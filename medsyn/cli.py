@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Option', 'options_of', 'about', 'Command', 'command', 'settings', 'check', 'clean', 'quickstart',
-           'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score', 'named', 'compare', 'catalog', 'bench',
-           'usage', 'quiet', 'parser_of', 'run', 'quiet_libraries', 'main', 'fail']
+           'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score', 'named', 'compare', 'catalog', 'view',
+           'bench', 'usage', 'quiet', 'parser_of', 'run', 'quiet_libraries', 'main', 'fail']
 
 # %% ../nbs/api/80_cli.ipynb #f677e2fb
 import argparse
@@ -255,7 +255,7 @@ def _obedient(segmenter, least):
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
 # %% ../nbs/api/80_cli.ipynb #4b99a333
-@command('experiment.train_segmenter', leave='pairs device', late='synthetic',
+@command('experiment.train_segmenter', leave='pairs device cbs', late='synthetic',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
             out: str,              # folder to write: a segmenter
@@ -269,6 +269,7 @@ def segment(data: str,             # folder or list of real pairs
     from medsyn.experiment import describe_arm, open_arm, run_log, split_once, train_segmenter
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import segmenter
+    from medsyn.watch import WatchCB
     split = split_once(data)
     segmenter(kw['network'], kw['encoder'], None, kw['size'])
     pick(kw['loss'], LOSSES, 'loss')
@@ -277,7 +278,7 @@ def segment(data: str,             # folder or list of real pairs
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
     out = open_run(out, dict(kw, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
     if not (out/'model.safetensors').exists():
-        learn = train_segmenter(split, opened, **kw)
+        learn = train_segmenter(split, opened, cbs=[WatchCB(out)], **kw)
         write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
         learn.model.save_pretrained(out)
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
@@ -416,6 +417,12 @@ def catalog():
     for name, arm in ARMS.items():
         form = f'{name}:{arm.folder.upper()}' if arm.folder else name
         print(f"  {form:30} {arm.about}{' (needs --unlabelled)' if arm.unlabelled else ''}")
+
+@command('app.view', example='medsyn view synthetic --real data --generator generator')
+def view(**kw   # of `app.view`
+        ):
+    from medsyn.app import view as serve
+    serve(**kw)
 
 @command('bench.bench', example='medsyn bench --what siamese')
 def bench(out: str = None,  # also write the table here, as CSV

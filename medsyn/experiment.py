@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
-           'claimed', 'describe_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores', 'compare', 'run_jobs',
-           'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone', 'make_generator', 'draws_pairs',
-           'picture', 'commands', 'quickstart']
+           'claimed', 'describe_arm', 'baseline_of', 'share_runs', 'prediction_file', 'save_prediction', 'score_run',
+           'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
+           'sampler_of', 'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -33,10 +33,11 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from PIL import Image
 from torch import nn
 
-from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick,
-                         save_json, seed_of, seeded, track, versions, write_atomic)
+from .core import (MedsynError, content_hash, default_device, file_hash, hardware, open_run,
+                         os_errors, pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
 from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash,
                                random_stream, read_image, read_pair, same_images, save_list, split_pairs)
@@ -55,6 +56,7 @@ from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
 from .viz import curves, save_png, show_rows
+from .watch import WatchCB
 
 # %% ../nbs/api/70_experiment.ipynb #a0611976
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
@@ -101,10 +103,11 @@ def check_unlabelled(unlabelled: Sequence,  # image files without masks
 
 def open_arm(form: object,              # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
              split: Split,              # the labelled pairs
-             unlabelled: Sequence = ()  # image files without masks, or their folder
+             unlabelled: Sequence = (), # image files without masks, or their folder
+             reviewed: bool = False     # of folders, only pairs that reviewers keep
             ) -> Arm:                   # the arm
     "An arm for a split; `MedsynError` if it cannot be made or trained on it."
-    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
+    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator, reviewed)
 
 # %% ../nbs/api/70_experiment.ipynb #d99bbba9
 class HeldOutCurveCB(EvalCB):
@@ -158,7 +161,8 @@ def train_segmenter(
     augment: str = 'strong',             # a key of `data.pairs.AUGMENT`
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
-    unlabelled: Sequence = ()            # image files without masks, for an arm given by its short form
+    unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
+    cbs: Sequence = ()                   # further callbacks of the fit, as `watch.WatchCB`
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     split = split_once(pairs)
@@ -170,7 +174,7 @@ def train_segmenter(
         if arm.init: model = diffusion_segmenter(Backbone.from_pretrained(arm.init), size)
         else: model = segmenter(network, encoder, encoder_weights, size)
         learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
-        fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
+        fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}', cbs=list(cbs))
     return learn
 
 # %% ../nbs/api/70_experiment.ipynb #e2531d21
@@ -375,14 +379,14 @@ class _Plan:
         score_run(file, self.splits[run.subset], self.tests, arm, self.metrics,
                   seed=run.seed, **self.networks[run.segmenter], **self.options)
 
-def _resolved_arms(runs, forms, splits, unlabelled):
+def _resolved_arms(runs, forms, splits, unlabelled, reviewed):
     "The arm of each cell of the design, checked against its split."
     arms = {}
     for r in runs:
         cell = r.arm, r.subset, r.generator
         if cell in arms: continue
         form = arm_form(forms[r.arm], r.subset, r.generator)
-        arms[cell] = open_arm(form, splits[r.subset], unlabelled)
+        arms[cell] = open_arm(form, splits[r.subset], unlabelled, reviewed)
         _check_arm(r.arm, arms[cell], splits[r.subset])
     return arms
 
@@ -412,6 +416,32 @@ def share_runs(runs: Sequence,      # of `Run`
                     bar.update()
             if len(left) == before: time.sleep(2)
 
+def prediction_file(folder: str | Path, # a run's predictions: runs/RUN.predictions
+                    testset: str,       # name of a test set
+                    name: str           # of a pair in it
+                   ) -> Path:           # a PNG file
+    "Where a run keeps what it predicts for a test image; any names give a plain file name."
+    return Path(folder)/f'{content_hash(f"{testset}/{name}")}.png'
+
+def save_prediction(folder: Path,       # a run's predictions
+                    size: int,          # side in pixels at which the network works
+                    testset: str,       # name of a test set
+                    pair: Pair,         # the test pair
+                    p: np.ndarray       # (H,W) probability in [0,1]
+                   ) -> Path:           # a PNG file: the probability in 0..255, at most `size` pixels wide
+    "Keep a prediction, small, for people to look at."
+    height, width = p.shape
+    scale = min(1, size/max(height, width))
+    shape = max(round(width*scale), 1), max(round(height*scale), 1)
+    small = Image.fromarray((p*255).round().astype(np.uint8)).resize(shape, Image.Resampling.BILINEAR)
+    return save_png(np.asarray(small), prediction_file(folder, testset, pair.name))
+
+def _save_tests(out, tests):
+    "tests.csv: where the test pairs are, for `medsyn view`."
+    rows = [dict(testset=testset, name=p.name, image=Path(p.image).resolve(), mask=Path(p.mask).resolve())
+            for testset, pairs in tests.items() for p in pairs]
+    write_atomic(out/'tests.csv', pd.DataFrame(rows).to_csv(index=False))
+
 def score_run(file: Path,       # CSV to write: one row an image; the log is written beside it
               split: Split,     # the labelled pairs
               tests: dict,      # name -> list of `Pair`
@@ -420,9 +450,12 @@ def score_run(file: Path,       # CSV to write: one row an image; the log is wri
               **kw              # of `train_segmenter`
              ):
     "One run: its log, then its scores, which vouch for the run."
-    learn = train_segmenter(split, arm, **kw)
+    watch = WatchCB(file.parent.parent, file.stem)
+    learn = train_segmenter(split, arm, cbs=[watch], **kw)
     write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
-    scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics)
+    watch.remove()
+    save = partial(save_prediction, file.with_suffix('.predictions'), kw['size'])
+    scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics, callback=save)
     write_atomic(file, scores.to_csv(index=False))
     del learn                   # learner and callbacks refer to each other: each network would stay in memory
     gc.collect()
@@ -462,7 +495,8 @@ def compare(
     subsets: dict = None,        # name -> labelled pairs, folder or `Split`; each is trained on with all arms
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
-    jobs: int = 1                # processes of one thread each that share the runs; 1: this process
+    jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
+    reviewed: bool = False       # of synthetic folders, take only pairs that reviewers keep (medsyn view)
 ) -> Path:                       # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
     """Train every arm with every network and seed, score it image by image, and say what differs.
 
@@ -483,7 +517,7 @@ def compare(
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)
-    resolved = _resolved_arms(runs, arms, splits, unlabelled)
+    resolved = _resolved_arms(runs, arms, splits, unlabelled, reviewed)
     plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options)
 
     out = open_run(out, plan.config(), 'compare')
@@ -495,6 +529,7 @@ def compare(
                  train={k: dict(training=len(s.train), held_out=len(s.held)) for k, s in splits.items()},
                  added=plan.by_cell(lambda arm: len(arm.pairs) + len(arm.synthetic)))
     save_json(out/'run.json', about)
+    _save_tests(out, tests)
     return report(read_scores(runs, file_of), out, baseline, metric)
 
 # %% ../nbs/api/70_experiment.ipynb #65fb5dfc
@@ -687,6 +722,19 @@ def _finish(learners, model, out, networks=()):
     model.save_pretrained(out)
     return model.eval()
 
+def sampler_of(split: Split,    # the labelled pairs
+               size: int,       # side in pixels
+               n: int = 4,      # images
+               steps: int = 20  # sampler steps
+              ) -> Callable:    # (generator) -> uint8 (n,size,size,3), for `watch.WatchCB`
+    "Samples under the masks of held-out pairs; the same noise every time, so that pictures can be compared."
+    images, masks = _with_lesion(split.held or split.train, size, n, seed_of(0, 'watch'))
+    real = torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1
+    def draw(generator):
+        shown = real if generator.needs_image else None
+        return sample(generator, masks, steps, sampler='dpm++', images=shown, desc='watch')
+    return draw
+
 def _check_method(method, backbone, steps):
     "The method's entry in the catalog; `MedsynError` if it lacks a backbone or has one too many."
     entry = METHODS[pick(method, METHODS, 'method')]
@@ -711,7 +759,8 @@ def make_generator(
     probe: int = None,         # steps between obedience probes (default: ten in the run)
     source: str = '',          # where the backbone came from, for the record
     settings: dict = None,     # the method's own settings; its paper's values are the defaults
-    unlabelled: Sequence = ()  # images without masks, for a method that learns from them (concat)
+    unlabelled: Sequence = (), # images without masks, for a method that learns from them (concat)
+    pictures: int = 0          # how often in a run samples are written to live/, for medsyn view
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
     entry = _check_method(method, backbone, steps)
@@ -735,7 +784,8 @@ def make_generator(
     if (out/'generator.json').exists(): return load_generator(out)
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        fit_steps(learn, steps, schedule=entry.schedule, desc=f'train {name}')
+        watch = WatchCB(out, name, sampler_of(split, size) if pictures and backbone else None, pictures)
+        fit_steps(learn, steps, schedule=entry.schedule, desc=f'train {name}', cbs=[watch])
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     return _finish(learners, model, out, entry.networks)

@@ -36,8 +36,9 @@ def third_party(path):
     return top - set(sys.stdlib_module_names) - {'medsyn'}
 
 def declared():
-    "The packages that settings.ini asks for, under the names they are imported by."
-    names = [re.match(r'[\w.-]+', r)[0] for r in INI['DEFAULT']['requirements'].split()]
+    "The packages that settings.ini asks for, those of extras too, under the names they are imported by."
+    texts = [INI['DEFAULT'][key] for key in ('requirements', 'app_requirements')]
+    names = [re.match(r'[\w.-]+', r)[0] for text in texts for r in text.split()]
     return {IMPORT_NAME.get(name, name.replace('-', '_')) for name in names}
 
 def test_numbers_are_unique():
