@@ -378,7 +378,7 @@ class _Plan:
 def open_comparison(out: str | Path,    # results folder
                     config: dict        # what determines the scores, see `compare.json` in a folder
                    ) -> Path:           # the folder
-    "Enter a comparison's folder, which may gain arms and subsets; `MedsynError` where one of them has changed."
+    "Enter a comparison's folder: arms and subsets may be added; `MedsynError` if one has changed."
     mark, parts = Path(out)/'compare.json', ('arms', 'train')
     if not mark.exists(): return open_run(out, config, 'compare')
     older, config = load_json(mark), json.loads(json.dumps(config, default=str))
