@@ -302,10 +302,17 @@ class Served:
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = True
+        self.server.should_exit = self.server.force_exit = True
         self.thread.join(10)
 
     def address(self, path='/'): return f'http://127.0.0.1:{self.port}{path}'
+
+def until(page, expression):
+    "Wait for something in the page; Playwright's own way is `eval`, which the page's policy forbids."
+    for _ in range(400):
+        if page.evaluate(expression): return
+        page.wait_for_timeout(50)
+    pytest.fail(f'does not come true: {expression}')
 
 def enter(browser, address, token, who='Ada', width=1280, path='/'):
     "A page of a reviewer's own browser, past the token."
@@ -337,45 +344,50 @@ def test_the_token_leaves_the_address_bar_and_is_needed(chromium, served):
 @in_browser
 def test_a_hostile_name_does_nothing(chromium, served):
     page = opened(chromium, served)
-    page.locator('.tile').first.click()
-    page.wait_for_function("document.getElementById('caption').textContent.includes('onerror')")
+    page.locator('.tile[data-name*=onerror]').click()
+    until(page, "document.getElementById('caption').textContent.includes('onerror')")
     assert page.evaluate('window.hacked') is None and page.locator('[src=x]').count() == 0
 
-def forked(folder, messages):
-    "A server in a process of its own; its address comes through the queue."
+def serve(folder, messages):
+    "A server in a process of its own; what it prints goes through the queue."
     import builtins
     builtins.print = lambda text, **kw: messages.put(text)
     view(folder, port=0)
 
-def start(folder):
-    "The process and its address and token."
-    context = multiprocessing.get_context('fork')
-    messages = context.Queue()
-    process = context.Process(target=forked, args=(folder, messages), daemon=True)
-    process.start()
-    address, token = re.search(r'(http://\S+?)/\?token=(\S+)', messages.get(timeout=60)).groups()
-    return process, address, token
+@pytest.fixture(scope='module')
+def processes():
+    "Starts servers that can be killed; the imports are made once. All are killed at the end."
+    context, started = multiprocessing.get_context('forkserver'), []
+    context.set_forkserver_preload(['medsyn.app', 'medsyn.experiment'])
+    def start(folder):
+        messages = context.Queue()
+        started.append(context.Process(target=serve, args=(folder, messages), daemon=True))
+        started[-1].start()
+        printed = messages.get(timeout=120)
+        return started[-1], *re.search(r'(http://\S+?)/\?token=(\S+)', printed).groups()
+    yield start
+    for process in started: process.kill()
 
 @in_browser
-def test_review_by_keyboard_survives_a_kill(chromium, copied):
+def test_review_by_keyboard_survives_a_kill(chromium, copied, processes):
     "K, D, U, a score and an undo by keys alone; the server is killed; a new one shows all of it."
-    process, address, token = start(copied/'made')
+    process, address, token = processes(copied/'made')
     page = enter(chromium, address, token)
     page.keyboard.press('ArrowLeft')
     names = [tile.get_attribute('data-name') for tile in page.locator('.tile').all()]
     for i, key in enumerate('kdukkz'):
-        page.wait_for_function(f"document.querySelectorAll('.tile')[{min(i, 5)}].ariaPressed === 'true'")
+        until(page, f"document.querySelectorAll('.tile')[{min(i, 5)}].ariaPressed === 'true'")
         if key == 'z': page.keyboard.press('ArrowLeft')
         page.keyboard.press(key)
         said = json.dumps(names[i - (key == 'z')] + ': ')
-        page.wait_for_function(f"document.getElementById('status').textContent.startsWith({said})")
+        until(page, f"document.getElementById('status').textContent.startsWith({said})")
     page.keyboard.press('7')
-    page.wait_for_function("document.getElementById('status').textContent.includes('score 7, saved')")
+    until(page, "document.getElementById('status').textContent.includes('score 7, saved')")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     page.keyboard.press('k')                                    # not saved, and said so
     page.wait_for_selector('#message:has-text("nothing was saved")')
-    process, address, token = start(copied/'made')
+    process, address, token = processes(copied/'made')
     page = enter(chromium, address, token)
     badges = [tile.inner_text() for tile in page.locator('.badge').all()]
     assert badges == ['keep', 'drop', 'unsure', 'keep'] + ['open']*5
@@ -383,7 +395,6 @@ def test_review_by_keyboard_survives_a_kill(chromium, copied):
     assert reviews.verdict.dropna().to_list() == ['keep', 'drop', 'unsure', 'keep', 'keep', 'clear']
     assert reviews.score.dropna().to_list() == [7]
     assert [p.name for p in find_pairs(copied/'made', reviewed=True)] == [names[0], names[3]]
-    process.kill()
 
 @in_browser
 def test_two_reviewers_at_once(chromium, copied):
@@ -393,7 +404,7 @@ def test_two_reviewers_at_once(chromium, copied):
         for i in range(6):
             for k, page in enumerate(pages): page.keyboard.press('d' if i == 5 and k else 'kd'[i % 2])
             for page in pages:
-                page.wait_for_function(f"document.querySelectorAll('.tile')[{i + 1}].ariaPressed === 'true'")
+                until(page, f"document.querySelectorAll('.tile')[{i + 1}].ariaPressed === 'true'")
         pages[0].reload()
         row = pages[0].locator('tbody tr').inner_text().split('\t')
     found = kappa(read_reviews(copied/'made'), 'Ada', 'Ben')
@@ -458,7 +469,7 @@ def test_a_training_is_watched_while_it_runs(chromium, served, places):
     page.wait_for_selector('#progress:has-text("finished, 60 of 60 steps")')
     page.wait_for_selector('#samples li:nth-child(2)')
     assert page.get_attribute('#curves', 'src') != first and 'margin' in page.inner_text('#progress')
-    assert page.evaluate("document.getElementById('curves').naturalWidth") > 100
+    until(page, "document.getElementById('curves').naturalWidth > 100")
 
 @in_browser
 def test_a_point_of_the_results_shows_its_image(chromium, served):
@@ -469,10 +480,10 @@ def test_a_point_of_the_results_shows_its_image(chromium, served):
     id = page.locator('.point').nth(2).get_attribute('data-id')
     assert page.input_value('#cases') == id
     for name in ('mask', 'baseline', 'arm'):
-        page.wait_for_function(f"document.getElementById('case-{name}').naturalWidth >= 300")
+        until(page, f"document.getElementById('case-{name}').naturalWidth >= 300")
     page.focus('#cases')                                        # and by keyboard
     page.keyboard.press('Home')
-    page.wait_for_function(f"document.querySelector('.point.chosen').dataset.id !== '{id}'")
+    until(page, f"document.querySelector('.point.chosen').dataset.id !== '{id}'")
 
 UNLABELLED = """() => {
     const all = [...document.querySelectorAll('input, select, textarea, button, a, canvas, img')]
