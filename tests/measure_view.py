@@ -1,7 +1,7 @@
 """How long a folder of 5,000 pairs takes to open in a browser, and its next page.
 
-`python tests/measure_view.py nbs/results/view_5000_pairs/seconds.json` renders the pairs into a temporary folder,
-opens them with Chromium, and writes the seconds with the machine they were taken on."""
+`python tests/measure_view.py nbs/results/view_5000_pairs/seconds.json` renders the pairs into a temporary
+folder, opens them with Chromium, and writes the seconds with the machine they were taken on."""
 import os
 import sys
 import tempfile
@@ -15,8 +15,8 @@ from medsyn.app import open_site
 from medsyn.core import hardware, save_json, versions
 
 N = 5000
-VISIBLE = """[...document.querySelectorAll('.tile img')].filter(o => o.getBoundingClientRect().top < innerHeight)
-    .every(o => o.complete && o.naturalWidth > 0)"""
+VISIBLE = """[...document.querySelectorAll('.tile img')]
+    .filter(o => o.getBoundingClientRect().top < innerHeight).every(o => o.complete && o.naturalWidth > 0)"""
 
 def seconds(action):
     "How long something takes."
@@ -33,7 +33,7 @@ def measure(folder):
     found = {}
     with Served(open_site(folder)) as server, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        enter(browser, server.address(''), server.site.token, path='/static/app.css').close()      # warm both up
+        enter(browser, server.address(''), server.site.token, path='/static/app.css').close()   # warm up
         pages = []
         def visit(): shown(pages.append(enter(browser, server.address(''), server.site.token)) or pages[-1])
         found['first page, first visit'] = seconds(visit)
