@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FITS', 'IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'VOLUME_TYPES', 'FOREIGN', 'AUGMENT', 'Reading',
            'reading', 'Pair', 'Frame', 'save_list', 'read_table', 'find_pairs', 'read_with', 'pairs_hash',
-           'find_images', 'Geometry', 'fitting_size', 'auto_window', 'through_window', 'read_image', 'read_mask',
-           'read_pair', 'foreground_values', 'refuse_classes', 'same_images', 'check_pairs', 'clean_masks', 'group_of',
-           'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls',
-           'ImageDataset', 'image_dls']
+           'find_images', 'find_masks', 'both_sides', 'Geometry', 'fitting_size', 'auto_window', 'through_window',
+           'read_image', 'read_mask', 'read_pair', 'foreground_values', 'refuse_classes', 'same_images', 'check_pairs',
+           'clean_masks', 'group_of', 'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment',
+           'batch_transforms', 'pair_dls', 'ImageDataset', 'image_dls']
 
 # %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
@@ -70,16 +70,17 @@ def _numbers(values):
 
 def _label_values(label):
     "The numbers that `label` names: 2, '#ff0000' or several of them."
-    several = label if isinstance(label, (list, tuple, set)) else [label]
+    several = list(label) if isinstance(label, (list, tuple, set)) else [label]
     def number(value):
         hexadecimal = isinstance(value, str) and value.startswith('#')
         return int(value[1:], 16) if hexadecimal else int(value)
     try: return [number(value) for value in several]
     except ValueError as e:
-        raise MedsynError(f"label={label!r} is no label: give a number, a colour such as '#ff0000', "
+        shown = several[0] if len(several) == 1 else label
+        raise MedsynError(f"label={shown!r} is no label: give a number, a colour such as '#ff0000', "
                           "or several") from e
 
-def reading(window: 'Sequence | str' = None,  # LO HI or auto, for images of more than 8 bits (default: refused)
+def reading(window: Sequence = None,    # LO HI or auto, for images of more than 8 bits (default: refused)
             label: Sequence[str] = None,  # mask values of the foreground, as 2 or '#ff0000' (default: not 0)
             fit: str = 'stretch',       # another aspect ratio is met by stretch, pad or crop
             page: int = None,           # which page or slice of files with several, from 0
@@ -476,9 +477,19 @@ def _images_in(path):
                           "or one with images/")
     return [file for files in images.values() for file in files]
 
+def find_masks(path: str | Path,    # folder of masks, or folder with `masks`
+               how: Reading = None  # with which choices they are read, see `reading`
+              ) -> list:            # of `Pair` whose image is `None`, sorted by name
+    "Masks alone, to generate images under; `MedsynError` if there are none."
+    path = Path(path)
+    inside = [p for p in _folders(path) if _role(p.name) == ('mask', '')] if path.is_dir() else []
+    files = _images_in(inside[0] if len(inside) == 1 else path)
+    return sorted(Pair(stem_of(f), None, f, how or Reading()) for f in files)
+
 # %% ../../nbs/api/11_data.pairs.ipynb #c0ddde41
-def _sides(size):
-    "(height, width) of a size given as one number or two."
+def both_sides(size: int | tuple    # side, or (height, width), in pixels
+              ) -> tuple:           # (height, width)
+    "Height and width of a size given as one number or two; `MedsynError` for what is no size."
     sides = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
     if len(sides) != 2 or min(sides) < 1:
         raise MedsynError(f"size={size!r} is no size: give the side, or (height, width), in pixels")
@@ -499,7 +510,7 @@ class Geometry:
 
     def __post_init__(self):
         pick(self.fit, FITS, 'fit')
-        object.__setattr__(self, 'size', _sides(self.size))
+        object.__setattr__(self, 'size', both_sides(self.size))
 
     @property
     def boxes(self) -> tuple:
@@ -1194,7 +1205,7 @@ class PairDataset:
                  **reading              # for `read_pair`: fit, window, page, label
                 ):
         self.pairs, self.size, self.reading = list(pairs), size, reading
-        height, width = _sides(size)
+        height, width = both_sides(size)
         fits = len(self.pairs)*height*width*4 <= limit*2**30
         self.cache = {} if cache and fits else None
 
@@ -1384,8 +1395,11 @@ def pair_dls(pairs: list,                       # training `Pair`s; with a share
 
 # %% ../../nbs/api/11_data.pairs.ipynb #b2968611
 class ImageDataset(PairDataset):
-    "Images as tuples of one `TensorImage` uint8 (3,size,size), decoded once."
-    def read(self, item): return (_image_tensor(read_image(item, self.size, **self.reading)),)
+    "Images as tuples of one `TensorImage` uint8 (3,size,size), decoded once; with `blank` an empty mask too."
+    blank = False
+    def read(self, item):
+        image = _image_tensor(read_image(item, self.size, **self.reading))
+        return (image, TensorMask(torch.zeros(image.shape[1:], dtype=torch.uint8))) if self.blank else (image,)
 
 def image_dls(images: list,                         # image files, see `find_images`
               size: int | tuple = 64,               # side, or (height, width), in pixels
@@ -1395,12 +1409,13 @@ def image_dls(images: list,                         # image files, see `find_ima
               device: torch.device | str = None,    # where the batches go; `None`: see `default_device`
               shuffle: bool = True,                 # False: every image once, in the given order
               cache: bool = True,  # keep the decoded pictures in memory if they fit in 2 GiB
+              blank: bool = False,  # with an empty mask beside each image: batches (x, y)
               **reading                             # for `read_image`: fit, window, page
              ) -> SeededDL:                         # batches (x,), x float (B,3,size,size) in [0,1]
     "A loader of images alone; `MedsynError` if there are none or one cannot be read."
     if not len(images): raise MedsynError("the list of images is empty: give at least one image")
     dataset = ImageDataset(images, size, cache, **reading)
-    dataset.split_idx = 0
+    dataset.split_idx, dataset.blank = 0, blank
     if dataset.cache is not None: dataset.load()
     device = default_device() if device is None else torch.device(device)
     dl = SeededDL(dataset, bs=min(bs, len(dataset)), shuffle=shuffle, drop_last=shuffle, seed=seed,
