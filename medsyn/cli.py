@@ -167,7 +167,8 @@ def clean(data: str,    # folder in a known layout
 
 # %% ../nbs/api/80_cli.ipynb #cf54e2b9
 @command('experiment.quickstart', READING, leave='how',
-         rare='n_train n_test pretrain_steps train_steps segment_steps sample_steps sampler channels seeds page axis',
+         rare='n_train n_test pretrain_steps train_steps segment_steps sample_steps sampler channels seeds'
+              ' page axis',
          example='medsyn quickstart --out first')
 def quickstart(unlabelled: str = None,  # folder of images without masks, from which the backbone learns too
                **kw     # of `experiment.quickstart`
@@ -250,7 +251,7 @@ def train(
 def synth(
     generator: str,    # folder of medsyn train
     out: str,          # folder to write: images, masks, manifest.jsonl
-    data: str = None,  # folder or list of pairs whose masks are used, all but the held-out tenth; or of masks alone
+    data: str = None,  # pairs whose masks are used, all but the held-out tenth; or a folder of masks alone
     n: int = 200,      # pairs to draw
     into: str = None,  # folder of pairs or images that receive the lesions (start inpaint, or paste)
     keep: str = None,  # folder of a segmenter (medsyn segment): images that disobey their mask are dropped
@@ -596,7 +597,8 @@ def show_help(name: str,            # a command
     if not method or name != 'train': return 0
     from medsyn.generate.catalog import settings_of
     print('', f'settings of {method} (--set name=value):', sep='\n')
-    for key, setting in settings_of(method).items(): print(f'  {key}={setting.default}'.ljust(28), setting.doc)
+    for key, setting in settings_of(method).items():
+        print(f'  {key}={setting.default}'.ljust(28), setting.doc)
     return 0
 
 def quiet_libraries():

@@ -38,8 +38,9 @@ from torch import nn
 from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
                          pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import (Frame, Pair, PairDataset, Reading, find_images, find_pairs, image_dls, pair_dls, pairs_hash,
-                               random_stream, read_image, read_pair, reading, same_images, save_list, split_pairs)
+from .data.pairs import (Frame, Pair, PairDataset, Reading, find_images, find_pairs, image_dls, pair_dls,
+                               pairs_hash, random_stream, read_image, read_pair, reading, same_images,
+                               save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
@@ -150,7 +151,7 @@ def train_segmenter(
     encoder: str = 'resnet18',           # any encoder of segmentation-models-pytorch or timm
     encoder_weights: str = None,         # `None`: from scratch; a name (imagenet) or a path
     seed: int = 0,                       # of weights, order and augmentation
-    size: int | tuple = 96,              # side, or (height, width), in pixels at which the network sees images
+    size: int | tuple = 96,              # side, or (height, width), of what the network sees, in pixels
     steps: int = 1200,                   # optimiser steps
     bs: int = 16,                        # real images per step
     lr: float = 1e-3,                    # peak of the one-cycle schedule
@@ -531,7 +532,9 @@ def _from_plain(value):
     "The inverse of `_to_plain`."
     if isinstance(value, list): return [_from_plain(v) for v in value]
     if not isinstance(value, dict): return value
-    if 'pair' in value: return Pair(value['pair'][0], *map(Path, value['pair'][1:]), reading(**value['reading']))
+    if 'pair' in value:
+        name, *files = value['pair']
+        return Pair(name, *map(Path, files), reading(**value['reading']))
     if 'frame' in value: return Frame(Path(value['frame']), reading(**value['reading']))
     if 'split' in value: return Split(*_from_plain(value['split']))
     return {k: _from_plain(v) for k, v in value['items']}
@@ -860,7 +863,7 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm
                seed: int = 0,   # of everything else
-               unlabelled: Sequence = (), # image files without masks, or their folder: the backbone learns from them
+               unlabelled: Sequence = (), # image files without masks: the backbone learns from them
                how: Reading = None # with which choices the folder is read, see `data.pairs.reading`
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."

@@ -470,21 +470,26 @@ class _Item:
 
 def _items_of(images, how):
     "Name -> `_Item`; `MedsynError` if two would overwrite each other."
-    single = isinstance(images, (str, Path)) and Path(images).is_file() and Path(images).suffix.lower() != '.csv'
-    if isinstance(images, (str, Path)) and not single: found = find_images(images, how)
-    else: found = [Frame(Path(f), how) for f in ([images] if single else unlabelled_images(images))]
+    by_path = isinstance(images, (str, Path))
+    single = by_path and Path(images).is_file() and Path(images).suffix.lower() != '.csv'
+    if by_path and not single: sources = find_images(images, how)
+    else: sources = [Frame(Path(f), how) for f in ([images] if single else unlabelled_images(images))]
     items = {}
-    for source in found:
-        file = Path(source)
-        n = open_volume(file).count(how.axis) if is_volume(file) and how.page is None else 1
-        slices = [(stem_of(file), _Item(source, file))] if n == 1 else [
-            (f'{stem_of(file)}_{k:03d}', _Item(Frame(file, how.over(page=k)), file, k)) for k in range(n)]
-        for name, item in slices:
-            twice = items.get(name.casefold())
-            if twice: raise MedsynError(f"the predictions of {twice[1].file} and {file} would overwrite each other:"
-                                        " rename one")
+    for source in sources:
+        for name, item in _slices_of(source, how):
+            if name.casefold() in items:
+                first = items[name.casefold()][1].file
+                raise MedsynError(f"the predictions of {first} and {item.file} would overwrite each other:"
+                                  " rename one")
             items[name.casefold()] = name, item
     return dict(items.values())
+
+def _slices_of(source, how):
+    "(name, `_Item`) of a picture, or of each slice of a volume."
+    file = Path(source)
+    n = open_volume(file).count(how.axis) if is_volume(file) and how.page is None else 1
+    if n == 1: return [(stem_of(file), _Item(source, file))]
+    return [(f'{stem_of(file)}_{k:03d}', _Item(Frame(file, how.over(page=k)), file, k)) for k in range(n)]
 
 def _save_png(path, array):
     "An image file, whole or not at all."
@@ -511,7 +516,7 @@ def predict_images(
     images: 'Sequence | str | Path',  # image files, or their folder; or one file, such as a volume
     out: 'str | Path',                # folder to write: masks, probabilities, overlays, predictions.csv
     threshold: float = .5,            # foreground is what is above it, in (0,1)
-    flips: bool = False,              # average over the image and its mirror images: four passes, often better
+    flips: bool = False,              # average over the image and its mirror images: four passes
     bs: int = 8,                      # images read at a time; does not change the result
     how: Reading = None               # with which choices images are read, see `data.pairs.reading`
 ) -> Path:                            # the folder; the same call again resumes

@@ -170,7 +170,8 @@ def _receiver(job, i, source):
     others = [o for o in job.into or job.pairs if o != source] or [source]
     chosen = others[np.random.default_rng(seed_of(job.seed, 'into', i)).integers(len(others))]
     if isinstance(chosen, Pair): return *read_pair(chosen, job.size), True, chosen.name
-    return read_image(chosen, job.size), np.zeros((job.size, job.size), np.uint8), job.healthy, stem_of(chosen)
+    empty = np.zeros((job.size, job.size), np.uint8)
+    return read_image(chosen, job.size), empty, job.healthy, stem_of(chosen)
 
 def _tensors(image, mask):
     "Image (1,3,H,W) in [0,1] and mask (1,1,H,W)."
@@ -434,8 +435,17 @@ def _digest_of(items):
         files = (item.image, item.mask) if isinstance(item, Pair) else (item,)
         name = getattr(item, 'name', None) or Path(item).name
         parts.append(name + ''.join(file_hash(f) for f in files if f))
-        if choices := getattr(item, 'reading', Reading()).chosen(): parts.append(json.dumps(choices, sort_keys=True))
+        choices = getattr(item, 'reading', Reading()).chosen()
+        if choices: parts.append(json.dumps(choices, sort_keys=True))
     return content_hash(''.join(parts))
+
+def _check_masks_alone(pairs, needs_image, start, into):
+    "`MedsynError` if a mask has no image and the start needs one."
+    alone = next((p.mask for p in pairs if p.image is None), None)
+    without_image = start == 'noise' or start == 'inpaint' and into is not None
+    if alone and (needs_image or not without_image):
+        raise MedsynError(f"{alone} is a mask without an image, and start={start!r} needs its image:"
+                          " use start='noise', or start='inpaint' with into")
 
 def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, into, hardness, healthy):
     "What a generator under masks needs: the job, its settings, and the rest of what determines the run."
@@ -450,10 +460,7 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
         raise MedsynError("a generator of mask and image (M+I) samples under a real image's own mask: use"
                           " masks='real'")
     refuse_classes(pairs)
-    alone = next((p.mask for p in pairs if p.image is None), None)
-    if alone and (generator.needs_image or start != 'noise' and not (start == 'inpaint' and into is not None)):
-        raise MedsynError(f"{alone} is a mask without an image, and start={start!r} of this generator needs its image:"
-                          " use start='noise', or start='inpaint' with into")
+    _check_masks_alone(pairs, generator.needs_image, start, into)
     backbone, given = generator.backbone, dict(settings)
     given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
     given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
@@ -504,7 +511,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                start: str = 'noise',        # a key of `STARTS`: noise, real, paste or inpaint
                strength: float = None,      # how far a picture is noised, in [0,1]; `None`: see `STRENGTHS`
                into: list = None,           # `Pair`s or image files that receive a lesion; `None`: the pairs
-               healthy: bool = False,       # images of `into` have no lesion: outside the new one all is background
+               healthy: bool = False,       # images of `into` have no lesion: the rest is background
                hardness: dict = None,       # name of a pair -> weight, see `segment.streams.hardness`
                least_margin: float = None,  # of a generator under masks, see `LEAST_MARGIN`; `None`: any
                anyway: bool = False         # go on with a generator below that bar

@@ -291,7 +291,8 @@ def test_volumes_are_named_wherever_they_lie(tmp_path):
     (tmp_path/'b').mkdir()
     (tmp_path/'b'/'ct.nii.gz').touch()
     for f in (check_pairs, find_pairs):
-        with pytest.raises(MedsynError, match=r'but 1 volume\(s\) \(ct.nii.gz\).*medsyn convert'): f(tmp_path/'b')
+        words = r'but 1 volume\(s\) \(ct.nii.gz\).*medsyn convert'
+        with pytest.raises(MedsynError, match=words): f(tmp_path/'b')
 
 def test_links_are_named(tmp_path):
     "A broken link, a loop and a link to a folder are not passed over."
@@ -300,7 +301,8 @@ def test_links_are_named(tmp_path):
     (d/'masks'/'x.png').symlink_to('x.png')
     (d/'images'/'more').symlink_to(d/'masks')
     problems = check_pairs(d).set_index('file').problem
-    assert problems.to_dict() == {'images/x.png': 'a link that leads nowhere', 'masks/x.png': 'a link that leads nowhere',
+    nowhere = 'a link that leads nowhere'
+    assert problems.to_dict() == {'images/x.png': nowhere, 'masks/x.png': nowhere,
                                   'images/more': 'a link to a folder, which is not followed'}
     with pytest.raises(MedsynError, match='leads nowhere'): find_pairs(d)
 
@@ -324,7 +326,8 @@ def test_a_slice_is_read_like_a_picture(tmp_path):
     assert pair.name == 'p1' and (mask == LESION).all()
     assert abs(image[..., 0] - ((values + 200.)/500).clip(0, 1)*255).max() <= .5
     assert not len(check_pairs([pair], least=1))
-    with pytest.raises(MedsynError, match='p1.nii.gz has more than 8 bits'): read_pair(*find_pairs(tmp_path/'a'))
+    with pytest.raises(MedsynError, match='p1.nii.gz has more than 8 bits'):
+        read_pair(*find_pairs(tmp_path/'a'))
 
 def test_a_mask_on_another_grid_is_refused(tmp_path):
     nifti_pair(tmp_path/'a', shift=2.)
@@ -383,7 +386,8 @@ def test_rotation_tags_are_honoured_or_refused(tmp_path):
 def test_a_rotation_tag_that_can_mean_two_things(tmp_path):
     pixels = tagged(tmp_path/'a'/'images'/'1.png', 3)
     (tmp_path/'a'/'masks').mkdir()
-    Image.fromarray(np.pad(np.full((20, 60), 255, np.uint8), ((20, 0), (0, 0)))).save(tmp_path/'a'/'masks'/'1.png')
+    lower_half = np.pad(np.full((20, 60), 255, np.uint8), ((20, 0), (0, 0)))
+    Image.fromarray(lower_half).save(tmp_path/'a'/'masks'/'1.png')
     pair, = find_pairs(tmp_path/'a')
     with pytest.raises(MedsynError, match='fits it turned and as it is stored'): read_pair(pair)
     assert check_pairs([pair], least=1).severity.tolist().count('error') == 1
@@ -433,8 +437,10 @@ def test_clean_refuses_what_it_would_have_to_guess(tmp_path):
     assert [p.name for p in find_pairs(tmp_path/'e')] == ['7']
 
 def test_names_that_differ_in_case_only(tmp_path):
-    folder_of(tmp_path/'a', {'a.png': noise(0), 'A.png': noise(1)}, {'a.png': mask_of(255), 'A.png': mask_of(255)})
-    if len(list((tmp_path/'a'/'images').iterdir())) < 2: pytest.skip('this file system takes them for the same')
+    masks = {'a.png': mask_of(255), 'A.png': mask_of(255)}
+    folder_of(tmp_path/'a', {'a.png': noise(0), 'A.png': noise(1)}, masks)
+    if len(list((tmp_path/'a'/'images').iterdir())) < 2:
+        pytest.skip('this file system takes them for the same')
     assert len(find_pairs(tmp_path/'a')) == 2
     with pytest.raises(MedsynError, match='take for the same'): clean_masks(tmp_path/'a', tmp_path/'b')
 

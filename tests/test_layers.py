@@ -73,7 +73,7 @@ def test_extras_are_declared():
 
 @EVERY_FILE
 def test_third_party_imports_are_declared(path):
-    "What a module imports comes with `pip install medsyn`; a library of an extra is imported inside a function."
+    "What a module imports comes with `pip install medsyn`; an extra's library is imported in a function."
     at_top = {a.name.split('.')[0] for n in ast.parse(path.read_text(encoding='utf-8')).body
               if isinstance(n, ast.Import) for a in n.names}
     assert not at_top & EXTRAS

@@ -164,7 +164,8 @@ def _files(folder, deep):
         if hidden or _is_note(p): continue
         if _leads_nowhere(p, deep): other.append(p)
         if not p.is_file(): continue
-        if p.suffix.lower() in IMAGE_TYPES or is_volume(p): found['/'.join([*parts[:-1], stem_of(p)])].append(p)
+        key = '/'.join([*parts[:-1], stem_of(p)])
+        if p.suffix.lower() in IMAGE_TYPES or is_volume(p): found[key].append(p)
         else: other.append(p)
     return _without_common_folder(found), other
 
@@ -268,7 +269,8 @@ def _row(file, problem, remedy, severity='error'):
 
 def _unknown_type(path):
     if path.is_symlink() and path.is_dir():
-        return _row(path, "a link to a folder, which is not followed", "put the folder itself here, or remove the link")
+        return _row(path, "a link to a folder, which is not followed",
+                    "put the folder itself here, or remove the link")
     if path.is_symlink() and not path.exists():
         return _row(path, "a link that leads nowhere", "put the file itself here, or remove the link")
     if is_volume(path):
@@ -355,12 +357,14 @@ def _no_pairs(path, where=None):
     volumes = [p for p in others if _is_volume(p)]
     if volumes and not where:
         first = _short(volumes[0], path)
-        return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({first}): put images into "
-                           "images/ and masks of the same names into masks/, then write slices with medsyn convert")
-    foreign = [p for p in others if p.name in FOREIGN or p.suffix == '.json' and 'annotations' in str(p).lower()]
+        return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({first}): "
+                           "put images into images/ and masks of the same names into masks/, then write slices with"
+                           " medsyn convert")
+    foreign = [p for p in others if p.name in FOREIGN
+               or p.suffix == '.json' and 'annotations' in str(p).lower()]
     if foreign and not where:
-        return MedsynError(f"no image/mask pairs in {path}, but {_short(foreign[0], path)}, which may belong to "
-                           "another layout (COCO, nnU-Net, Hugging Face): medsyn convert makes pairs of it")
+        return MedsynError(f"no image/mask pairs in {path}, but {_short(foreign[0], path)}, which may belong"
+                           " to another layout (COCO, nnU-Net, Hugging Face): try medsyn convert")
     hint = " (did you mean the folder above it?)" if _role(path.name)[0] else ""
     if where: hint = f" with {where}"
     return MedsynError(f"no image/mask pairs in {path}{hint}: known layouts are {LAYOUTS}")
@@ -434,7 +438,8 @@ def pairs_hash(pairs: list  # of `Pair`
     def part(p):
         choices = p.reading.chosen()
         image = file_hash(p.image) if p.image else ''
-        return f'{p.name}{image}{file_hash(p.mask)}' + (json.dumps(choices, sort_keys=True) if choices else '')
+        text = json.dumps(choices, sort_keys=True) if choices else ''
+        return f'{p.name}{image}{file_hash(p.mask)}{text}'
     return content_hash(''.join(map(part, pairs)))
 
 # %% ../../nbs/api/11_data.pairs.ipynb #4c7858ae
@@ -683,7 +688,8 @@ def _eight_bits(im, path, window, page=None):
     if im.mode not in _DEEP and not im.deep_colour:
         try: picture = im.convert('RGB')
         except (ValueError, OSError) as e:
-            raise MedsynError(f"image {path} has the colours {im.mode}, which are not read: save it as RGB") from e
+            raise MedsynError(f"image {path} has the colours {im.mode}, which are not read: "
+                              "save it as RGB") from e
         return ImageChops.invert(picture) if im.inverted else picture
     values = _full_values(im, path, page)
     if window is None:
@@ -796,7 +802,8 @@ def _judge(im, label=None):
         ends = ' to '.join(_value_text(v, unusual) for v in (values[0], values[-1]))
         return _fault(f'mask not two-valued: {len(values)} values from {ends}, likely {cause}', remedy)
     what = _UNUSUAL.get(unusual)
-    if not what and values[-1] != 255 and im.format != 'volume': what = f'mask holds 0 and {values[-1]} instead of 0 and 255'
+    if not what and values[-1] != 255 and im.format != 'volume':
+        what = f'mask holds 0 and {values[-1]} instead of 0 and 255'
     problems = [(f'{what}: accepted, but easily misread by other programs', _SAVE, 'warning')] if what else []
     return (plane > 0).astype(np.uint8), problems
 
@@ -826,7 +833,7 @@ def read_mask(path: str | Path | Pair,          # an image file with two values,
               size: int | tuple = None,  # side, or (height, width), in pixels (nearest); `None`: as stored
               label: int | str | list = None,   # value or values of the foreground; `None`: all that is not 0
               page: int = None,                 # which page or slice of a file with several, from 0
-              fit: str = None,                  # how another aspect ratio is met; `None`: its own, else stretch
+              fit: str = None,                  # for another aspect ratio; `None`: its own, else stretch
               axis: str = None                  # of a volume's slices; `None`: its own, else axial
              ) -> np.ndarray:                   # uint8 (H,W) in {0,1}
     "One mask; `MedsynError` if it is unreadable or not two-valued. Empty and full masks are returned."
@@ -860,7 +867,8 @@ def _misfit(pair, stored, turned, mask, turn):
         tag = f" (the image carries a rotation tag and is stored {stored[1]}x{stored[0]})"*(turn in _TURNS)
         return pair.mask, f"size mismatch: {sizes} of {pair.image}{tag}", 'export both at the same size'
     if turn in _TURNS and stored == mask:
-        return (pair.image, 'the image carries a rotation tag, and its mask fits it turned and as it is stored',
+        return (pair.image,
+                'the image carries a rotation tag, and its mask fits it turned and as it is stored',
                 'save it turned, or let medsyn clean do it: --exif turn, or --exif ignore')
     if is_volume(pair.image) and is_volume(pair.mask):
         if not same_place(open_volume(pair.image), open_volume(pair.mask)):
@@ -894,7 +902,7 @@ def _classes(pairs):
     return f"the masks hold several classes ({counts}{', ...' if len(single) > 6 else ''})"
 
 def refuse_classes(pairs: list,                     # of `Pair`
-                   label: int | str | list = None   # value or values of the foreground; `None`: each pair's own
+                   label: int | str | list = None   # value(s) of the foreground; `None`: each pair's own
                   ):
     "`MedsynError` if masks hold several classes and none is chosen, or if the chosen one is in no mask."
     labelled = [p for p in pairs if label is not None or p.reading.label is not None]
@@ -945,12 +953,16 @@ def _check_image(path, stride, how):
     rows = []
     if (im.mode in _DEEP or im.deep_colour) and how.window is None:
         suggested = getattr(im, 'suggested', None)
-        try: advice = "--window {:.6g} {:.6g}".format(*(suggested or auto_window(_full_values(im, path, how.page))))
+        try:
+            ends = suggested or auto_window(_full_values(im, path, how.page))
+            advice = '--window {:.6g} {:.6g}'.format(*ends)
         except MedsynError: advice = '--window LO HI'
-        remedy = f"choose what you want to see with {advice} or --window auto (window=), or convert it to 8 bits"
+        remedy = (f"choose what you want to see with {advice} or --window auto (window=), "
+                  "or convert it to 8 bits")
         rows.append(_row(path, 'image has more than 8 bits per channel', remedy))
     try: _opaque(im, path)
-    except MedsynError: rows.append(_row(path, 'image has transparency', 'save it without (flattened) as PNG'))
+    except MedsynError:
+        rows.append(_row(path, 'image has transparency', 'save it without (flattened) as PNG'))
     if im.mode == 'CMYK':
         problem = 'image is CMYK, made for print: its colours may come out wrong'
         rows.append(_row(path, problem, 'convert it to RGB', 'warning'))
@@ -1012,8 +1024,10 @@ def _check_classes(pairs, root):
     by_file = defaultdict(list)
     for value, files in foreground_values(pairs).items():
         for file in files: by_file[file].append(value)
-    return rows + [_row(file, f"holds {', '.join(sorted(values))}", 'choose the foreground with --label', 'note')
-                   for file, values in sorted(by_file.items())]
+    for file, values in sorted(by_file.items()):
+        held = ', '.join(sorted(values))
+        rows.append(_row(file, f'holds {held}', 'choose the foreground with --label', 'note'))
+    return rows
 
 def check_pairs(pairs: str | Path | list,       # folder in a known layout, or list of `Pair`
                 stride: int = 32,               # smallest side in pixels that the networks take
@@ -1022,7 +1036,7 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
                 page: int = None,               # of files with several, from 0
                 label: int | str | list = None, # value or values of the foreground
                 axis: str = None                # of a volume's slices
-               ) -> pd.DataFrame: # file, problem, remedy, severity (error, warning, note); no rows: all is well
+               ) -> pd.DataFrame: # file, problem, remedy, severity (error, warning, note); no rows: all well
     "Every problem of a set of pairs; `MedsynError` only if the folder is missing or of no known layout."
     root = None if isinstance(pairs, (list, tuple)) else Path(pairs)
     pairs, rows = (list(pairs), []) if root is None else _scan(root)
@@ -1077,7 +1091,8 @@ def _clean_image(path, how, exif):
     if _pages(im) > 1: changes.append(f'page {how.page} of {_pages(im)}')
     image = np.array(_eight_bits(im, path, window, how.page))
     turn = im.turn if exif != 'ignore' else 1
-    if im.turn in _TURNS: changes.append('turned by its rotation tag' if turn != 1 else 'rotation tag ignored')
+    if im.turn in _TURNS:
+        changes.append('turned by its rotation tag' if turn != 1 else 'rotation tag ignored')
     if im.format != 'PNG': changes.append(f'written as PNG, was {im.format}')
     elif {*im.info} - _HARMLESS: changes.append('notes inside the file left out')
     return image, turn, window, changes
@@ -1110,8 +1125,8 @@ def _refuse_same_names(pairs):
     for p in pairs: folded[unicodedata.normalize('NFC', p.name).casefold()].append(p)
     for same in folded.values():
         if len(same) > 1:
-            raise MedsynError(f"{same[0].image} and {same[1].image} have names that some file systems take for "
-                              "the same: rename one")
+            raise MedsynError(f"{same[0].image} and {same[1].image} have names that some file systems"
+                              " take for the same: rename one")
 
 def clean_masks(path: str | Path,               # folder in a known layout
                 out: str | Path,                # new folder: out/images and out/masks (PNG, 0 and 255)
@@ -1120,7 +1135,7 @@ def clean_masks(path: str | Path,               # folder in a known layout
                 window: tuple | str = 'auto',   # (lo, hi) for more than 8 bits; 'auto': see `auto_window`
                 page: int = None,               # which page of files with several, from 0
                 exif: str = None,               # turn or ignore a rotation tag where the mask fits both ways
-                leave_out: bool = False         # leave out and list what cannot be mended, instead of refusing
+                leave_out: bool = False         # leave out and list what cannot be mended
                ) -> pd.DataFrame: # name, unsure (share between 10% and 90%), masks (united), window, changes
     "Write a copy of a set of pairs with two-valued masks; `MedsynError` if `out` holds anything else."
     pairs, problems = _scan(path, unite=True)
@@ -1399,7 +1414,8 @@ class ImageDataset(PairDataset):
     blank = False
     def read(self, item):
         image = _image_tensor(read_image(item, self.size, **self.reading))
-        return (image, TensorMask(torch.zeros(image.shape[1:], dtype=torch.uint8))) if self.blank else (image,)
+        if not self.blank: return (image,)
+        return image, TensorMask(torch.zeros(image.shape[1:], dtype=torch.uint8))
 
 def image_dls(images: list,                         # image files, see `find_images`
               size: int | tuple = 64,               # side, or (height, width), in pixels

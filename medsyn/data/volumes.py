@@ -67,7 +67,8 @@ def _nifti_values(nib, path):
     "A NIfTI image in RAS+ order; `MedsynError` for what is no volume."
     try: image = nib.load(path)
     except Exception as e:
-        raise MedsynError(f"volume {path} cannot be read ({str(e).strip()[:200]}): copy or export it again") from e
+        raise MedsynError(f"volume {path} cannot be read ({str(e).strip()[:200]}): "
+                          "copy or export it again") from e
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1: shape = shape[:-1]
     if len(shape) not in (2, 3) or not np.prod(shape):
@@ -102,7 +103,8 @@ def _dataset(pydicom, path):
     "A DICOM file that holds pixels."
     try: dataset = pydicom.dcmread(path)
     except Exception as e:
-        raise MedsynError(f"DICOM file {path} cannot be read ({str(e).strip()[:200]}): copy or export it again") from e
+        raise MedsynError(f"DICOM file {path} cannot be read ({str(e).strip()[:200]}): "
+                          "copy or export it again") from e
     if 'PixelData' not in dataset:
         raise MedsynError(f"DICOM file {path} holds no picture: move it out of the folder")
     if str(dataset.get('BurnedInAnnotation', '')).upper() == 'YES':
@@ -123,13 +125,14 @@ def _dicom_values(pydicom, dataset, path):
                           "save it uncompressed (explicit VR little endian)") from e
     colours = kind == 'PALETTE COLOR' or dataset.SamplesPerPixel == 3
     if colours and pixels.dtype != np.uint8:
-        raise MedsynError(f"DICOM file {path} has colours of more than 8 bits: save it with 8 bits per colour")
+        raise MedsynError(f"DICOM file {path} has colours of more than 8 bits: "
+                          "save it with 8 bits per colour")
     has_frames = pixels.ndim == (4 if colours else 3)
     return (pixels if has_frames else pixels[None]), kind == 'MONOCHROME1'
 
 def _stored_window(dataset):
     "(lo, hi) of a DICOM file's first window, or `None`."
-    def first(value): return float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, 'append') else value)
+    def first(value): return float(value[0] if hasattr(value, 'append') else value)
     try: centre, width = first(dataset.WindowCenter), first(dataset.WindowWidth)
     except (AttributeError, TypeError, ValueError, IndexError): return None
     return (centre - width/2, centre + width/2) if width > 0 else None
@@ -160,7 +163,8 @@ def _series_affine(places, folder):
     across, down = orientation[:3], orientation[3:]
     normal = np.cross(across, down)
     if any(abs(o - orientation).max() > 1e-3 or abs(s - spacing).max() > 1e-3 for o, _, s in places):
-        raise MedsynError(f"the slices in {folder} differ in direction or pixel size: give one series a folder")
+        raise MedsynError(f"the slices in {folder} differ in direction or pixel size: "
+                          "give one series a folder")
     depths = np.array([position @ normal for _, position, _ in places])
     order = np.argsort(depths)
     gaps = np.diff(depths[order])
@@ -224,7 +228,8 @@ def stack_of(volume: Volume,    # the volume that the slices were taken from
     "Slices put back in their places: the inverse of `Volume.slice`."
     along = AXES.index(pick(axis, AXES, 'axis'))
     if len(slices) != volume.count(axis):
-        raise MedsynError(f"{len(slices)} slices for a volume that has {volume.count(axis)} along {axis}: give all")
+        raise MedsynError(f"{len(slices)} slices for a volume that has {volume.count(axis)} along {axis}: "
+                          "give all")
     turned = [one[::-1, ::-1].T for one in slices]
     return np.stack(turned, axis=along)
 

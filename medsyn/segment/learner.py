@@ -163,7 +163,8 @@ def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,
     "A learner for a segmenter; `MedsynError` if the loss is unknown or the images do not fit the network."
     loss_func = loss if callable(loss) else LOSSES[pick(loss, LOSSES, 'loss')]
     size = getattr(dls, 'size', None)
-    if size and isinstance(model, Segmenter): check_size(*both_sides(size), model.stride, model.config['name'])
+    if size and isinstance(model, Segmenter):
+        check_size(*both_sides(size), model.stride, model.config['name'])
     device = torch.device(dls.device or next(model.parameters()).device)
     if channels_last is None: channels_last = device.type in ('cpu', 'cuda')
     model = model.to(device)
@@ -223,7 +224,7 @@ def flip_averaged(model: nn.Module, # (B,3,H,W) -> (B,C,H,W)
 @torch.no_grad()
 def predict(model: Segmenter,   # a segmenter, on any device
             items: list,        # of `Pair`, or uint8 images: (N,H,W,3) or a list of (H,W,3) of any sizes
-            size: int | tuple = None, # side, or (height, width), in pixels; `None`: the model's, else the images'
+            size: int | tuple = None, # side, or (height, width), in pixels; `None`: the model's or images'
             bs: int = 16,       # images per batch; it does not change the result
             device: str | torch.device = None, # where to run; `None`: where the model is
             logits: bool = False, # return logits instead of probabilities

@@ -206,7 +206,7 @@ def _three_numbers(given, expected):
 def segmenter(name: str = 'unet',           # a key of `NETWORKS`
               encoder: str = 'resnet18',    # an encoder of smp or timm
               encoder_weights: str | Path = None, # `None`: random; a name ('imagenet'): fetched; a path: read
-              size: int | tuple = None,     # side, or (height, width), in pixels it is used at, checked at once
+              size: int | tuple = None,     # side, or (height, width), in pixels; checked at once
               classes: int = 1,             # output channels: 1 (a logit) or 2 (background and foreground)
               mean: list = None,            # of each channel; `None`: what the weights expect
               std: list = None,             # of each channel, above 0; `None`: what the weights expect
