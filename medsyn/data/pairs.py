@@ -358,8 +358,8 @@ def _no_pairs(path, where=None):
     if volumes and not where:
         first = _short(volumes[0], path)
         return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({first}): "
-                           "put images into images/ and masks of the same names into masks/, then write slices"
-                           " with medsyn convert")
+                           "put images into images/ and masks of the same names into masks/, then run medsyn "
+                           "convert to write their slices")
     foreign = [p for p in others if p.name in FOREIGN
                or p.suffix == '.json' and 'annotations' in str(p).lower()]
     if foreign and not where:
