@@ -39,7 +39,7 @@ from .segment.models import Segmenter
 from .synth import png_bytes
 from .watch import read_run, run_figure
 
-# %% ../nbs/api/79_app.ipynb #b8f04338
+# %% ../nbs/api/79_app.ipynb #9fc06ccf
 @dataclass
 class Site:
     "The folders behind the pages, opened when they are needed."
@@ -49,6 +49,7 @@ class Site:
     segmenter: Path = None  # of medsyn segment, trained on real pairs alone
     run: Path = None        # of a training
     results: Path = None    # of medsyn compare
+    pairs: list = None      # the synthetic pairs, where they were looked for already
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     drawn: dict = field(default_factory=dict)           # id -> `Painted`, the last 64
     lock: threading.RLock = field(default_factory=threading.RLock)  # networks answer one request at a time
@@ -71,7 +72,7 @@ class Site:
     @cached_property
     def gallery(self) -> Gallery:
         "The synthetic pairs."
-        return Gallery(self.folder, self.reals, self.judge)
+        return Gallery(self.folder, self.reals, self.judge, pairs=self.pairs)
 
     @cached_property
     def painter(self) -> Painter:
@@ -100,9 +101,8 @@ def open_site(
     for name, path in named.items():
         if path is not None and not Path(path).exists():
             raise MedsynError(f"{path} does not exist: correct --{name}, or leave it out")
-    site = Site(folder, **{name: path and Path(path) for name, path in named.items()})
-    find_pairs(folder, strict=False)        # a wrong folder shows before the server starts
-    return site
+    pairs = find_pairs(folder, strict=False)        # a wrong folder shows before the server starts
+    return Site(folder, **{name: path and Path(path) for name, path in named.items()}, pairs=pairs)
 
 # %% ../nbs/api/79_app.ipynb #b0ff9a79
 PAGES = {'/': 'Review', '/score': 'Score', '/paint': 'Paint', '/training': 'Training', '/results': 'Results'}
@@ -303,7 +303,7 @@ def item_of(site: Site, # what is shown
         if item.id == id: return item, items
     raise MedsynError("this picture is not on your sheet: open the page again")
 
-# %% ../nbs/api/79_app.ipynb #82dc48f8
+# %% ../nbs/api/79_app.ipynb #f2e02b66
 def paint_page(site: Site   # what is shown
               ) -> str:     # HTML
     "The page Paint: a canvas of the generator's size, the edits, the settings, and the images."
@@ -440,6 +440,7 @@ def add_image(site: Site,   # what is shown
     if painted is None: raise MedsynError("this image is no longer at hand: sample it again")
     with site.lock:
         pair = add_painted(site.folder, painted, who)
+        site.pairs = None
         site.__dict__.pop('gallery', None)          # opened again with the new pair
     return dict(name=pair.name)
 

@@ -67,7 +67,7 @@ def remembered(file: Path,          # CSV file of what is known
         _write_quietly(file, known.reset_index(names='id').to_csv(index=False).encode())
     return known.loc[list(stamps)].drop(columns='stamp')
 
-# %% ../../nbs/api/68_evaluate.gallery.ipynb #8786c2ff
+# %% ../../nbs/api/68_evaluate.gallery.ipynb #ff08baef
 PLACES = [f'{y} {x}' for y in ('upper', 'middle', 'lower') for x in ('left', 'centre', 'right')]
 
 def place_of(x: float,  # of a centre, as a share of the width
@@ -78,12 +78,12 @@ def place_of(x: float,  # of a centre, as a share of the width
     row, column = min(int(3*y), 2), min(int(3*x), 2)
     return PLACES[3*row + column]
 
-def mask_measures(files: list   # mask files
-                 ) -> pd.DataFrame: # share, x, y in [0,1], place; one row a file, not a number if unreadable
+def mask_measures(masks: list   # `Pair`s, or mask files
+                 ) -> pd.DataFrame: # share, x, y in [0,1], place; one row a mask, not a number if unreadable
     "Size and place of the lesion in each mask."
     rows = []
-    for file in track(files, 'masks'):
-        try: mask = read_mask(file)
+    for item in track(masks, 'masks'):
+        try: mask = read_mask(item)
         except (MedsynError, OSError): mask = np.zeros((0, 0), np.uint8)
         rows.append(_measured(mask))
     return pd.DataFrame(rows, columns=['share', 'x', 'y', 'place'])
@@ -171,7 +171,7 @@ def picture_bytes(image: np.ndarray,        # uint8 (H,W,3)
         shown_picture(image, side, mask).save(f, 'PNG')
         return f.getvalue()
 
-# %% ../../nbs/api/68_evaluate.gallery.ipynb #8cff0834
+# %% ../../nbs/api/68_evaluate.gallery.ipynb #1b244ff2
 SORTS = dict(name='name', size='share', obedience='obedience', novelty='distance')
 SIZES = ('small', 'medium', 'large')
 STATES = ('keep', 'drop', 'unsure', 'open')
@@ -196,10 +196,12 @@ class Gallery:
         folder: str | Path,         # of pairs, or a list of them
         real: RealSet = None,       # real images to compare with
         segmenter: torch.nn.Module = None,  # a `Segmenter` trained on real pairs, for obedience
-        cache: str | Path = None    # folder for thumbnails and measures; `None`: .view in the folder
+        cache: str | Path = None,   # folder for thumbnails and measures; `None`: .view in the folder
+        pairs: list = None          # the folder's pairs, where they were looked for already
     ):
         self.source = Path(folder)
-        self.pairs = {picture_id(p.name): p for p in find_pairs(self.source, strict=False)}
+        if pairs is None: pairs = find_pairs(self.source, strict=False)
+        self.pairs = {picture_id(p.name): p for p in pairs}
         self.folder = self.source if self.source.is_dir() else self.source.parent
         self.real, self.segmenter = real, segmenter
         self.cache = Path(cache) if cache else _cache_folder(self.folder)
@@ -283,7 +285,7 @@ class Gallery:
     def _measure_one(self, id):
         "One row of `measures`, without the cache."
         pair = self.pair(id)
-        parts = [mask_measures([pair.mask])]
+        parts = [mask_measures([pair])]
         if self.real is not None: parts.append(self.real.judge([pair.image]))
         if self.segmenter is not None: parts.append(self._obedience([id]))
         return pd.concat(parts, axis=1).set_index(pd.Index([id]))
@@ -291,14 +293,14 @@ class Gallery:
     def _measure(self):
         names = pd.DataFrame(dict(name=[p.name for p in self.pairs.values()]), index=list(self.pairs))
         stamps = {id: stamp(p.mask) for id, p in self.pairs.items()}
-        of = lambda ids, kind: [getattr(self.pairs[id], kind) for id in ids]
-        masks = remembered(self.cache/'masks.csv', stamps, lambda ids: mask_measures(of(ids, 'mask')))
+        of = lambda ids: [self.pairs[id] for id in ids]
+        masks = remembered(self.cache/'masks.csv', stamps, lambda ids: mask_measures(of(ids)))
         parts = [names, masks]
         if self.real is not None:
             key = content_hash(''.join(map(stamp, self.real.files)))
             stamps = {id: stamp(p.image) for id, p in self.pairs.items()}
             parts.append(remembered(self.cache/f'novelty-{key}.csv', stamps,
-                                    lambda ids: self.real.judge(of(ids, 'image'))))
+                                    lambda ids: self.real.judge([p.image for p in of(ids)])))
         if self.segmenter is not None:
             key = module_hash(self.segmenter)
             stamps = {id: stamp(p.image, p.mask) for id, p in self.pairs.items()}
