@@ -153,7 +153,7 @@ def table_of(frame: object,     # a pandas table
     head = Thead(Tr(*[Th(str(c), scope='col') for c in frame]))
     return Table(ft('caption', caption), head, Tbody(*rows))
 
-# %% ../nbs/api/79_app.ipynb #8b8e456a
+# %% ../nbs/api/79_app.ipynb #423ded11
 VERDICT_KEYS = dict(keep='k', drop='d', unsure='u', clear='z')
 _HELP = ("Keys: arrow keys choose a picture; K keep, D drop, U unsure, Z withdraw; 1 to 9 score, 0 is 10;"
          " O outline on or off.")
@@ -211,7 +211,8 @@ def _viewer():
     "The picture under review, the nearest real one, and what can be said; the script fills it."
     nearest = Figure(Img(id='nearest', alt='Nearest real image'),
                      Figcaption('Nearest real image', id='nearest-caption'), id='nearest-figure', hidden=True)
-    verdicts = [Button(f'{name} ({key.upper()})', type='button', data_verdict=name, aria_keyshortcuts=key)
+    said = dict(clear='withdraw')
+    verdicts = [Button(f'{said.get(name, name)} ({key.upper()})', type='button', data_verdict=name, aria_keyshortcuts=key)
                 for name, key in VERDICT_KEYS.items()]
     return Aside(Figure(Img(id='large', alt='No picture chosen'), Figcaption(id='caption')),
                  Div(*verdicts, cls='bar', role='group', aria_label='Verdict'), _score_buttons(),
@@ -444,7 +445,7 @@ def add_image(site: Site,   # what is shown
         site.__dict__.pop('gallery', None)          # opened again with the new pair
     return dict(name=pair.name)
 
-# %% ../nbs/api/79_app.ipynb #ba3bbb8e
+# %% ../nbs/api/79_app.ipynb #a4f791e0
 def _run_named(site, name):
     "A training of the run's folder by its name, the first without one."
     if not site.run: raise MedsynError("no training is known: start medsyn view with --run FOLDER")
@@ -510,7 +511,8 @@ def results_page(site: Site,    # what is shown
     chosen = Form(choice('arm', 'Arm', {name: name for name in others}, arm),
                   choice('metric', 'Score', {name: name for name in results.metrics}, metric),
                   Button('Show', type='submit'), method='get', action='/results', cls='bar')
-    sentences = Ul(*[Li(str(text)) for text in getattr(results.differences, 'text', [])])
+    sentences = Ul(*[Li(f'{row.arm} ({row.segmenter}, {row.testset}): {row.text}')
+                     for row in results.differences.itertuples()])
     points = Div(scatter(cases, results.baseline, arm, metric), _case_list(cases), cls='two')
     shown = _case_section(results.baseline, arm, urlencode(dict(arm=arm, metric=metric)))
     return frame('/results', 'Results', sentences, chosen, points, shown)
@@ -571,7 +573,7 @@ def case_picture(site: Site,    # what is shown
     case = results.case(id, query.get('arm', ''), query.get('metric'))
     return results.picture(case, query.get('of') or None)
 
-# %% ../nbs/api/79_app.ipynb #14141280
+# %% ../nbs/api/79_app.ipynb #327e79c0
 STYLE = '''
 :root { color-scheme: light dark; --line: #8886; --accent: #0a66c2; --ground: Canvas; --text: CanvasText }
 * { box-sizing: border-box }
@@ -609,7 +611,7 @@ aside figure img { width: 100%; max-width: 26rem } #nearest { max-width: 10rem }
 .tile.unsure .badge { background: #7a5a00 }
 .scores button { min-width: 2rem } button[aria-pressed=true] { outline: 2px solid var(--accent) }
 .help, .off { opacity: .8; font-size: .85rem } pre { overflow: auto; max-height: 18rem; font-size: .8rem }
-table { border-collapse: collapse }
+table { border-collapse: collapse; display: block; max-width: 100%; overflow-x: auto }
 td, th { border: 1px solid var(--line); padding: .15rem .5rem; text-align: left }
 caption { text-align: left; font-size: .85rem }
 .paint, .two { display: grid; grid-template-columns: minmax(0, 24rem) minmax(0, 1fr); gap: 1rem }
