@@ -173,7 +173,8 @@ def train_segmenter(
         if arm.init: model = diffusion_segmenter(Backbone.from_pretrained(arm.init), size)
         else: model = segmenter(network, encoder, encoder_weights, size)
         learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
-        fit_resumable(learn, steps, state, save_every, lr=lr, schedule='one_cycle', desc=f'{network} seed {seed}')
+        fit_resumable(learn, steps, state, save_every, lr=lr, schedule='one_cycle',
+                      desc=f'{network} seed {seed}')
     return learn
 
 # %% ../nbs/api/70_experiment.ipynb #e2531d21
@@ -751,7 +752,8 @@ def make_generator(
         return load_generator(out)
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        fit_resumable(learn, steps, out/'state'/name, save_every, schedule=entry.schedule, desc=f'train {name}')
+        fit_resumable(learn, steps, out/'state'/name, save_every, schedule=entry.schedule,
+                      desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     return _finish(learners, model, out, entry.networks)

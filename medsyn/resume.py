@@ -227,12 +227,13 @@ class StateCB(Callback):
 
     def check(self, state):
         "`MedsynError` if a state belongs to another training."
-        saved, now = state['identity'], self.identity()
-        different = [k for k in now if saved.get(k) != now[k]]
+        saved, current = state['identity'], self.identity()
+        different = [k for k in current if saved.get(k) != current[k]]
         if not different: return
         name = different[0]
-        raise MedsynError(f"{self.folder} holds the state of another training ({name} was {saved.get(name)!r},"
-                          f" now {now[name]!r}): give it another folder, or delete this one")
+        change = f"{name} was {saved.get(name)!r}, now {current[name]!r}"
+        raise MedsynError(f"{self.folder} holds the state of another training ({change}):"
+                          " give it another folder, or delete this one")
 
     def restore(self, state):
         "Put everything back."
