@@ -40,10 +40,12 @@ def pack(value: object,     # None, numbers, text, tensors, and lists, tuples an
         tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         is_last = plain.ndim == 4 and plain.is_contiguous(memory_format=torch.channels_last)
         return {'channels_last' if is_last and not plain.is_contiguous() else 'tensor': name}
-    if isinstance(value, dict): return dict(dict=[[pack(k, tensors), pack(v, tensors)] for k, v in value.items()])
+    if isinstance(value, dict):
+        return dict(dict=[[pack(k, tensors), pack(v, tensors)] for k, v in value.items()])
     if isinstance(value, tuple): return dict(tuple=[pack(v, tensors) for v in value])
     if isinstance(value, list): return [pack(v, tensors) for v in value]
-    raise TypeError(f"{type(value).__name__} cannot be part of a state: give it state_dict and load_state_dict")
+    raise TypeError(f"{type(value).__name__} cannot be part of a state:"
+                    " give it state_dict and load_state_dict")
 
 def unpack(plain: object,   # from `pack`
            tensors: dict,   # name -> tensor
@@ -124,7 +126,7 @@ def set_global_streams(positions: dict  # from `global_streams`
 
 def kept(value: object  # an attribute that a callback names in `keeps`
         ) -> object:    # what `pack` takes
-    "The state of one attribute: of a stream or a loader its position, of a network its weights, or the value."
+    "The state of one attribute: a stream's or loader's position, a network's weights, or the value."
     if isinstance(value, torch.Generator): return value.get_state()
     if hasattr(value, 'position'): return value.position()
     if hasattr(value, 'state_dict'): return value.state_dict()
@@ -184,7 +186,8 @@ class StateCB(Callback):
         self.run = not hasattr(self.learn, 'lr_finder')     # a search is no training
         if not self.run: return
         if not hasattr(self.dls.train, 'position'):
-            raise MedsynError(f"a {type(self.dls.train).__name__} cannot resume: make the loaders with pair_dls")
+            raise MedsynError(f"a {type(self.dls.train).__name__} cannot resume:"
+                              " make the loaders with pair_dls")
         self.saved, self.last = False, time.monotonic()
         self.collect()      # what cannot be saved shows now
         state = read_state(self.folder, next(self.model.parameters()).device)

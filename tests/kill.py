@@ -1,7 +1,7 @@
 """Kill commands at random instants, start them again, and compare the end with that of an uninterrupted run.
 
-`python tests/kill.py FOLDER --kills 10 train segment` works in FOLDER and prints a summary as JSON. Every process
-is forked from one that has loaded the libraries, and is ended with SIGKILL, every fifth one with SIGTERM."""
+`python tests/kill.py FOLDER --kills 10 train segment` works in FOLDER and prints a summary as JSON. Every
+process is forked from one that has loaded the libraries, and is ended with SIGKILL, every fifth one with SIGTERM."""
 import argparse
 import contextlib
 import json
@@ -19,8 +19,8 @@ COMMANDS = {
     'train': 'train {data} --backbone {base}/backbone --out {out} --method siamese --bs 4 --steps {steps}',
     'paired': 'train {data} --out {out} --method paired --bs 4 --steps {steps} --size 32',
     'segment': f'segment {{data}} --out {{out}} {SMALL} --steps {{steps}} --ema 0.9',
-    'compare': f'compare {{data}} --tests test={{data}}_test --out {{out}} {SMALL} --steps {{steps}} --seeds 0'
-               ' --arms real copy-paste',
+    'compare': f'compare {{data}} --tests test={{data}}_test --out {{out}} {SMALL} --steps {{steps}}'
+               ' --seeds 0 --arms real copy-paste',
 }
 # what may differ: when and how a run was made, states, claims
 LEFT_OUT = {'run.json', 'figure.png'}
@@ -79,14 +79,15 @@ def trial(name, base, kills, steps, seed):
             child = run(COMMANDS[name].format(out=out, **fill), log)
             if ended(child, rng.uniform(.2, .6)*seconds) is not None: break
             soft = done % 5 == 4
-            with contextlib.suppress(ProcessLookupError): os.kill(child, signal.SIGTERM if soft else signal.SIGKILL)
+            sent = signal.SIGTERM if soft else signal.SIGKILL
+            with contextlib.suppress(ProcessLookupError): os.kill(child, sent)
             ended(child, 600)
             done += 1
             for file, data in written(out).items():
                 checked += 1
                 if expected.get(file) != data: lost.append(f'{file} after kill {done}')
             saved = steps_saved(out)
-            print(f'{name}: kill {done} ({"SIGTERM" if soft else "SIGKILL"}), step {saved} is saved',
+            print(f'{name}: kill {done} ({sent.name}), step {saved} is saved',
                   file=sys.stderr, flush=True)
         status = ended(run(COMMANDS[name].format(out=out, **fill), log), 600)
         found = contents(out)

@@ -97,7 +97,8 @@ def parts(tmp_path_factory):
     images = torch.from_numpy(draw_lesions(8, 32, seed=1)[0]).permute(0, 3, 1, 2)/127.5 - 1
     generator = ControlGenerator(Backbone.tiny(images, 32, channels=(16, 32)))
     generator.save_pretrained(base/'generator')
-    synthesize(generator.eval(), split.train, base/'synthetic', len(split.train), masks='real', steps=1, bs=20)
+    n = len(split.train)
+    synthesize(generator.eval(), split.train, base/'synthetic', n, masks='real', steps=1, bs=n)
     return base, split, frames
 
 ARMS = ('copy-paste+mixup', 'paste-onto', 'stream-annealed:{base}/synthetic+feedback:{base}/generator',
@@ -114,8 +115,8 @@ def test_segmenters(parts, tmp_path, arm):
                 if isinstance(c, RealAnchorCB): c.every = 2
                 if isinstance(c, GenerativeFeedbackCB): c.every = 2
             return [*made, *cbs]
-        return [train_segmenter(split, replace(opened, cbs=callbacks), encoder='mobilenetv3_small_050', size=32,
-                                bs=4, steps=STEPS, ema=.9, state=state, save_every=0)]
+        small = dict(encoder='mobilenetv3_small_050', size=32, bs=4, steps=STEPS, ema=.9)
+        return [train_segmenter(split, replace(opened, cbs=callbacks), state=state, save_every=0, **small)]
     same(*stopped_and_resumed(train, tmp_path/'state'))
 
 # Faults -----------------------------------------------------------------------------------------------------
@@ -137,7 +138,8 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(folder, tmp_path):
 
 def test_a_state_of_another_training_is_refused(folder, tmp_path):
     one(folder, tmp_path)
-    with pytest.raises(MedsynError, match=r'another training \(steps was 5, now 9\)'): one(folder, tmp_path, 9)
+    with pytest.raises(MedsynError, match=r'another training \(steps was 5, now 9\)'):
+        one(folder, tmp_path, 9)
     pairs = find_pairs(lesion_folder(tmp_path.with_name('more'), 16, 16, seed=4))
     dls = pair_dls(pairs, 16, bs=6, valid=.5, seed=0, augment=False, device='cpu')
     learn, = generator_learners('unconditional', dls, small_backbone())
@@ -183,10 +185,11 @@ def test_a_stream_without_a_position_is_refused_before_the_first_step(folder, tm
 def test_killed_commands(tmp_path):
     "No file that was reported as written is lost, and every result is that of the uninterrupted run."
     script = Path(__file__).with_name('kill.py')
-    call = [sys.executable, script, tmp_path, 'pretrain', 'train', 'segment', 'compare', '--kills', str(KILLS)]
+    commands = 'pretrain', 'train', 'segment', 'compare'
+    call = [sys.executable, script, tmp_path, *commands, '--kills', KILLS]
     done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for row in found: print({k: v for k, v in row.items() if k != 'lost'})
-    assert [row['command'] for row in found] == ['pretrain', 'train', 'segment', 'compare']
+    assert [row['command'] for row in found] == list(commands)
     assert all(row['kills'] >= KILLS and row['files_checked'] and not row['losses'] for row in found)
