@@ -1,7 +1,8 @@
 """Kill commands at random instants, start them again, and compare the end with that of an uninterrupted run.
 
 `python tests/kill.py FOLDER --kills 10 train segment` works in FOLDER and prints a summary as JSON. Every
-process is forked from one that has loaded the libraries, and is ended with SIGKILL, every fifth one with SIGTERM."""
+process is forked from one that has loaded the libraries. It is ended with SIGKILL, every fifth one with
+SIGTERM."""
 import argparse
 import contextlib
 import json
