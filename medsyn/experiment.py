@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
-           'claimed', 'describe_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores', 'compare', 'run_jobs',
-           'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone', 'make_generator', 'draws_pairs',
-           'picture', 'commands', 'quickstart']
+           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'score_run', 'read_scores',
+           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
+           'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -35,8 +35,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick,
-                         save_json, seed_of, seeded, track, versions, write_atomic)
+from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
+                         pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
 from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash,
                                random_stream, read_image, read_pair, same_images, save_list, split_pairs)
@@ -367,13 +367,27 @@ class _Plan:
         train = {k: pairs_hash(s.pairs) for k, s in self.splits.items()}
         tests = {k: pairs_hash(v) for k, v in self.tests.items()}
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
-                    runs=[r.file for r in self.runs], arms=self.by_cell(describe_arm))
+                    arms=self.by_cell(describe_arm))
 
     def score(self, run, file):
         "Train and score one run."
         arm = self.arms[run.arm, run.subset, run.generator]
         score_run(file, self.splits[run.subset], self.tests, arm, self.metrics,
                   seed=run.seed, **self.networks[run.segmenter], **self.options)
+
+def open_comparison(out: str | Path,    # results folder
+                    config: dict        # what determines the scores, see `compare.json` in a folder
+                   ) -> Path:           # the folder
+    "Enter a comparison's folder: arms and subsets may be added; `MedsynError` if one has changed."
+    mark, parts = Path(out)/'compare.json', ('arms', 'train')
+    if not mark.exists(): return open_run(out, config, 'compare')
+    older, config = load_json(mark), json.loads(json.dumps(config, default=str))
+    known = {part: older.get(part, {}) for part in parts}
+    again = {part: {k: config[part].get(k, v) for k, v in known[part].items()} for part in parts}
+    open_run(out, {**config, **again}, 'compare')
+    grown = {part: {**known[part], **config[part]} for part in parts}
+    save_json(mark, {**config, **grown})
+    return Path(out)
 
 def _resolved_arms(runs, forms, splits, unlabelled):
     "The arm of each cell of the design, checked against its split."
@@ -443,7 +457,7 @@ def compare(
     train: 'list | str | Path | Split',  # real `Pair`s (8 or more) or their folder; `None` with `subsets`
     tests: dict,                 # name -> list of `Pair` or folder; no test image may be a training image
     arms: dict,                  # name -> what `as_arm` takes, or a form that `arm_form` resolves
-    out: str | Path,             # results folder; the same call resumes, started twice it is shared
+    out: str | Path,             # results folder; the same call resumes, another with more arms adds them
     segmenters: Sequence = ('unet',),  # names of networks, or dicts of `train_segmenter`'s network keywords
     seeds: Sequence[int] = (0, 1, 2),  # one run each; three or more for a claim
     baseline: str = None,        # the arm the others are compared with (default real, or the first)
@@ -486,7 +500,7 @@ def compare(
     resolved = _resolved_arms(runs, arms, splits, unlabelled)
     plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options)
 
-    out = open_run(out, plan.config(), 'compare')
+    out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
     if jobs > 1: run_jobs(request, out, jobs)
     share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
