@@ -129,7 +129,8 @@ def test_saved_and_opened(trained, masks, inputs, tmp_path):
 def test_it_judges_a_segmenter(trained, masks):
     "As an arm it gives feedback: a gradient for the mask, none for its weights."
     gen = trained.model.eval().requires_grad_(False)
-    draws = noised_images(gen, torch.rand(4, 3, 16, 16), torch.Generator().manual_seed(0), (200, 800), 1, None)
+    rng = torch.Generator().manual_seed(0)
+    draws = noised_images(gen, torch.rand(4, 3, 16, 16), rng, (200, 800), 1, None)
     value, grad = feedback(gen, draws, masks)
     assert value > 0 and grad.shape == masks.shape and grad.abs().max() > 0
     assert all(p.grad is None for p in gen.backbone.parameters())
@@ -142,4 +143,5 @@ def test_bad_input(dls, backbone, inputs):
     with pytest.raises(MedsynError, match='pass masks'): gen(*inputs, Cond(text=backbone.text(['']*4)))
     with pytest.raises(MedsynError, match="did you mean 'weight'"):
         generator_learner('adapter', dls, backbone, wieght=1.)
-    with pytest.raises(MedsynError, match='stands on a pretrained backbone'): generator_learner('adapter', dls, None)
+    with pytest.raises(MedsynError, match='stands on a pretrained backbone'):
+        generator_learner('adapter', dls, None)

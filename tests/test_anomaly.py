@@ -56,7 +56,7 @@ def test_the_tokens(masks):
     assert torch.equal(e[:, :5], embedding.anomaly.expand(4, -1, -1))           # appearance: the same for all
     assert all((e[0, 5:] != e[i, 5:]).any() for i in (1, 2, 3))                 # place: the mask's own
     alone = torch.cat([embedding(m[None]) for m in masks])
-    assert torch.allclose(alone, e, atol=1e-5)                                  # whatever else is in the batch
+    assert torch.allclose(alone, e, atol=1e-5)              # whatever else is in the batch
     e.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in embedding.parameters())
 
@@ -178,10 +178,11 @@ def test_saved_opened_sampled(gen, masks, inputs, tmp_path):
     assert abs(one_by_one.astype(int) - drawn).max() <= 1
     back.config['reweight'] = False
     assert (sample(back, masks, **inside) != drawn).any()
-    assert (sample(back, masks, steps=3) == sample(gen, masks, steps=3)).all()      # no image, no re-weighting
+    assert (sample(back, masks, steps=3) == sample(gen, masks, steps=3)).all()  # no image, no weights
 
 def test_it_judges_a_segmenter(gen, masks):
-    draws = noised_images(gen, torch.rand(4, 3, 16, 16), torch.Generator().manual_seed(0), (200, 800), 1, None)
+    rng = torch.Generator().manual_seed(0)
+    draws = noised_images(gen, torch.rand(4, 3, 16, 16), rng, (200, 800), 1, None)
     value, grad = feedback(gen, draws, masks*.8 + .1)
     assert value > 0 and grad.abs().max() > 0
 
@@ -195,7 +196,8 @@ def test_on_stable_diffusion(tmp_path):
     assert (sample(load_generator(tmp_path/'gen'), mask, **inside) == sample(gen, mask, **inside)).all()
 
 def test_bad_input(dls, backbone, inputs):
-    with pytest.raises(MedsynError, match='no cross-attention'): AnomalyGenerator(Backbone.pixels(16, (16, 32)))
+    with pytest.raises(MedsynError, match='no cross-attention'):
+        AnomalyGenerator(Backbone.pixels(16, (16, 32)))
     with pytest.raises(MedsynError, match="did you mean 'resnet18'"): AnomalyEmbedding(8, encoder='resnet81')
     with pytest.raises(MedsynError, match='give at least 1'): AnomalyEmbedding(8, tokens=0)
     with pytest.raises(MedsynError, match='pass masks'):

@@ -7,13 +7,17 @@ from learners import small_backbone, small_loaders
 from torch import nn
 
 from medsyn.core import MedsynError
+from medsyn.data.pairs import find_pairs
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import Cond, Denoiser, lesion_weights
 from medsyn.diffusion.sample import sample
+from medsyn.experiment import make_generator
 from medsyn.generate.arsdm import (AdaptiveWeightCB, ArSDMGenerator, RefineCB, Spade, absolute_loss,
                                    adaptive_weights, arsdm_learner, decoder_norms, mask_loss, modulated)
 from medsyn.generate.catalog import METHODS, generator_learner, load_generator
+from medsyn.segment.catalog import as_arm
 from medsyn.segment.feedback import feedback, noised_images
+from medsyn.synth import synthesize
 from medsyn.train import fit_steps
 
 SMALL = dict(channels=(16, 32), hidden=8, seed=0)
@@ -69,7 +73,8 @@ def test_untrained_it_is_the_plain_network(backbone, masks, inputs):
 def test_hooks_go_when_the_network_fails(backbone):
     norms = decoder_norms(backbone.unet)
     with pytest.raises(ZeroDivisionError):
-        with modulated(norms, lambda i, h: 1/0): backbone.unet(torch.randn(1, 3, 16, 16), torch.tensor([1]), None)
+        with modulated(norms, lambda i, h: 1/0):
+            backbone.unet(torch.randn(1, 3, 16, 16), torch.tensor([1]), None)
     assert not any(norm._forward_hooks for norm in norms)
 
 def test_spade_is_the_formula():
@@ -192,7 +197,8 @@ def test_saved_and_opened(dls, masks, inputs, tmp_path):
     assert (sample(gen, masks, steps=2, seeds=3) == sample(back, masks, steps=2, seeds=3)).all()
 
     gen.requires_grad_(False)           # as an arm: it judges a segmenter's masks
-    draws = noised_images(gen, torch.rand(4, 3, 16, 16), torch.Generator().manual_seed(0), (200, 800), 1, None)
+    rng = torch.Generator().manual_seed(0)
+    draws = noised_images(gen, torch.rand(4, 3, 16, 16), rng, (200, 800), 1, None)
     assert feedback(gen, draws, masks)[1].abs().max() > 0
 
 def test_on_latents_and_on_stable_diffusion(dls, masks, tmp_path):
@@ -216,6 +222,30 @@ def test_bad_input(dls, backbone, inputs):
         arsdm_learner(dls, channels=(16,)*7)
     with pytest.raises(MedsynError, match="did you mean 'hidden'"):
         generator_learner('arsdm', dls, None, hiden=8)
+
+# From pairs to pairs ------------------------------------------------------------------------------
+
+SETTINGS = dict(adapter={}, arsdm=dict(channels=(16, 32), hidden=8), anomaly=dict(encoder='resnet10t'))
+
+@pytest.mark.parametrize('method', SETTINGS)
+def test_as_an_arm(method, folder, tmp_path):
+    "Trained from a folder, saved, opened by its name; its images and its feedback are arms of a comparison."
+    small_loaders(folder)
+    pairs = find_pairs(folder)
+    backbone = small_backbone() if METHODS[method].backbone else None
+    gen = make_generator(pairs, backbone, tmp_path/'gen', method, steps=2, bs=6, size=16, seed=0,
+                         settings=SETTINGS[method])
+    again = make_generator(pairs, backbone, tmp_path/'gen', method, steps=2, bs=6, size=16, seed=0,
+                           settings=SETTINGS[method])
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in gen.state_dict().items())
+    drawn = synthesize(gen, pairs, tmp_path/'synthetic', 2, steps=2)
+    assert [p.name for p in as_arm(str(tmp_path/'synthetic')).pairs] == [p.name for p in drawn]
+    callback, = as_arm(f"feedback:{tmp_path/'gen'}", load_generator=load_generator).cbs()
+    assert type(callback.generator) is METHODS[method].opens
+
+def test_a_backbone_too_many(folder, tmp_path):
+    with pytest.raises(MedsynError, match='has networks of its own'):
+        make_generator([], small_backbone(), tmp_path/'gen', 'arsdm')
 
 # Unconditional diffusion --------------------------------------------------------------------------
 
@@ -248,4 +278,5 @@ def test_a_latent_model_from_scratch(folder):
 
 def test_catalog():
     assert not METHODS['arsdm'].backbone and not METHODS['ddpm'].backbone and METHODS['anomaly'].backbone
-    assert [METHODS[m].opens.needs_mask for m in ('adapter', 'arsdm', 'anomaly', 'ddpm')] == [True]*3 + [False]
+    needs_mask = [METHODS[name].opens.needs_mask for name in ('adapter', 'arsdm', 'anomaly', 'ddpm')]
+    assert needs_mask == [True, True, True, False]

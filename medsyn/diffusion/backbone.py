@@ -361,7 +361,7 @@ Backbone.tiny = classmethod(tiny)
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #21c0de02
 def pixels(cls,
            size: int = 64,                      # side of the images, pixels
-           channels: tuple = (32, 64, 128),     # U-Net channels per level, multiples of 16; DDPM begins at 128
+           channels: tuple = (32, 64, 128),     # U-Net channels per level, multiples of 16
            layers: int = 1,                     # residual blocks per level; 2 in DDPM
            attend: tuple = (16,),               # sides at which there is self-attention
            schedule: Schedule = None,           # `None`: DDPM's, 1000 steps, linear from 1e-4 to 0.02, noise

@@ -63,7 +63,8 @@ class AnomalyEmbedding(nn.Module):
         encoder: str = 'resnet18'   # of the mask, one of `ENCODERS`
     ):
         super().__init__()
-        if tokens < 1: raise MedsynError(f"{tokens} tokens for the anomaly: give at least 1; 8 is the paper's")
+        if tokens < 1:
+            raise MedsynError(f"{tokens} tokens for the anomaly: give at least 1; 8 is the paper's")
         self.config = dict(dim=dim, tokens=tokens, encoder=encoder)
         self.anomaly = nn.Parameter(.02*torch.randn(tokens, dim))
         self.spatial = SpatialEncoder(dim, encoder)
@@ -86,7 +87,9 @@ def difference_weights(
     inside = mask > 0
     n = inside.sum((1, 2, 3), keepdim=True)
     difference = (estimate - normal).square().mean(1, keepdim=True).clamp_min(1e-8)
-    if paper: share = (1/difference).masked_fill(~inside, -torch.inf).flatten(1).softmax(1).view_as(difference)
+    if paper:
+        closeness = (1/difference).masked_fill(~inside, -torch.inf)
+        share = closeness.flatten(1).softmax(1).view_as(difference)
     else:
         closeness = inside/difference
         share = closeness/closeness.sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
@@ -153,6 +156,10 @@ class AnomalyGenerator(MaskGenerator):
     def trainable(self) -> list:
         "The embedding alone."
         return [self.embedding]
+
+    def slow(self) -> dict:
+        "On a tiny backbone the mask's encoder takes a tenth of the learning rate."
+        return {self.embedding.spatial: 0.1} if self.backbone.is_tiny else {}
 
     def prompt_of(self,
         cond: Cond      # mask and embedded prompt
