@@ -221,7 +221,7 @@ def _pairs_or_images(folder, how):
 def train(
     data: str,             # folder or list of pairs
     out: str,              # folder to write: a generator
-    backbone: str = None,  # folder of medsyn pretrain, or Stable Diffusion 1.x; paired needs none
+    backbone: str = None,  # folder of medsyn pretrain, or Stable Diffusion 1.x; arsdm, ddpm, paired need none
     unlabelled: str = None,  # folder of images without masks, for a method that learns from them
     prompt: str = None,    # default: the backbone's
     set: Sequence[str] = (),  # settings of the method, as name=value
@@ -239,8 +239,9 @@ def train(
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
     make_generator(pairs, opened, out, source=source, settings=settings(set),
                    unlabelled=_frames(unlabelled, how), **kw)
-    obeyed = 'mask' if method.backbone else 'guidance'
-    masks = f' --data {data}' if method.backbone else ''
+    needs_mask = method.opens.needs_mask
+    obeyed = 'mask' if needs_mask else 'guidance'
+    masks = f' --data {data}' if needs_mask else ''
     print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {obeyed} obeyed?)')
     print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 

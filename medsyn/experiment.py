@@ -747,7 +747,7 @@ def _check_method(method, backbone, steps):
 
 def make_generator(
     pairs: 'list | Split',     # training `Pair`s, or their split, made once
-    backbone: Backbone,        # pretrained; `None` for a method that needs none (paired)
+    backbone: Backbone,        # pretrained; `None` for a method that needs none (paired, arsdm)
     out: str | Path,           # folder to write: a generator
     method: str = 'control',   # a name that `medsyn catalog` lists
     steps: int = 3000,         # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)

@@ -108,6 +108,13 @@ class Denoiser(nn.Module):
         "`cond` with the part of the answer that does not depend on the mask; here nothing."
         return cond
 
+    def with_kept(self,
+        cond: Cond,     # the condition of a batch
+        z0: Tensor      # (B,K,h,w) latents of the real images whose surroundings are kept
+    ) -> Cond:          # to be used instead
+        "`cond`, with what this generator reads from the real image; here nothing."
+        return cond
+
     def trainable(self) -> list:
         "The modules that training changes."
         return [self.backbone.unet]
