@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
-           'claimed', 'describe_arm', 'baseline_of', 'share_runs', 'score_run', 'read_scores', 'compare', 'run_jobs',
-           'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone', 'make_generator', 'draws_pairs',
-           'picture', 'commands', 'quickstart']
+           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'score_run', 'read_scores',
+           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
+           'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -35,8 +35,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from .core import (MedsynError, default_device, file_hash, hardware, open_run, os_errors, pick,
-                         save_json, seed_of, seeded, track, versions, write_atomic)
+from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
+                         pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
 from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash,
                                random_stream, read_image, read_pair, same_images, save_list, split_pairs)
@@ -50,7 +50,8 @@ from .segment.annealing import RealAnchorCB
 from .segment.catalog import Arm, as_arm, callbacks_of
 from .segment.learner import LOSSES, DiceMetric, segment_learner
 from .segment.mixing import check_partners, partner_dls
-from .segment.models import segmenter
+from .segment.models import own_encoder, segmenter
+from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import EvalCB, fit_steps
@@ -146,7 +147,7 @@ def train_segmenter(
     pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
     arm: 'Arm | str',                    # what is added: an arm, or its short form
     network: str = 'unet',               # a key of `segment.models.NETWORKS`
-    encoder: str = 'resnet18',           # any encoder of segmentation-models-pytorch or timm
+    encoder: str = None,                 # of segmentation-models-pytorch or timm (default: the network's own)
     encoder_weights: str = None,         # `None`: from scratch; a name (imagenet) or a path
     seed: int = 0,                       # of weights, order and augmentation
     size: int = 96,                      # side in pixels at which the network sees the images
@@ -158,19 +159,30 @@ def train_segmenter(
     augment: str = 'strong',             # a key of `data.pairs.AUGMENT`
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
-    unlabelled: Sequence = ()            # image files without masks, for an arm given by its short form
+    unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
+    preset: str = None                   # paper: the network's published settings instead of lr, loss, augment
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
+    published_settings = published(network, size, preset) if preset else None
+    if published_settings: augment = published_settings.augment
     split = split_once(pairs)
     arm = open_arm(arm, split, unlabelled)
+    if preset and arm.init:
+        raise MedsynError(f"the published settings of {network} do not fit a network that starts from a"
+                          " backbone: leave the preset out, or take another arm")
     dls = _segmenter_dls(split, arm, size, bs, seed_of(seed, 'batches'), augment, device)
     if arm.partners is not None: dls = partner_dls(dls, arm.partners)
     curve = [HeldOutCurveCB(curve_every)] if split.held else []
     with seeded(seed_of(seed, 'weights')):
         if arm.init: model = diffusion_segmenter(Backbone.from_pretrained(arm.init), size)
         else: model = segmenter(network, encoder, encoder_weights, size)
-        learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
-        fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
+        settings, rates, schedule = dict(loss=loss, lr=lr, cbs=[]), lr, 'one_cycle'
+        if published_settings:
+            settings, rates = published_settings.learner(), published_settings.rates
+            schedule = published_settings.schedule
+        settings['cbs'] += [*callbacks_of(arm), *curve]
+        learn = segment_learner(dls, model, ema=ema, **settings)
+        fit_steps(learn, steps, rates, schedule, desc=f'{network} seed {seed}')
     return learn
 
 # %% ../nbs/api/70_experiment.ipynb #e2531d21
@@ -333,14 +345,18 @@ def baseline_of(arms: Iterable,         # names of arms
     if baseline is None: return 'real' if 'real' in names else names[0]
     return pick(baseline, names, 'baseline arm')
 
-def _networks(segmenters, encoder, encoder_weights, size):
+def _networks(segmenters, encoder, encoder_weights, size, preset=None):
     "Name of a network -> keywords of `train_segmenter`; a wrong name or size shows here."
     networks = {}
     for given in segmenters:
         name = given if isinstance(given, str) else '-'.join(map(str, given.values()))
         own = dict(network=given) if isinstance(given, str) else given
-        networks[name] = dict(network='unet', encoder=encoder, encoder_weights=encoder_weights) | own
-        segmenter(networks[name]['network'], networks[name]['encoder'], size=size)
+        common = dict(network='unet', encoder=encoder, encoder_weights=encoder_weights)
+        chosen = common | (dict(preset=preset) if preset else {}) | own
+        if chosen.get('preset'): published(chosen['network'], size, chosen['preset'])
+        chosen['encoder'] = chosen['encoder'] or own_encoder(chosen['network'])
+        segmenter(chosen['network'], chosen['encoder'], size=size)
+        networks[name] = chosen
     return networks
 
 # %% ../nbs/api/70_experiment.ipynb #4a6984e6
@@ -367,13 +383,27 @@ class _Plan:
         train = {k: pairs_hash(s.pairs) for k, s in self.splits.items()}
         tests = {k: pairs_hash(v) for k, v in self.tests.items()}
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
-                    runs=[r.file for r in self.runs], arms=self.by_cell(describe_arm))
+                    arms=self.by_cell(describe_arm))
 
     def score(self, run, file):
         "Train and score one run."
         arm = self.arms[run.arm, run.subset, run.generator]
         score_run(file, self.splits[run.subset], self.tests, arm, self.metrics,
                   seed=run.seed, **self.networks[run.segmenter], **self.options)
+
+def open_comparison(out: str | Path,    # results folder
+                    config: dict        # what determines the scores, see `compare.json` in a folder
+                   ) -> Path:           # the folder
+    "Enter a comparison's folder: arms and subsets may be added; `MedsynError` if one has changed."
+    mark, parts = Path(out)/'compare.json', ('arms', 'train')
+    if not mark.exists(): return open_run(out, config, 'compare')
+    older, config = load_json(mark), json.loads(json.dumps(config, default=str))
+    known = {part: older.get(part, {}) for part in parts}
+    again = {part: {k: config[part].get(k, v) for k, v in known[part].items()} for part in parts}
+    open_run(out, {**config, **again}, 'compare')
+    grown = {part: {**known[part], **config[part]} for part in parts}
+    save_json(mark, {**config, **grown})
+    return Path(out)
 
 def _resolved_arms(runs, forms, splits, unlabelled):
     "The arm of each cell of the design, checked against its split."
@@ -443,7 +473,7 @@ def compare(
     train: 'list | str | Path | Split',  # real `Pair`s (8 or more) or their folder; `None` with `subsets`
     tests: dict,                 # name -> list of `Pair` or folder; no test image may be a training image
     arms: dict,                  # name -> what `as_arm` takes, or a form that `arm_form` resolves
-    out: str | Path,             # results folder; the same call resumes, started twice it is shared
+    out: str | Path,             # results folder; the same call resumes, another with more arms adds them
     segmenters: Sequence = ('unet',),  # names of networks, or dicts of `train_segmenter`'s network keywords
     seeds: Sequence[int] = (0, 1, 2),  # one run each; three or more for a claim
     baseline: str = None,        # the arm the others are compared with (default real, or the first)
@@ -454,7 +484,7 @@ def compare(
     lr: float = 1e-3,            # peak learning rate
     loss: str = 'bce_dice',      # bce_dice, cross_entropy or structure_loss
     metrics: Sequence[str] = METRICS_SHOWN,  # per-image scores, names in `evaluate.overlap.METRICS`
-    encoder: str = 'resnet18',   # of the networks given by name
+    encoder: str = None,         # of the networks given by name (default: each network's own)
     encoder_weights: str = None,  # a name (imagenet) or a path (default: from scratch)
     augment: str = 'strong',     # of the real pairs: strong, full, flip or none
     ema: float = None,           # decay of averaged weights, in (0,1) (default: no averaging)
@@ -462,6 +492,7 @@ def compare(
     subsets: dict = None,        # name -> labelled pairs, folder or `Split`; each is trained on with all arms
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
+    preset: str = None,          # paper: the networks' published settings instead of lr, loss and augment
     jobs: int = 1                # processes of one thread each that share the runs; 1: this process
 ) -> Path:                       # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
     """Train every arm with every network and seed, score it image by image, and say what differs.
@@ -479,14 +510,14 @@ def compare(
     baseline = baseline_of(_some('arms', arms), baseline)
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
-    networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size)
+    networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size, preset)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)
     resolved = _resolved_arms(runs, arms, splits, unlabelled)
     plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options)
 
-    out = open_run(out, plan.config(), 'compare')
+    out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
     if jobs > 1: run_jobs(request, out, jobs)
     share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')

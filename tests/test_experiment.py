@@ -137,6 +137,23 @@ def test_subsets_and_generators_are_factors(train, test, folders, tmp_path):
     marks = json.loads((out/'compare.json').read_text())['arms']
     assert marks['own_a']['cbs'] == [] and 'MixUpCB' in marks['own_b']['cbs'][0]
 
+def test_a_folder_gains_arms(train, test, tmp_path):
+    "A second call adds an arm and a seed, and leaves finished runs alone; other settings are refused."
+    def run(arms, **kw):
+        return compare(train, {'t': test}, arms, tmp_path/'res', **{**SMALL, 'steps': 2, 'seeds': (0,), **kw})
+    out = run({'real': 'real'})
+    first, = (out/'runs').glob('real_*_0.csv')
+    before = first.stat().st_mtime_ns
+    run({'mixup': 'mixup', 'real': 'real'}, seeds=(0, 1))
+    assert first.stat().st_mtime_ns == before
+    scores = pd.read_csv(out/'scores.csv')
+    assert set(scores.groupby(['arm', 'seed']).groups) == {(a, s) for a in ('real', 'mixup') for s in (0, 1)}
+    assert run({'real': 'real'}) == out                     # fewer arms: nothing is forgotten
+    assert set(json.loads((out/'compare.json').read_text())['arms']) == {'real', 'mixup'}
+    with pytest.raises(MedsynError, match='holds another compare run .arms was'): run({'real': 'real-twice'})
+    with pytest.raises(MedsynError, match='holds another compare run .arms was'):
+        run({'real': 'real-twice'})
+
 def test_wrong_factors_are_refused(train, test, tmp_path):
     kw = dict(SMALL, seeds=(0,), steps=1)
     for words, changed in {
