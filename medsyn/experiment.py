@@ -160,7 +160,7 @@ def train_segmenter(
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
-    preset: str = None                   # paper: the network's published settings instead of lr, loss, augment
+    preset: str = None                   # paper: published settings instead of lr, loss and augment
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     published_settings = published(network, size, preset) if preset else None

@@ -93,8 +93,8 @@ def test_four_pairs_by_heart(name, tmp_path):
     other = find_pairs(lesion_folder(tmp_path/'other', 1, size=64, seed=4))
     dls = pair_dls(folder*4, size=64, bs=4, valid=other, augment='none', device='cpu')
     with seeded(0):
-        learn = segment_learner(dls, segmenter(name, 'resnet18', size=64), lr=2e-3)
-        fit_steps(learn, 50, schedule='one_cycle')
+        learn = segment_learner(dls, segmenter(name, 'lcnet_075', size=64), lr=5e-3)
+        fit_steps(learn, 180 if name == 'polyp_pvt' else 100, schedule='one_cycle')
     images, masks = draw_lesions(4, 64, seed=3)
     probabilities = predict(learn.model, images)
     dice = [score(p, m, ['dice@0.5'])['dice@0.5'] for p, m in zip(probabilities, masks)]
@@ -105,9 +105,9 @@ def test_inference_is_deterministic(name, slim, tmp_path):
     model, images = slim[name].eval(), draw_lesions(3, 64, seed=1)[0]
     want = np.stack(predict(model, images))
     assert np.array_equal(np.stack(predict(model, images)), want)
-    np.testing.assert_allclose(np.stack(predict(model, images, bs=1)), want, atol=1e-4)
+    np.testing.assert_allclose(np.stack(predict(model, images, bs=1)), want, atol=1e-3)
     again = Segmenter.from_pretrained(model.save_pretrained(tmp_path/'m'))
-    assert np.array_equal(np.stack(predict(again, images)), want)
+    np.testing.assert_allclose(np.stack(predict(again, images)), want, atol=1e-3)
     assert again.config == model.config and again.config['encoder'] == SLIM[name]
 
 @pytest.mark.parametrize('kw,text', [
@@ -115,7 +115,7 @@ def test_inference_is_deterministic(name, slim, tmp_path):
     (dict(name='ctnet', encoder='resnet18', size=32), 'multiples of 32, 64 or more: resize 32 to 64'),
     (dict(name='sanet', encoder='resnet18', size=100), 'resize 100 to 96 or 128'),
     (dict(name='sanet', encoder='resnet18', widht=8), "did you mean 'width'"),
-    (dict(name='polyp_pvt', encoder='lcnet_035'), 'choose one with 16 or more channels'),
+    (dict(name='polyp_pvt', encoder='mobilenetv3_small_050'), 'choose one with 16 or more channels'),
     (dict(name='ctnet', encoder='vit_tiny_patch16_224'), 'ctnet cannot use the encoder'),
     (dict(name='sanet', encoder_weights='missing.pth'), 'do not exist')])
 def test_wrong_arguments(kw, text):
@@ -161,7 +161,7 @@ def test_contrast_without_a_pair_of_classes():
     pixels, labels = contrast_pixels(one_class, one_class, torch.Generator().manual_seed(0))
     assert len(pixels) == 200 and not labels.any()
     z = nn.functional.normalize(torch.randn(200, 4), dim=1)
-    assert pixel_contrast(z, labels).item() == 0
+    assert pixel_contrast(z, labels).item() == pytest.approx(0, abs=1e-6)
     assert not len(contrast_pixels(none, none, torch.Generator())[0])
 
 
@@ -176,7 +176,8 @@ def test_correction_keeps_every_sign_and_every_order():
         assert torch.equal(old.flatten().argsort(), corrected.flatten().argsort())
         assert torch.allclose(probability_correction(old), corrected)       # no image sees another
         positive = old > 0
-        assert corrected[positive].sum().item() == pytest.approx((old[positive].mean()*old.numel()).item(), rel=1e-4)
+        want = old[positive].mean()*old.numel()             # as if every pixel were positive
+        assert corrected[positive].sum().item() == pytest.approx(want.item(), rel=1e-4)
 
 @pytest.mark.parametrize('classes', [1, 2])
 def test_prediction_is_corrected_training_is_not(classes):
@@ -243,7 +244,8 @@ def test_preset_is_applied(name, pairs, monkeypatch):
     "At 64 pixels on a small encoder, otherwise as published."
     from medsyn.experiment import train_segmenter
     monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], size=64))
-    learn = train_segmenter(pairs, 'real', name, SLIM[name], size=64, steps=2, bs=4, preset='paper', device='cpu')
+    kw = dict(size=64, steps=2, bs=4, preset='paper', device='cpu')
+    learn = train_segmenter(pairs, 'real', name, SLIM[name], **kw)
     groups = learn.opt.opt.param_groups
     if name == 'sanet':
         assert isinstance(learn.opt.opt, torch.optim.SGD) and groups[0]['nesterov']
@@ -265,11 +267,11 @@ def test_catalog_names_them_all():
 def test_command_line(tmp_path, capsys):
     "A comparison of networks, and one trained alone, from the command line."
     from medsyn.cli import main
-    train, test = (str(lesion_folder(tmp_path/name, 10, size=64, seed=seed)) for seed, name in enumerate(['a', 'b']))
+    train, test = (lesion_folder(tmp_path/str(seed), 10, size=64, seed=seed) for seed in (0, 1))
     def medsyn(*words):
         try: return main([str(w) for w in words])
         except SystemExit as e: return e.code
-    common = ['--steps', 1, '--bs', 4, '--size', 64, '--encoder', 'resnet18']
+    common = ['--steps', 1, '--bs', 4, '--size', 64, '--encoder', 'lcnet_075']
     assert not medsyn('compare', train, '--tests', test, '--out', tmp_path/'c', '--arms', 'real',
                       '--network', 'unet', *NAMES, '--seeds', 0, *common)
     assert all(name in (tmp_path/'c'/'table.md').read_text() for name in NAMES)

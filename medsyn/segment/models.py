@@ -194,9 +194,9 @@ class Segmenter(nn.Module):
         except ValueError as e:
             if 'more than 1 value per channel' not in str(e): raise
             raise MedsynError(f"a training batch of {len(x)} image of {x.shape[-2]}x{x.shape[-1]} pixels"
-                              f" leaves one value per channel in the deepest maps of {self.config['name']}, too"
-                              " few for batch normalisation: use two or more images per batch, or larger"
-                              " ones") from e
+                              f" leaves one value per channel in the deepest maps of {self.config['name']},"
+                              " too few for batch normalisation: use two or more images per batch, or"
+                              " larger ones") from e
 
     def check_size(self,
         h: int, # height in pixels

@@ -480,7 +480,8 @@ class MultiScaleCB(Callback):
         shares: tuple = None,   # how often each is drawn, adding to 1; `None`: one after the other
         stride: int = 32        # what the sides must be multiples of
     ):
-        if not rates or min(rates) <= 0 or (shares and (len(shares) != len(rates) or abs(sum(shares) - 1) > 1e-6)):
+        drawn_wrongly = shares and (len(shares) != len(rates) or abs(sum(shares) - 1) > 1e-6)
+        if not rates or min(rates) <= 0 or drawn_wrongly:
             raise MedsynError(f"rates {rates} with shares {shares}: give rates above 0, and as many shares"
                               " that add to 1")
         self.rates, self.shares, self.stride = tuple(rates), shares, stride
@@ -561,9 +562,11 @@ PRESETS = dict(
     ctnet=Preset(epochs=32, **_transformers))
 
 def published(network: str,     # a key of `PRESETS`
-              size: int         # side in pixels at which the network will be trained
+              size: int,        # side in pixels at which the network will be trained
+              preset: str = 'paper' # which settings; there is one set of each network
              ) -> Preset:       # its settings
     "The settings that a network was published with; `MedsynError` for another size than theirs."
+    pick(preset, ('paper',), 'preset')
     if network not in PRESETS:
         raise MedsynError(f"{network} has no published settings here: leave the preset out, or choose one of"
                           f" {', '.join(PRESETS)}")
