@@ -562,7 +562,7 @@ PRESETS = dict(
     ctnet=Preset(epochs=32, **_transformers))
 
 def published(network: str,     # a key of `PRESETS`
-              size: int,        # side in pixels at which the network will be trained
+              size: int | tuple, # side, or (height, width), in pixels, of what the network will see
               preset: str = 'paper' # which settings; there is one set of each network
              ) -> Preset:       # its settings
     "The settings that a network was published with; `MedsynError` for another size than theirs."
@@ -571,7 +571,8 @@ def published(network: str,     # a key of `PRESETS`
         raise MedsynError(f"{network} has no published settings here: leave the preset out, or choose one of"
                           f" {', '.join(PRESETS)}")
     preset = PRESETS[network]
-    if size != preset.size:
+    sides = {size} if isinstance(size, int) else set(size)
+    if sides != {preset.size}:
         raise MedsynError(f"the published settings of {network} are for {preset.size} pixels, and {size} were"
                           f" asked for: give size={preset.size}, or leave the preset out")
     return preset
