@@ -306,7 +306,7 @@ def _obedient(segmenter, least):
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
 # %% ../nbs/api/80_cli.ipynb #4b99a333
-@command('experiment.train_segmenter', READING, leave='pairs device', late='synthetic',
+@command('experiment.train_segmenter', READING, leave='pairs device state', late='synthetic',
          rare='ema curve_every page axis',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -320,19 +320,26 @@ def segment(data: str,             # folder or list of real pairs
     "Train one segmenter on real pairs and what an arm adds, and keep it."
     from medsyn.data.pairs import find_pairs, pairs_hash
     from medsyn.experiment import describe_arm, open_arm, run_log, split_once, train_segmenter
+    from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
-    from medsyn.segment.models import segmenter
+    from medsyn.segment.models import own_encoder, segmenter
+    from medsyn.segment.polyp_nets import published
     split = split_once(find_pairs(data, how=how))
+    kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
     segmenter(kw['network'], kw['encoder'], None, kw['size'])
+    if kw['preset'] is None: del kw['preset']
+    else: published(kw['network'], kw['size'], kw['preset'])
     pick(kw['loss'], LOSSES, 'loss')
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, _frames(unlabelled, how))
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
-    out = open_run(out, dict(kw, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
-    if not (out/'model.safetensors').exists():
-        learn = train_segmenter(split, opened, **kw)
+    config = {k: v for k, v in kw.items() if k != 'save_every'}
+    out = open_run(out, dict(config, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
+    if not (out/'config.json').exists():
+        learn = train_segmenter(split, opened, state=out/'state', **kw)
         write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
         learn.model.save_pretrained(out)
+    forget(out/'state')
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
@@ -452,7 +459,7 @@ def compare(
     tests: Sequence[str],               # test folders or lists; NAME=FOLDER names one
     out: str,                           # results folder; the same command resumes, started twice it is shared
     arms: Sequence[str] = ('real', 'two-passes'),  # short forms (see medsyn catalog), or folders of pairs
-    network: Sequence[str] = ('unet',),  # unet, segformer, ...
+    network: Sequence[str] = ('unet',),  # unet, segformer, sanet, polyp_pvt or ctnet
     unlabelled: str = None,             # folder of images without masks, for the arms that use them
     subsets: Sequence[str] = (),        # further training sets instead of DATA; NAME=FOLDER names one
     how: object = None,                 # with which choices pairs and images are read
@@ -626,8 +633,11 @@ def main(argv: Sequence[str] = None # the arguments; `None`: those of the proces
     try: return run(pick(argv[0], COMMANDS, 'command'), argv[1:])
     except MedsynError as e: return fail(e)
     except KeyboardInterrupt:
-        print('medsyn: stopped; the same command resumes from the last finished stage', file=sys.stderr)
+        print('medsyn: stopped; the same command resumes', file=sys.stderr)
         return 130
+    except SystemExit as e:
+        if e.code == 143: print('medsyn: asked to end; the same command resumes', file=sys.stderr)
+        raise
     except OSError as e:
         where = f': {e.filename}' if e.filename else ''
         return fail(f"{e.strerror or e}{where}: check the path and the free space on the disk")
