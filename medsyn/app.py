@@ -153,7 +153,7 @@ def table_of(frame: object,     # a pandas table
     head = Thead(Tr(*[Th(str(c), scope='col') for c in frame]))
     return Table(ft('caption', caption), head, Tbody(*rows))
 
-# %% ../nbs/api/79_app.ipynb #423ded11
+# %% ../nbs/api/79_app.ipynb #c76a30a8
 VERDICT_KEYS = dict(keep='k', drop='d', unsure='u', clear='z')
 _HELP = ("Keys: arrow keys choose a picture; K keep, D drop, U unsure, Z withdraw; 1 to 9 score, 0 is 10;"
          " O outline on or off.")
@@ -211,9 +211,9 @@ def _viewer():
     "The picture under review, the nearest real one, and what can be said; the script fills it."
     nearest = Figure(Img(id='nearest', alt='Nearest real image'),
                      Figcaption('Nearest real image', id='nearest-caption'), id='nearest-figure', hidden=True)
-    said = dict(clear='withdraw')
-    verdicts = [Button(f'{said.get(name, name)} ({key.upper()})', type='button', data_verdict=name, aria_keyshortcuts=key)
-                for name, key in VERDICT_KEYS.items()]
+    texts = {name: 'withdraw' if name == 'clear' else name for name in VERDICT_KEYS}
+    verdicts = [Button(f'{texts[name]} ({key.upper()})', type='button', data_verdict=name,
+                       aria_keyshortcuts=key) for name, key in VERDICT_KEYS.items()]
     return Aside(Figure(Img(id='large', alt='No picture chosen'), Figcaption(id='caption')),
                  Div(*verdicts, cls='bar', role='group', aria_label='Verdict'), _score_buttons(),
                  nearest, P(_HELP, cls='help'), Details(Summary('How it was made'), Pre(id='line')),
