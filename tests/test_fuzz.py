@@ -364,7 +364,7 @@ def test_folders(place, case):
     except MedsynError as e:
         COUNT['refusals'] += 1
         text = str(e)
-        blamed = [spoiled] if spoiled else images
+        blamed = [*images, *([spoiled] if spoiled else [])]
         assert 'no image/mask pairs' in text or any(f.stem in text for f in blamed), text
         return
     used = {p.image for p in pairs} | {p.mask for p in pairs}
