@@ -60,16 +60,17 @@ def divide_minutes(cost: dict,      # stage -> seconds a step: pretrain, train, 
                    minutes: float,  # for everything
                    n_runs: int,     # segmenters
                    n_pairs: int,    # training pairs: as many synthetic ones are wanted
-                   memory: float = 0.   # GiB
+                   memory: float = 0.,  # GiB
+                   most: dict = None    # stage -> steps beyond which it does not go; `None`: `MOST`
                   ) -> QuickPlan:   # what fits
     "Divide the minutes; `MedsynError` if they are too few."
-    budget = 60*minutes*(1 - ASIDE)
+    budget, most = 60*minutes*(1 - ASIDE), most or MOST
     n_synth = int(min(n_pairs, .2*budget/drawing))
     left = budget - n_synth*drawing
     each = dict(cost, segment=n_runs*cost['segment'])
     stages = [stage for stage in PARTS if each.get(stage)]
     total = sum(PARTS[stage] for stage in stages)
-    steps = {s: min(int(PARTS[s]/total*left/each[s]), MOST[s]) for s in stages}
+    steps = {s: min(int(PARTS[s]/total*left/each[s]), most[s]) for s in stages}
     if min(steps.values()) < LEAST_STEPS or n_synth < 4:
         needed = (sum(LEAST_STEPS*each[s]*total/PARTS[s] for s in stages) + 20*drawing)/60/(1 - ASIDE)
         raise MedsynError(f"{minutes:g} minutes are too few for this machine and size: "
@@ -123,6 +124,7 @@ def quickstart_in(
     channels: Sequence[int] = (48, 96, 144),    # U-Net channels per level
     seeds: Sequence[int] = (0, 1, 2),   # segmenter runs per arm
     how: Reading = None,                # with which choices the folder is read, see `data.pairs.reading`
+    most: dict = None,                  # stage -> steps beyond which it does not go; `None`: `MOST`
     **kw                                # of `quickstart`
 ) -> Path:                              # the folder of the quickstart
     "A quickstart whose steps are chosen for the minutes; prints the plan, and what more time would buy."
@@ -134,14 +136,14 @@ def quickstart_in(
         cost, drawing = measure_quickstart(split, method, size, bs, channels, sample_steps)
         spent = (time.time() - started)/60
         left = max(minutes - spent, .1)
-        plan = divide_minutes(cost, drawing, left, 3*len(seeds), len(split.train), _peak_memory())
+        plan = divide_minutes(cost, drawing, left, 3*len(seeds), len(split.train), _peak_memory(), most)
         save_json(kept, asdict(plan))
     for line in plan.lines(): print(line, flush=True)
     steps = {f'{stage}_steps': n for stage, n in plan.steps.items()}
     quickstart(out, data, method, size=size, sample_steps=sample_steps, bs=bs, channels=channels, seeds=seeds,
                n_synth=plan.n_synth, how=how, **steps, **kw)
     kept.unlink()
-    print(f'took {(time.time() - started)/60:.1f} of {minutes:g} minutes', *more_time(out), sep='\\n')
+    print(f'took {(time.time() - started)/60:.1f} of {minutes:g} minutes', *more_time(out), sep='\n')
     return out
 
 def more_time(out: str | Path   # folder of a quickstart
