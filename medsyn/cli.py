@@ -344,7 +344,7 @@ def segment(data: str,             # folder or list of real pairs
             **kw                   # of `train_segmenter`
            ):
     "Train one segmenter on real pairs and what an arm adds, and keep it."
-    from medsyn.data.pairs import find_pairs, pairs_hash
+    from medsyn.data.pairs import find_pairs, pairs_hash, refuse_classes
     from medsyn.experiment import describe, describe_arm, open_arm, run_log, split_once, train_segmenter
     from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES

@@ -298,7 +298,7 @@ def test_help_of_a_method_and_of_everything(capsys):
 
 def test_choices_reach_every_command_that_reads_pairs():
     readers = 'check clean convert quickstart pretrain train synth segment fit predict score compare'.split()
-    for name in readers: assert {'window', 'page', 'axis'} <= {*COMMANDS[name].options}, name
+    for name in readers: assert {'window', 'page'} <= {*COMMANDS[name].options}, name
     for name in set(readers) - {'predict'}: assert 'label' in COMMANDS[name].options, name
     trainers = 'quickstart pretrain train segment fit compare'.split()
     assert all('fit' in COMMANDS[name].options for name in trainers)
@@ -313,12 +313,13 @@ def test_a_deep_set_with_classes_from_check_to_prediction(tmp_path, capsys):
         mask[5:25, 8 + i:30] = 1 + i % 2
         Image.fromarray(mask).save(folder/'masks'/f'{i}.png')
     small = '--size 64 --steps 1 --bs 4 --encoder mobilenetv3_small_050'
-    segment = f'segment {folder} --out {tmp_path}/m {small}'
-    assert 'several classes' in fails(capsys, segment)
-    assert 'more than 8 bits' in fails(capsys, f'{segment} --label 2')
+    segment = f'segment {folder} {small} --out {tmp_path}'
+    assert 'several classes' in fails(capsys, f'{segment}/no')
+    assert not (tmp_path/'no').exists()
+    assert 'more than 8 bits' in fails(capsys, f'{segment}/no --label 2')
     choices = '--window 0 3000 --label 1 2'
     assert medsyn(f'check {folder} {choices}') == 0
-    assert medsyn(f'{segment} {choices} --fit pad') == 0
+    assert medsyn(f'{segment}/m {choices} --fit pad') == 0
     assert json.loads((tmp_path/'m'/'config.json').read_text())['fit'] == 'pad'
     assert (tmp_path/'m'/'README.md').read_text().startswith('---')
     assert medsyn(f'predict {tmp_path}/m {folder}/images --out {tmp_path}/p --window 0 3000 --flips') == 0
