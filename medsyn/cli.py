@@ -259,6 +259,7 @@ def train(
     "Train a generator on pairs: of images under masks, or of both together."
     from medsyn.data.pairs import find_pairs
     from medsyn.diffusion.backbone import Backbone
+    from medsyn.diffusion.learner import PairGenerator
     from medsyn.experiment import make_generator
     from medsyn.generate.catalog import METHODS
     method = METHODS[pick(kw['method'], METHODS, 'method')]
@@ -271,7 +272,8 @@ def train(
     obeyed = 'mask' if needs_mask else 'guidance'
     masks = f' --data {data}' if needs_mask else ''
     print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {obeyed} obeyed?)')
-    print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
+    if needs_mask or issubclass(method.opens, PairGenerator):
+        print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
 @command('synth.synthesize', READING, leave='pairs hardness fit', late='into keep least',
