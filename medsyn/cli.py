@@ -353,6 +353,7 @@ def segment(data: str,             # folder or list of real pairs
     from medsyn.segment.models import own_encoder, segmenter
     from medsyn.segment.polyp_nets import published
     split = split_once(find_pairs(data, how=how))
+    refuse_classes(split.pairs)
     kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
     segmenter(kw['network'], kw['encoder'], None, kw['size'])
     if kw['preset'] is None: del kw['preset']
