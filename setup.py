@@ -10,6 +10,9 @@ ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
 
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("radiology", "layouts", "dev")}
+extras["dev"] += extras["radiology"] + extras["layouts"]
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -32,7 +35,7 @@ setup(
     packages=find_packages(include=["medsyn", "medsyn.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

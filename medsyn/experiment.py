@@ -38,14 +38,16 @@ from torch import nn
 from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
                          pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .data.lesions import lesion_folder
-from .data.pairs import (Pair, PairDataset, find_images, find_pairs, image_dls, pair_dls, pairs_hash,
-                               random_stream, read_image, read_pair, same_images, save_list, split_pairs)
+from .data.pairs import (Frame, Pair, PairDataset, Reading, find_images, find_pairs, image_dls, pair_dls,
+                               pairs_hash, random_stream, read_image, read_pair, reading, same_images,
+                               save_list, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.learner import PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
-from .generate.catalog import METHODS, check_settings, generator_learners, load_generator
+from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
+                                     settings_of)
 from .segment.annealing import RealAnchorCB
 from .segment.catalog import Arm, as_arm, callbacks_of
 from .segment.learner import LOSSES, DiceMetric, segment_learner
@@ -87,7 +89,7 @@ def unlabelled_images(given: 'Sequence | str | Path'    # image files, or their 
                      ) -> list:                         # of image files
     "The images without masks that were given."
     if isinstance(given, (str, Path)): return find_images(given)
-    return [Path(f) for f in given or ()]
+    return [f if isinstance(f, Frame) else Path(f) for f in given or ()]
 
 def check_unlabelled(unlabelled: Sequence,  # image files without masks
                      pairs: Sequence,       # `Pair`s
@@ -149,7 +151,7 @@ def train_segmenter(
     encoder: str = 'resnet18',           # any encoder of segmentation-models-pytorch or timm
     encoder_weights: str = None,         # `None`: from scratch; a name (imagenet) or a path
     seed: int = 0,                       # of weights, order and augmentation
-    size: int = 96,                      # side in pixels at which the network sees the images
+    size: int | tuple = 96,              # side, or (height, width), of what the network sees, in pixels
     steps: int = 1200,                   # optimiser steps
     bs: int = 16,                        # real images per step
     lr: float = 1e-3,                    # peak of the one-cycle schedule
@@ -169,6 +171,7 @@ def train_segmenter(
     with seeded(seed_of(seed, 'weights')):
         if arm.init: model = diffusion_segmenter(Backbone.from_pretrained(arm.init), size)
         else: model = segmenter(network, encoder, encoder_weights, size)
+        if (fit := split.pairs[0].reading.fit) != 'stretch': model.config['fit'] = fit
         learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
         fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
     return learn
@@ -515,7 +518,9 @@ def compare(
 def _to_plain(value):
     "A call's argument as what JSON takes; `MedsynError` for Python objects."
     if isinstance(value, Split): return dict(split=[_to_plain(value.train), _to_plain(value.held)])
-    if isinstance(value, Pair): return dict(pair=[value.name, str(value.image), str(value.mask)])
+    if isinstance(value, Pair):
+        return dict(pair=[value.name, str(value.image), str(value.mask)], reading=value.reading.chosen())
+    if isinstance(value, Frame): return dict(frame=str(value.image), reading=value.reading.chosen())
     if isinstance(value, dict): return dict(items=[[k, _to_plain(v)] for k, v in value.items()])
     if isinstance(value, (list, tuple)): return [_to_plain(v) for v in value]
     if isinstance(value, Path): return str(value)
@@ -527,7 +532,10 @@ def _from_plain(value):
     "The inverse of `_to_plain`."
     if isinstance(value, list): return [_from_plain(v) for v in value]
     if not isinstance(value, dict): return value
-    if 'pair' in value: return Pair(value['pair'][0], *map(Path, value['pair'][1:]))
+    if 'pair' in value:
+        name, *files = value['pair']
+        return Pair(name, *map(Path, files), reading(**value['reading']))
+    if 'frame' in value: return Frame(Path(value['frame']), reading(**value['reading']))
     if 'split' in value: return Split(*_from_plain(value['split']))
     return {k: _from_plain(v) for k, v in value['items']}
 
@@ -618,9 +626,9 @@ def _rendered(out, n_train, n_test, size, seed):
         sets.append(find_pairs(folder))
     return sets
 
-def _from_folder(data, n_train, n_test, seed):
+def _from_folder(data, n_train, n_test, seed, how):
     "Training and test pairs of a folder: at most a quarter is for testing."
-    pairs = find_pairs(data)
+    pairs = find_pairs(data, how=how)
     if len(pairs) < 12:
         raise MedsynError(f"{data} holds {len(pairs)} pairs: at least 12 are needed,"
                           " 8 to train on and a quarter to test on")
@@ -629,10 +637,10 @@ def _from_folder(data, n_train, n_test, seed):
     test, train = order[:n_test], order[n_test:n_test + n_train]
     return [pairs[i] for i in sorted(train)], [pairs[i] for i in sorted(test)]
 
-def _data(out, data, n_train, n_test, size, seed):
+def _data(out, data, n_train, n_test, size, seed, how):
     "Training and test pairs, rendered or from a folder; listed in data/train.csv and data/test.csv."
     if data is None: train, test = _rendered(out, n_train, n_test, size, seed)
-    else: train, test = _from_folder(data, n_train, n_test, seed)
+    else: train, test = _from_folder(data, n_train, n_test, seed, how)
     save_list(out/'data'/'train.csv', train)
     save_list(out/'data'/'test.csv', test)
     return train, test
@@ -646,7 +654,7 @@ def images_of(images: Sequence,     # `Pair`s, or image files
     stacked = torch.empty(len(places), 3, size, size)
     for row, i in enumerate(track(places, 'reading')):
         item = images[i]
-        array = read_image(item.image if isinstance(item, Pair) else item, size)
+        array = read_image(item, size)
         stacked[row] = torch.from_numpy(array).permute(2, 0, 1)/127.5 - 1
     return stacked
 
@@ -662,7 +670,7 @@ def generator_dls(split: Split,         # the labelled pairs
     return pair_dls(split.train*copies, size, bs, valid=split.held, seed=seed, augment=augment)
 
 def make_backbone(
-    pairs: 'list | Split',        # training `Pair`s, their masks are not looked at; or their split, made once
+    pairs: 'list | Split',        # training `Pair`s, their masks are not looked at; their split; or none
     out: str | Path,              # folder to write: a backbone
     size: int = 64,               # side in pixels
     steps: int = 1500,            # optimiser steps
@@ -671,26 +679,37 @@ def make_backbone(
     channels: Sequence[int] = (64, 128, 192),  # U-Net channels per level
     prompt: str = None,           # the prompt it will know (default "A photo of a polyp.")
     seed: int = 0,                # of weights, order and noise
-    unlabelled: Sequence = ()     # further images without masks to learn from
+    unlabelled: Sequence = ()     # (further) images without masks to learn from
 ) -> Backbone:                    # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
-    split = split_once(pairs)
+    frames = unlabelled_images(unlabelled)
+    alone = not isinstance(pairs, Split) and not len(pairs)
+    split = Split([], []) if alone else split_once(pairs)
     given_prompt = dict(prompt=prompt) if prompt else {}
     config = dict(given_prompt, pairs=pairs_hash(split.pairs), size=size, steps=steps, bs=bs, lr=lr,
                   channels=list(channels), seed=seed)
-    frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
     if frames: config['unlabelled'] = [file_hash(f) for f in frames]
-    everything = [*split.train, *frames]
-    backbone = Backbone.tiny(images_of(everything, size), size, channels, seed=seed, **given_prompt)
-    dls = generator_dls(split, size, bs, seed, augment='flip')
-    if frames: dls = DataLoaders(image_dls(everything, size, bs, seed, 'flip'), dls.valid)
+    learned, held = _split_frames(frames) if alone else ([*split.train, *frames], [])
+    backbone = Backbone.tiny(images_of(learned, size), size, channels, seed=seed, **given_prompt)
+    if alone: dls = DataLoaders(image_dls(learned, size, bs, seed, 'flip'),
+                                image_dls(held, size, bs, seed, 'none', shuffle=False, blank=True))
+    else: dls = generator_dls(split, size, bs, seed, augment='flip')
+    if frames and not alone: dls = DataLoaders(image_dls(learned, size, bs, seed, 'flip'), dls.valid)
     dls.size = size
     out = open_run(out, config, 'pretrain')
     if (out/'backbone.json').exists(): return Backbone.from_pretrained(out)
     learn = pretrain_backbone(dls, backbone, steps, lr, seed)
     return _finish([learn], backbone, out)
+
+def _split_frames(frames):
+    "Images to learn from, and a tenth that is held out."
+    if len(frames) < LEAST_PAIRS:
+        raise MedsynError(f"only {len(frames)} images: at least {LEAST_PAIRS} are needed to pretrain on")
+    order = np.random.default_rng(seed_of(0, 'held out')).permutation(len(frames))
+    n_held = max(1, len(frames)//10)
+    return [frames[i] for i in sorted(order[n_held:])], [frames[i] for i in sorted(order[:n_held])]
 
 def _finish(learners, model, out, networks=()):
     "Save a model and its learners' logs; the model's JSON comes last and vouches for the rest."
@@ -843,7 +862,9 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                bs: int = 16,    # batch size
                channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm
-               seed: int = 0    # of everything else
+               seed: int = 0,   # of everything else
+               unlabelled: Sequence = (), # image files without masks: the backbone learns from them
+               how: Reading = None # with which choices the folder is read, see `data.pairs.reading`
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."
     out, given = Path(out), data is not None
@@ -853,20 +874,26 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
              train_steps=train_steps or (480 if given else 220),
              segment_steps=segment_steps or (110 if given else 60),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
+    frames, how = unlabelled_images(unlabelled), how or Reading()
     if given: find_pairs(data)              # a wrong folder shows before anything is written
-    out = open_run(out, dict(o, data=str(data)), 'quickstart')
-    train, test = _data(out, data, o['n_train'], n_test, size, seed)
+    request = dict(o, data=str(data))
+    if frames: request['unlabelled'] = [file_hash(f) for f in frames]
+    if choices := how.chosen(): request['reading'] = choices
+    out = open_run(out, request, 'quickstart')
+    train, test = _data(out, data, o['n_train'], n_test, size, seed, how)
     o['n_synth'] = n_synth or len(train)
     write_atomic(out/'commands.sh', commands(train, test, out, o))
 
     split = split_once(train)
+    check_unlabelled(frames, [*split.held, *test], 'held-out or test')
+    learns_from = frames if 'unlabelled' in settings_of(method) else []
     backbone, source = None, ''
     if METHODS[method].backbone:
         backbone = make_backbone(split, out/'backbone', size, o['pretrain_steps'], bs, channels=channels,
-                                 seed=seed)
+                                 seed=seed, unlabelled=frames)
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
     generator = make_generator(split, backbone, out/'generator', method, o['train_steps'], bs, size=size,
-                               seed=seed, source=source).to(default_device())
+                               seed=seed, source=source, unlabelled=learns_from).to(default_device())
     drawn = synthesize(generator, split.train, out/'synthetic', o['n_synth'], steps=sample_steps,
                        sampler=sampler, bs=16, seed=seed)
     picture(out, generator, split.train, drawn, sample_steps, sampler, seed)

@@ -24,7 +24,9 @@ from PIL import Image
 
 from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
                          pick, save_json, seed_of, track, write_atomic)
-from .data.pairs import group_of, pairs_hash, read_image, split_pairs
+from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read_image, read_mask,
+                               split_pairs)
+from .data.volumes import is_volume, open_volume, save_masks, stem_of
 from .diffusion.backbone import Backbone
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, draws_pairs,
                                generator_dls, images_of, make_backbone, make_generator, open_arm,
@@ -437,7 +439,7 @@ def fit(
     return job.out
 
 # %% ../nbs/api/72_fit.ipynb #1e232f6a
-PREDICTED = ['file', 'height', 'width', 'area', 'confidence']
+PREDICTED = ['name', 'file', 'slice', 'height', 'width', 'area', 'confidence']
 
 def overlay(image: np.ndarray,      # uint8 (H,W,3)
             mask: np.ndarray,       # bool (H,W)
@@ -459,14 +461,35 @@ def found(p: np.ndarray,        # (H,W) probability in [0,1]
     mask = p > threshold
     return dict(area=float(mask.mean()), confidence=float(p[mask].mean() if mask.any() else 1 - p.max()))
 
-def _output_names(files):
-    "One name per image; `MedsynError` if two would overwrite each other."
-    names = [f.stem for f in files]
-    twice = [n for n in names if names.count(n) > 1] if len(set(names)) < len(names) else []
-    if twice:
-        raise MedsynError(f"two images are called {twice[0]!r}: rename one,"
-                          " their masks would overwrite each other")
-    return dict(zip(names, files, strict=True))
+@dataclass
+class _Item:
+    "One picture to predict: an image file, or a slice of a volume."
+    source: object          # path or `Frame` to read
+    file: Path              # the file it is in
+    slice: int = None       # which slice of a volume, from 0
+
+def _items_of(images, how):
+    "Name -> `_Item`; `MedsynError` if two would overwrite each other."
+    by_path = isinstance(images, (str, Path))
+    single = by_path and Path(images).is_file() and Path(images).suffix.lower() != '.csv'
+    if by_path and not single: sources = find_images(images, how)
+    else: sources = [Frame(Path(f), how) for f in ([images] if single else unlabelled_images(images))]
+    items = {}
+    for source in sources:
+        for name, item in _slices_of(source, how):
+            if name.casefold() in items:
+                first = items[name.casefold()][1].file
+                raise MedsynError(f"the predictions of {first} and {item.file} would overwrite each other:"
+                                  " rename one")
+            items[name.casefold()] = name, item
+    return dict(items.values())
+
+def _slices_of(source, how):
+    "(name, `_Item`) of a picture, or of each slice of a volume."
+    file = Path(source)
+    n = open_volume(file).count(how.axis) if is_volume(file) and how.page is None else 1
+    if n == 1: return [(stem_of(file), _Item(source, file))]
+    return [(f'{stem_of(file)}_{k:03d}', _Item(Frame(file, how.over(page=k)), file, k)) for k in range(n)]
 
 def _save_png(path, array):
     "An image file, whole or not at all."
@@ -475,43 +498,71 @@ def _save_png(path, array):
     write_atomic(path, data.getvalue())
 
 def _done(table):
-    "The names in a table of predictions that was perhaps cut off."
-    if not table.exists(): return set()
+    "The complete rows of a table of predictions that was perhaps cut off, by name."
+    if not table.exists(): return {}
     with open(table, newline='') as f: rows = list(csv.DictReader(f))
-    return {Path(r['file']).stem for r in rows if all(r.get(k) for k in PREDICTED)}
+    return {r['name']: r for r in rows if all(r.get(k) for k in PREDICTED if k != 'slice')}
+
+def _table_text(rows):
+    "A table of predictions as CSV."
+    out = io.StringIO()
+    writer = csv.DictWriter(out, PREDICTED, extrasaction='ignore')
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 def predict_images(
     models: 'Sequence | str | Path',  # folder of a segmenter, or several, whose probabilities are averaged
-    images: 'Sequence | str | Path',  # image files, or their folder
+    images: 'Sequence | str | Path',  # image files, or their folder; or one file, such as a volume
     out: 'str | Path',                # folder to write: masks, probabilities, overlays, predictions.csv
     threshold: float = .5,            # foreground is what is above it, in (0,1)
-    bs: int = 8                       # images read at a time; does not change the result
+    flips: bool = False,              # average over the image and its mirror images: four passes
+    bs: int = 8,                      # images read at a time; does not change the result
+    how: Reading = None               # with which choices images are read, see `data.pairs.reading`
 ) -> Path:                            # the folder; the same call again resumes
     "Apply a segmenter to images of any size; `MedsynError` for no segmenter and for unreadable images."
+    if not 0 < threshold < 1: raise MedsynError(f"threshold {threshold}: give a probability between 0 and 1")
     folders = [Path(m) for m in (models if isinstance(models, (list, tuple)) else [models])]
-    files = _output_names(unlabelled_images(images))
+    how = how or Reading()
+    items = _items_of(images, how)
     networks = [Segmenter.from_pretrained(f).to(default_device()) for f in folders]
-    out = open_run(out, dict(models=[generator_hash(n) for n in networks], threshold=threshold), 'predict')
+    config = dict(models=[generator_hash(n) for n in networks], threshold=threshold)
+    if flips: config['flips'] = True
+    if choices := how.chosen(): config['reading'] = choices
+    out = open_run(out, config, 'predict')
     table = out/'predictions.csv'
     done = _done(table)
-    if not done: write_atomic(table, ','.join(PREDICTED) + '\n')
-    left = [n for n in files if n not in done]
+    write_atomic(table, _table_text(done.values()))     # without what was cut off
+    left = [name for name in items if name not in done]
     for start in track(range(0, len(left), bs), 'predict'):
         names = left[start:start + bs]
-        pixels = [read_image(files[n]) for n in names]
-        by_network = [predict(network, pixels, bs=bs) for network in networks]
+        pixels = [read_image(items[n].source) for n in names]
+        by_network = [predict(network, pixels, bs=bs, flips=flips) for network in networks]
         for name, image, *p in zip(names, pixels, *by_network, strict=True):
-            _write_prediction(out, files[name], image, np.mean(p, axis=0), threshold)
+            _write_prediction(out, name, items[name], image, np.mean(p, axis=0), threshold)
+    _write_volumes(out, items, how.axis)
     return out
 
-def _write_prediction(out, file, image, p, threshold):
+def _write_prediction(out, name, item, image, p, threshold):
     "The pictures of one image, then its row, which vouches for them."
     mask = p > threshold
-    _save_png(out/'masks'/f'{file.stem}.png', (mask*255).astype(np.uint8))
-    _save_png(out/'probabilities'/f'{file.stem}.png', (p*255).round().astype(np.uint8))
-    _save_png(out/'overlays'/f'{file.stem}.png', overlay(image, mask))
+    _save_png(out/'masks'/f'{name}.png', (mask*255).astype(np.uint8))
+    _save_png(out/'probabilities'/f'{name}.png', (p*255).round().astype(np.uint8))
+    _save_png(out/'overlays'/f'{name}.png', overlay(image, mask))
     height, width = mask.shape
     numbers = {k: round(v, 5) for k, v in found(p, threshold).items()}
-    row = dict(file=file.name, height=height, width=width, **numbers)
+    row = dict(name=name, file=item.file.name, slice=item.slice, height=height, width=width, **numbers)
     with os_errors(out/'predictions.csv'), open(out/'predictions.csv', 'a', newline='') as f:
         csv.DictWriter(f, PREDICTED).writerow(row)
+
+def _write_volumes(out, items, axis):
+    "The masks of each NIfTI volume as a volume that lies on it."
+    by_file = {}
+    for name, item in items.items():
+        if item.slice is not None: by_file.setdefault(item.file, []).append(name)
+    for file, names in by_file.items():
+        volume = open_volume(file)
+        target = out/'volumes'/f'{stem_of(file)}.nii.gz'
+        if volume.affine is None or target.exists(): continue
+        slices = [read_mask(out/'masks'/f'{name}.png') for name in names]
+        save_masks(target, volume, slices, axis)

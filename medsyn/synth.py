@@ -24,7 +24,8 @@ from PIL import Image
 from .core import (MedsynError, content_hash, file_hash, open_run, os_errors, pick, seed_of, track, versions,
                          write_atomic)
 from .data.masks import MASK_KINDS
-from .data.pairs import Pair, read_image, read_mask, read_pair
+from .data.pairs import Pair, Reading, read_image, read_mask, read_pair, refuse_classes
+from .data.volumes import stem_of
 from .data.paste import feathered, move, paste, random_moves
 from .diffusion.learner import PairGenerator, denoising_losses, margin
 from .diffusion.sample import defaults_of, sample
@@ -80,7 +81,7 @@ def finished(out: Path      # folder of a synthesis run
 # %% ../nbs/api/40_synth.ipynb #7832cf8e
 def _sources(pairs, size):
     "The pairs whose mask has a lesion at this size; a warning names the others, none left is an error."
-    empty = [p for p in track(pairs, 'reading masks') if not read_mask(p.mask, size).any()]
+    empty = [p for p in track(pairs, 'reading masks') if not read_mask(p, size).any()]
     if len(empty) == len(pairs):
         raise MedsynError(f"none of the {len(pairs)} masks has a lesion at {size} px: give masks with"
                           " foreground, or a larger size")
@@ -145,13 +146,14 @@ class Job:
     hardness: dict = None       # see `plan`
     feather: float = 1.5        # border of what is pasted or new, pixels
     ring: int = 4               # known background around a new lesion in a frame without a mask, pixels
+    healthy: bool = False       # whether frames without a mask are known to have no lesion
 
 def from_noise(job: Job,    # what is made
               i: int       # number of the pair
              ) -> Draft:
     "A mask of the pairs, as it is or moved; the image is all new."
     source, rng, seed = plan(job.pairs, i, job.seed, job.hardness)
-    image, own = read_pair(source, job.size)
+    image, own = read_pair(source, job.size) if source.image else (None, read_mask(source, job.size))
     mask, transform = MASK_KINDS[job.masks](own, rng)
     return Draft(mask, seed, dict(source=source.name, transform=transform), shown=image)
 
@@ -168,8 +170,8 @@ def _receiver(job, i, source):
     others = [o for o in job.into or job.pairs if o != source] or [source]
     chosen = others[np.random.default_rng(seed_of(job.seed, 'into', i)).integers(len(others))]
     if isinstance(chosen, Pair): return *read_pair(chosen, job.size), True, chosen.name
-    picture = Image.fromarray(read_image(chosen)).resize((job.size, job.size), Image.Resampling.BILINEAR)
-    return np.array(picture), np.zeros((job.size, job.size), np.uint8), False, Path(chosen).stem
+    empty = np.zeros((job.size, job.size), np.uint8)
+    return read_image(chosen, job.size), empty, job.healthy, stem_of(chosen)
 
 def _tensors(image, mask):
     "Image (1,3,H,W) in [0,1] and mask (1,1,H,W)."
@@ -216,7 +218,7 @@ def from_inpaint(job: Job,    # what is made
         lesion, known, name, transform = mask, True, source.name, dict(kind='real')
     else:
         image, mask, known, name = _receiver(job, i, source)
-        lesion, transform = MASK_KINDS[job.masks](read_mask(source.mask, job.size), rng)
+        lesion, transform = MASK_KINDS[job.masks](read_mask(source, job.size), rng)
         transform = dict(transform, kind='inpaint', mask=transform['kind'])
     unknown = None if known else _unknown(_tensors(image, lesion)[1], job.ring)
     about = dict(source=source.name, into=name, transform=transform)
@@ -431,10 +433,21 @@ def _digest_of(items):
     parts = []
     for item in items:
         files = (item.image, item.mask) if isinstance(item, Pair) else (item,)
-        parts.append(str(getattr(item, 'name', Path(files[0]).name)) + ''.join(file_hash(f) for f in files))
+        name = getattr(item, 'name', None) or Path(item).name
+        parts.append(name + ''.join(file_hash(f) for f in files if f))
+        choices = getattr(item, 'reading', Reading()).chosen()
+        if choices: parts.append(json.dumps(choices, sort_keys=True))
     return content_hash(''.join(parts))
 
-def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, into, hardness):
+def _check_masks_alone(pairs, needs_image, start, into):
+    "`MedsynError` if a mask has no image and the start needs one."
+    alone = next((p.mask for p in pairs if p.image is None), None)
+    without_image = start == 'noise' or start == 'inpaint' and into is not None
+    if alone and (needs_image or not without_image):
+        raise MedsynError(f"{alone} is a mask without an image, and start={start!r} needs its image:"
+                          " use start='noise', or start='inpaint' with into")
+
+def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, into, hardness, healthy):
     "What a generator under masks needs: the job, its settings, and the rest of what determines the run."
     if not generator.needs_mask:
         raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use a"
@@ -446,6 +459,8 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
     if generator.needs_image and start == 'noise' and masks != 'real':
         raise MedsynError("a generator of mask and image (M+I) samples under a real image's own mask: use"
                           " masks='real'")
+    refuse_classes(pairs)
+    _check_masks_alone(pairs, generator.needs_image, start, into)
     backbone, given = generator.backbone, dict(settings)
     given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
     given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
@@ -453,9 +468,11 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
     backbone.check_size(size); backbone.schedule.sampler(given['sampler']); backbone.text([given['prompt']])
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size)
     _check_hardness(hardness, pairs)
-    job = Job(pairs, size, seed, masks, None if into is None else list(into), hardness)
+    receivers = None if into is None else list(into)
+    job = Job(pairs, size, seed, masks, receivers, hardness, healthy=healthy)
     more = dict(masks=masks, sources=_digest_of(pairs))
     if into is not None: more['into'] = _digest_of(into)
+    if healthy: more['healthy'] = True
     if hardness is not None: more['hardness'] = content_hash(json.dumps([hardness[p.name] for p in pairs]))
     return job, dict(given, start=start, strength=strength, generator=generator_hash(generator)), more
 
@@ -494,6 +511,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                start: str = 'noise',        # a key of `STARTS`: noise, real, paste or inpaint
                strength: float = None,      # how far a picture is noised, in [0,1]; `None`: see `STRENGTHS`
                into: list = None,           # `Pair`s or image files that receive a lesion; `None`: the pairs
+               healthy: bool = False,       # images of `into` have no lesion: the rest is background
                hardness: dict = None,       # name of a pair -> weight, see `segment.streams.hardness`
                least_margin: float = None,  # of a generator under masks, see `LEAST_MARGIN`; `None`: any
                anyway: bool = False         # go on with a generator below that bar
@@ -511,8 +529,9 @@ def synthesize(generator: object,           # any generator that takes a mask, o
         draw = _with_masks(generator, size, seed, settings)
     else:
         size = size or generator.backbone.size
-        job, settings, more = _plan_masks(generator, pairs, masks, seed, size, settings, *begin)
-        if least_margin is not None and settings['strength'] > 0:
+        job, settings, more = _plan_masks(generator, pairs, masks, seed, size, settings, *begin, healthy)
+        has_images = all(p.image for p in job.pairs)
+        if least_margin is not None and settings['strength'] > 0 and has_images:
             check_margin(measured_margin(generator, job.pairs, size), least_margin, anyway)
         draw = _under_masks(generator, job, start, settings['strength'], settings)
     if teacher := teacher_of(keep): settings['teacher'] = teacher

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions
-from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_pairs, fitting_size,
-                               pair_dls, read_image, read_pair)
+from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_images, find_pairs,
+                               fitting_size, pair_dls, pairs_hash, read_image, read_pair, reading, save_list)
 
 N = 24
 
@@ -38,8 +39,8 @@ class Spoiler:
         self.fault('unpaired mask', self.mask(13), 'unpaired mask')
         self.picture(14).save(self.images/'14.tif')
         self.fault('duplicate stem', self.images/'14.tif', "2 images are called '14'")
-        (self.images/'scan.dcm').write_bytes(b'DICM')
-        self.fault('unknown type', self.images/'scan.dcm', 'file type .dcm is not read')
+        (self.images/'scan.nrrd').write_bytes(b'NRRD')
+        self.fault('unknown type', self.images/'scan.nrrd', 'file type .nrrd is not read')
 
     def spoil_masks(self):
         "Masks that are not two-valued, or unusual."
@@ -207,7 +208,7 @@ def test_16_bit_colours_are_not_cut_to_8_bits(tmp_path):
     assert abs(image - want).max() <= .5
     report = check_pairs([pair], least=1)
     assert report.problem.tolist() == ['image has more than 8 bits per channel']
-    assert 'window=(' in report.remedy.item()
+    assert '--window 20 4980 or --window auto' in report.remedy.item()
     assert not len(check_pairs([pair], least=1, window='auto'))
 
 @pytest.mark.parametrize('order', ['II', 'MM'])
@@ -285,12 +286,163 @@ def test_volumes_are_named_wherever_they_lie(tmp_path):
     pictures_and_masks(tmp_path/'a', [mask_of(255)]*8)
     for name in ('ct.nii.gz', 'images/scan.nii', 'masks/IM0001.dcm'): (tmp_path/'a'/name).touch()
     problems = check_pairs(tmp_path/'a').set_index('file').problem
-    assert problems.index.tolist() == ['images/scan.nii', 'masks/IM0001.dcm', 'ct.nii.gz']
+    assert sorted(problems.index) == ['ct.nii.gz', 'images/scan.nii', 'masks/IM0001.dcm']
     with pytest.raises(MedsynError, match=r'3 file\(s\) in .* do not pair up'): find_pairs(tmp_path/'a')
     (tmp_path/'b').mkdir()
     (tmp_path/'b'/'ct.nii.gz').touch()
     for f in (check_pairs, find_pairs):
-        with pytest.raises(MedsynError, match=r'but 1 volume\(s\) \(ct.nii.gz\)'): f(tmp_path/'b')
+        words = r'but 1 volume\(s\) \(ct.nii.gz\).*medsyn convert'
+        with pytest.raises(MedsynError, match=words): f(tmp_path/'b')
+
+def test_links_are_named(tmp_path):
+    "A broken link, a loop and a link to a folder are not passed over."
+    d = pictures_and_masks(tmp_path/'a', [mask_of(255)]*8)
+    (d/'images'/'x.png').symlink_to('nowhere.png')
+    (d/'masks'/'x.png').symlink_to('x.png')
+    (d/'images'/'more').symlink_to(d/'masks')
+    problems = check_pairs(d).set_index('file').problem
+    nowhere = 'a link that leads nowhere'
+    assert problems.to_dict() == {'images/x.png': nowhere, 'masks/x.png': nowhere,
+                                  'images/more': 'a link to a folder, which is not followed'}
+    with pytest.raises(MedsynError, match='leads nowhere'): find_pairs(d)
+
+# Volumes ----------------------------------------------------------------------------------------------------
+
+def nifti_pair(path, dtype=np.int16, shift=0.):
+    "A NIfTI image of one slice in Hounsfield units and its mask, which may lie elsewhere."
+    nib = pytest.importorskip('nibabel')
+    values = np.random.default_rng(0).integers(-1000, 1000, (64, 48, 1)).astype(dtype)
+    affine = np.diag([-1., -1., 1., 1.])
+    for kind, content in (('images', values), ('masks', LESION.T[..., None]*2)):
+        (path/kind).mkdir(parents=True)
+        affine[0, 3] = shift if kind == 'masks' else 0
+        nib.save(nib.Nifti1Image(content, affine), path/kind/'p1.nii.gz')
+    return values[..., 0].T
+
+def test_a_slice_is_read_like_a_picture(tmp_path):
+    values = nifti_pair(tmp_path/'a')
+    pair, = find_pairs(tmp_path/'a', how=reading(window=[-200, 300], label='2'))
+    image, mask = read_pair(pair)
+    assert pair.name == 'p1' and (mask == LESION).all()
+    assert abs(image[..., 0] - ((values + 200.)/500).clip(0, 1)*255).max() <= .5
+    assert not len(check_pairs([pair], least=1))
+    with pytest.raises(MedsynError, match='p1.nii.gz has more than 8 bits'):
+        read_pair(*find_pairs(tmp_path/'a'))
+
+def test_a_mask_on_another_grid_is_refused(tmp_path):
+    nifti_pair(tmp_path/'a', shift=2.)
+    pair, = find_pairs(tmp_path/'a', how=reading(window='auto'))
+    with pytest.raises(MedsynError, match='another grid'): read_pair(pair)
+    assert check_pairs([pair], least=1).problem.str.contains('another grid').any()
+
+# Choices travel with the pairs ------------------------------------------------------------------------------
+
+def test_choices_travel_with_the_pairs(tmp_path):
+    "Through lists on disk, loaders and hashes."
+    pictures_and_masks(tmp_path/'a', [mask_of(1 + i % 3) for i in range(9)])
+    plain, labelled = (find_pairs(tmp_path/'a', how=how) for how in (None, reading(label=['2'], fit='pad')))
+    assert plain == labelled and pairs_hash(plain) != pairs_hash(labelled)
+    again = find_pairs(save_list(tmp_path/'list.csv', labelled))
+    assert [p.reading for p in again] == [p.reading for p in labelled]
+    dls = pair_dls(again[2:], 64, valid=again[:2], augment=False, device='cpu')
+    y = torch.cat([y for _, y in dls.valid])
+    assert y.flatten(1).any(1).tolist() == [False, True]
+    assert not y[:, :8].any() and not y[:, -8:].any()           # the padding of 48x64 in 64x64
+    with pytest.raises(MedsynError, match='label 7 is in none of the 9 masks'):
+        pair_dls(plain, 64, label=7, device='cpu')
+
+def test_images_with_choices(tmp_path):
+    values = np.linspace(0, 3000, 48*64).reshape(48, 64).astype(np.uint16)
+    (tmp_path/'a').mkdir()
+    Image.fromarray(values).save(tmp_path/'a'/'x.png')
+    assert find_images(tmp_path/'a') == [tmp_path/'a'/'x.png']
+    frame, = find_images(tmp_path/'a', reading(window=[0, 3000]))
+    assert abs(read_image(frame)[..., 0] - values/3000*255).max() <= .5
+    assert open(frame, 'rb').read(4) == b'\x89PNG' and frame.stem == 'x'
+
+# Rotation tags and notes ------------------------------------------------------------------------------------
+
+def tagged(path, turn, size=(60, 40)):
+    "A photograph of noise that is stored in one direction and shown in another."
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010e] = turn, 'patient Jane Doe'
+    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, exif=exif)
+    return pixels
+
+def test_rotation_tags_are_honoured_or_refused(tmp_path):
+    pixels = tagged(tmp_path/'a'/'images'/'1.png', 6)
+    (tmp_path/'a'/'masks').mkdir()
+    Image.new('L', (40, 60), 255).save(tmp_path/'a'/'masks'/'1.png')
+    pair, = find_pairs(tmp_path/'a')
+    assert (read_pair(pair)[0] == np.rot90(pixels, -1)).all()
+    report = check_pairs([pair], least=1)
+    assert report.problem.str.contains('read turned').sum() == 1
+    Image.new('L', (60, 40), 255).save(tmp_path/'a'/'masks'/'1.png')    # drawn on the stored picture
+    with pytest.raises(MedsynError, match='carries a rotation tag and is stored 60x40'): read_pair(pair)
+    assert check_pairs([pair], least=1).problem.str.contains('rotation tag').any()
+
+def test_a_rotation_tag_that_can_mean_two_things(tmp_path):
+    pixels = tagged(tmp_path/'a'/'images'/'1.png', 3)
+    (tmp_path/'a'/'masks').mkdir()
+    lower_half = np.pad(np.full((20, 60), 255, np.uint8), ((20, 0), (0, 0)))
+    Image.fromarray(lower_half).save(tmp_path/'a'/'masks'/'1.png')
+    pair, = find_pairs(tmp_path/'a')
+    with pytest.raises(MedsynError, match='fits it turned and as it is stored'): read_pair(pair)
+    assert check_pairs([pair], least=1).severity.tolist().count('error') == 1
+    with pytest.raises(MedsynError, match='--exif'): clean_masks(tmp_path/'a', tmp_path/'no')
+    for exif, wanted in (('turn', np.rot90(pixels, 2)), ('ignore', pixels)):
+        table = clean_masks(tmp_path/'a', tmp_path/exif, exif=exif)
+        assert 'rotation tag' in table.changes.item()
+        assert (read_pair(*find_pairs(tmp_path/exif))[0] == wanted).all()
+
+def test_notes_are_not_carried_over(tmp_path):
+    "Neither EXIF nor text chunks nor comments reach a copy."
+    tagged(tmp_path/'a'/'images'/'1.png', 1)
+    notes = PngInfo()
+    notes.add_text('Patient', 'Jane Doe')
+    noise(2).save(tmp_path/'a'/'images'/'2.png', pnginfo=notes)
+    noise(3).save(tmp_path/'a'/'images'/'3.jpg', comment=b'Jane Doe')
+    (tmp_path/'a'/'masks').mkdir()
+    for i, size in ((1, (60, 40)), (2, (64, 48)), (3, (64, 48))):
+        Image.new('L', size, 255).save(tmp_path/'a'/'masks'/f'{i}.png', pnginfo=notes)
+    table = clean_masks(tmp_path/'a', tmp_path/'b').set_index('name')
+    files = [f for f in (tmp_path/'b').rglob('*.png')]
+    assert len(files) == 6 and not any(b'Jane' in f.read_bytes() for f in files)
+    assert table.changes['2'].startswith('notes inside the file left out')
+    a, b = (read_image(tmp_path/k/'images'/name) for k, name in (('a', '3.jpg'), ('b', '3.png')))
+    assert (a == b).all()
+
+def test_transparency_and_white_is_zero(tmp_path):
+    see_through = noise(0).convert('RGBA')
+    see_through.putalpha(128)
+    see_through.save(tmp_path/'a.png')
+    with pytest.raises(MedsynError, match='a.png has transparency'): read_image(tmp_path/'a.png')
+    values = np.linspace(0, 60000, 48*64).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path/'b.tif', tiffinfo={262: 0})
+    shown = read_image(tmp_path/'b.tif', window=(0, 60000))[..., 0]
+    with Image.open(tmp_path/'b.tif') as im: white_is_zero = im.tag_v2[262] == 0
+    assert white_is_zero and abs(255 - values/60000*255 - shown).max() <= 1
+
+def test_clean_refuses_what_it_would_have_to_guess(tmp_path):
+    "A photograph is no mask, and classes are not merged by a threshold."
+    pictures_and_masks(tmp_path/'a', [noise(9).convert('L')]*8)
+    with pytest.raises(MedsynError, match='a grey picture'): clean_masks(tmp_path/'a', tmp_path/'b')
+    classes = LESION*100 + np.roll(LESION, 5, 0)*50
+    pictures_and_masks(tmp_path/'c', [Image.fromarray(classes)]*7 + [mask_of(255)])
+    with pytest.raises(MedsynError, match='several classes'): clean_masks(tmp_path/'c', tmp_path/'d')
+    table = clean_masks(tmp_path/'c', tmp_path/'e', leave_out=True)
+    assert table.changes.str.startswith('left out').tolist() == [True]*7 + [False]
+    assert [p.name for p in find_pairs(tmp_path/'e')] == ['7']
+
+def test_names_that_differ_in_case_only(tmp_path):
+    masks = {'a.png': mask_of(255), 'A.png': mask_of(255)}
+    folder_of(tmp_path/'a', {'a.png': noise(0), 'A.png': noise(1)}, masks)
+    if len(list((tmp_path/'a'/'images').iterdir())) < 2:
+        pytest.skip('this file system takes them for the same')
+    assert len(find_pairs(tmp_path/'a')) == 2
+    with pytest.raises(MedsynError, match='take for the same'): clean_masks(tmp_path/'a', tmp_path/'b')
 
 def test_several_pages_need_a_choice(tmp_path):
     pages = [noise(i) for i in range(3)]

@@ -19,7 +19,7 @@ from scipy import ndimage
 from torch import nn
 
 from ..core import MedsynError, pick, track
-from ..data.pairs import find_pairs, read_pair
+from ..data.pairs import find_pairs, read_pair, refuse_classes
 from ..segment.learner import foreground, predict, upsample
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #f65581ec
@@ -230,7 +230,7 @@ class EMaxMetric(OverlapMetric):
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #1148b9f8
 def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
                        testsets: dict,      # name -> list of `Pair`, or a folder of pairs
-                       size: int = None,    # input side of the network in pixels; `None`: the model's own
+                       size: int | tuple = None, # of the network's input, pixels; `None`: the model's own
                        bs: int = 16,        # images per batch
                        device: str = None,  # `None`: where the model is
                        metrics: tuple = CHEAP # names out of `METRICS`
@@ -240,6 +240,7 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
     testsets = {k: v if isinstance(v, (list, tuple)) else find_pairs(v) for k, v in testsets.items()}
     for testset, pairs in testsets.items():
         if not len(pairs): raise MedsynError(f"test set {testset!r} is empty: give it pairs or leave it out")
+        refuse_classes(pairs)
     rows, bar = [], track(desc='score', total=sum(map(len, testsets.values())))
     for testset, pairs in testsets.items():
         for start in range(0, len(pairs), bs):

@@ -77,7 +77,7 @@ def _masks(items, size):
     if size is None and len(items) and isinstance(items[0], Pair):
         raise MedsynError("masks on disk have sizes of their own: say at which size to compare them,"
                           " size=64 for example")
-    masks = [read_mask(item.mask, size) if isinstance(item, Pair) else np.asarray(item) for item in items]
+    masks = [read_mask(item, size) if isinstance(item, Pair) else np.asarray(item) for item in items]
     sizes = sorted({m.shape for m in masks})
     if len(sizes) > 1: raise MedsynError(f"masks of sizes {sizes[:3]}: give one size, or pairs and size=")
     masks = np.stack(masks) > 0

@@ -91,7 +91,7 @@ def with_unlabelled(dls: DataLoaders,       # from `pair_dls`; not changed
     if not images: return dls
     if not 0 <= share < 1:
         raise MedsynError(f"a share of {share} labelled items: give a number from 0 up to, not including, 1")
-    files = [Path(f) for f in images]
+    files = list(images)
     if overlap := same_images(files, dls.pairs_valid):
         raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, {overlap[0]} for one: "
                           "take them out")

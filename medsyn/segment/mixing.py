@@ -53,7 +53,7 @@ def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` w
         real = real_pairs.get(row['source'])
         if real is None: continue
         given_mask = read_mask(mask)
-        if not np.array_equal(given_mask, read_mask(real.mask, given_mask.shape)):
+        if not np.array_equal(given_mask, read_mask(real, given_mask.shape)):
             raise MedsynError(f"{image} was sampled under another mask than that of the real image"
                               f" {real.name!r}: give the folder that was sampled from these pairs")
         partners[real.name].append(Pair(f"{row['index']:06d}", image, mask))
@@ -95,7 +95,7 @@ class PartnerDataset:
     def _read(self, pair):
         "The image of a pair at the data set's size, uint8 (3,height,width)."
         if pair.image not in self.cache:
-            pixels = torch.from_numpy(read_image(pair.image, self.real.size)).permute(2, 0, 1)
+            pixels = torch.from_numpy(read_image(pair, self.real.size)).permute(2, 0, 1)
             self.cache[pair.image] = TensorImage(pixels.contiguous())
         return self.cache[pair.image]
 

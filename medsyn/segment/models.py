@@ -21,6 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..core import MedsynError, load_json, pick, save_json, write_atomic
+from ..data.pairs import FITS, both_sides
 
 # %% ../../nbs/api/50_segment.models.ipynb #4a1aa42f
 def encoder_name(name: str      # a name of smp ("resnet18") or of timm ("convnext_atto", "tu-convnext_atto")
@@ -205,10 +206,11 @@ def _three_numbers(given, expected):
 def segmenter(name: str = 'unet',           # a key of `NETWORKS`
               encoder: str = 'resnet18',    # an encoder of smp or timm
               encoder_weights: str | Path = None, # `None`: random; a name ('imagenet'): fetched; a path: read
-              size: int = None,             # side in pixels it will be used at, checked at once
+              size: int | tuple = None,     # side, or (height, width), in pixels; checked at once
               classes: int = 1,             # output channels: 1 (a logit) or 2 (background and foreground)
               mean: list = None,            # of each channel; `None`: what the weights expect
               std: list = None,             # of each channel, above 0; `None`: what the weights expect
+              fit: str = 'stretch',         # how pictures of another aspect ratio come to this size
               **kw                          # the network's options (`decoder_channels`, `encoder_depth`, ...)
              ) -> Segmenter:                # a segmenter with fresh weights, in training mode
     "Build a segmentation network; `MedsynError` for unknown names and for a size that does not fit."
@@ -222,13 +224,15 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
         raise MedsynError(f"{name} cannot use the encoder {encoder!r} with options {kw} ({reason}):"
                           " choose another encoder") from e
     stride = net.encoder.output_stride
-    if size is not None: check_size(size, size, stride, name)
+    if size is not None: check_size(*both_sides(size), stride, name)
     if encoder_weights is not None: _load_encoder(net, encoder_of_smp, encoder_weights)
     expected_mean, expected_std = normalisation(encoder_of_smp, encoder_weights)
     mean, std = _three_numbers(mean, expected_mean), _three_numbers(std, expected_std)
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise MedsynError(f"mean {mean}, std {std}: give three numbers each, the std above 0")
+    size = list(size) if isinstance(size, tuple) else size
     config = dict(name=name, encoder=encoder, size=size, classes=classes, mean=mean, std=std, **kw)
+    if pick(fit, FITS, 'fit') != 'stretch': config['fit'] = fit
     return Segmenter(net, stride, config)
 
 # %% ../../nbs/api/50_segment.models.ipynb #d046ffee

@@ -273,7 +273,7 @@ def _loss_maps(teacher, pairs, desc):
     "For each pair: the teacher's cross-entropy per pixel and the mask, both (H,W) at the mask's size."
     logits = predict(teacher, pairs, logits=True)
     for p, logit in zip(track(pairs, desc), logits, strict=True):
-        mask = torch.from_numpy(read_mask(p.mask))
+        mask = torch.from_numpy(read_mask(p))
         loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logit), mask.float(), reduction='none')
         yield loss.numpy(), mask.numpy()
 
@@ -294,7 +294,7 @@ def check_teacher(teacher: Segmenter,   # trained on real pairs alone
     "Refuse a teacher whose mean Dice is not above that of marking whole images."
     dices, chances = [], []
     for p, probability in zip(pairs, predict(teacher, pairs), strict=True):
-        mask, found = read_mask(p.mask) > 0, probability > .5
+        mask, found = read_mask(p) > 0, probability > .5
         if not mask.any(): continue
         dices.append(2*(mask & found).sum()/(mask.sum() + found.sum()))
         chances.append(2*mask.sum()/(mask.sum() + mask.size))
