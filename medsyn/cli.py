@@ -221,7 +221,7 @@ def _pairs_or_images(folder, how):
 def train(
     data: str,             # folder or list of pairs
     out: str,              # folder to write: a generator
-    backbone: str = None,  # folder of medsyn pretrain, or Stable Diffusion 1.x; paired needs none
+    backbone: str = None,  # folder of medsyn pretrain, or Stable Diffusion 1.x; arsdm, ddpm, paired need none
     unlabelled: str = None,  # folder of images without masks, for a method that learns from them
     prompt: str = None,    # default: the backbone's
     set: Sequence[str] = (),  # settings of the method, as name=value
@@ -239,8 +239,9 @@ def train(
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
     make_generator(pairs, opened, out, source=source, settings=settings(set),
                    unlabelled=_frames(unlabelled, how), **kw)
-    obeyed = 'mask' if method.backbone else 'guidance'
-    masks = f' --data {data}' if method.backbone else ''
+    needs_mask = method.opens.needs_mask
+    obeyed = 'mask' if needs_mask else 'guidance'
+    masks = f' --data {data}' if needs_mask else ''
     print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {obeyed} obeyed?)')
     print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 
@@ -303,7 +304,7 @@ def _obedient(segmenter, least):
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
 # %% ../nbs/api/80_cli.ipynb #4b99a333
-@command('experiment.train_segmenter', READING, leave='pairs device', late='synthetic',
+@command('experiment.train_segmenter', READING, leave='pairs device state', late='synthetic',
          rare='ema curve_every page axis',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -317,6 +318,7 @@ def segment(data: str,             # folder or list of real pairs
     "Train one segmenter on real pairs and what an arm adds, and keep it."
     from medsyn.data.pairs import find_pairs, pairs_hash
     from medsyn.experiment import describe_arm, open_arm, run_log, split_once, train_segmenter
+    from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import segmenter
     split = split_once(find_pairs(data, how=how))
@@ -325,11 +327,13 @@ def segment(data: str,             # folder or list of real pairs
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, _frames(unlabelled, how))
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
-    out = open_run(out, dict(kw, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
-    if not (out/'model.safetensors').exists():
-        learn = train_segmenter(split, opened, **kw)
+    config = {k: v for k, v in kw.items() if k != 'save_every'}
+    out = open_run(out, dict(config, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
+    if not (out/'config.json').exists():
+        learn = train_segmenter(split, opened, state=out/'state', **kw)
         write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
         learn.model.save_pretrained(out)
+    forget(out/'state')
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
@@ -623,8 +627,11 @@ def main(argv: Sequence[str] = None # the arguments; `None`: those of the proces
     try: return run(pick(argv[0], COMMANDS, 'command'), argv[1:])
     except MedsynError as e: return fail(e)
     except KeyboardInterrupt:
-        print('medsyn: stopped; the same command resumes from the last finished stage', file=sys.stderr)
+        print('medsyn: stopped; the same command resumes', file=sys.stderr)
         return 130
+    except SystemExit as e:
+        if e.code == 143: print('medsyn: asked to end; the same command resumes', file=sys.stderr)
+        raise
     except OSError as e:
         where = f': {e.filename}' if e.filename else ''
         return fail(f"{e.strerror or e}{where}: check the path and the free space on the disk")

@@ -48,6 +48,7 @@ from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
                                      settings_of)
+from .resume import fit_resumable, forget
 from .segment.annealing import RealAnchorCB
 from .segment.catalog import Arm, as_arm, callbacks_of
 from .segment.learner import LOSSES, DiceMetric, segment_learner
@@ -55,7 +56,7 @@ from .segment.mixing import check_partners, partner_dls
 from .segment.models import segmenter
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
-from .train import EvalCB, fit_steps
+from .train import EvalCB
 from .viz import curves, save_png, show_rows
 
 # %% ../nbs/api/70_experiment.ipynb #a0611976
@@ -160,7 +161,9 @@ def train_segmenter(
     augment: str = 'strong',             # a key of `data.pairs.AUGMENT`
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
-    unlabelled: Sequence = ()            # image files without masks, for an arm given by its short form
+    unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
+    state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
+    save_every: float = 10               # minutes between saved states of the training; 0: after every step
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     split = split_once(pairs)
@@ -173,7 +176,8 @@ def train_segmenter(
         else: model = segmenter(network, encoder, encoder_weights, size)
         if (fit := split.pairs[0].reading.fit) != 'stretch': model.config['fit'] = fit
         learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
-        fit_steps(learn, steps, lr, 'one_cycle', desc=f'{network} seed {seed}')
+        fit_resumable(learn, steps, state, save_every, lr=lr, schedule='one_cycle',
+                      desc=f'{network} seed {seed}')
     return learn
 
 # %% ../nbs/api/70_experiment.ipynb #e2531d21
@@ -360,6 +364,7 @@ class _Plan:
     arms: dict          # (arm, subset, generator) -> `Arm`
     metrics: list       # per-image scores
     options: dict       # further keywords of `train_segmenter`, the same in every run
+    save_every: float   # minutes between saved states of a run
 
     def by_cell(self, describe):
         "A description of each arm, by its name, subset and generator."
@@ -375,8 +380,8 @@ class _Plan:
     def score(self, run, file):
         "Train and score one run."
         arm = self.arms[run.arm, run.subset, run.generator]
-        score_run(file, self.splits[run.subset], self.tests, arm, self.metrics,
-                  seed=run.seed, **self.networks[run.segmenter], **self.options)
+        score_run(file, self.splits[run.subset], self.tests, arm, self.metrics, seed=run.seed,
+                  save_every=self.save_every, **self.networks[run.segmenter], **self.options)
 
 def open_comparison(out: str | Path,    # results folder
                     config: dict        # what determines the scores, see `compare.json` in a folder
@@ -436,11 +441,13 @@ def score_run(file: Path,       # CSV to write: one row an image; the log is wri
               metrics: Sequence[str], # names in `evaluate.overlap.METRICS`
               **kw              # of `train_segmenter`
              ):
-    "One run: its log, then its scores, which vouch for the run."
-    learn = train_segmenter(split, arm, **kw)
+    "One run: its log, then its scores, which vouch for the run; until then its states are kept beside."
+    state = file.with_suffix('.state')
+    learn = train_segmenter(split, arm, state=state, **kw)
     write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
     scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics)
     write_atomic(file, scores.to_csv(index=False))
+    forget(state)
     del learn                   # learner and callbacks refer to each other: each network would stay in memory
     gc.collect()
 
@@ -479,7 +486,8 @@ def compare(
     subsets: dict = None,        # name -> labelled pairs, folder or `Split`; each is trained on with all arms
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
-    jobs: int = 1                # processes of one thread each that share the runs; 1: this process
+    jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
+    save_every: float = 10       # minutes between saved states of a run; 0: after every step
 ) -> Path:                       # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
     """Train every arm with every network and seed, score it image by image, and say what differs.
 
@@ -501,7 +509,7 @@ def compare(
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)
     resolved = _resolved_arms(runs, arms, splits, unlabelled)
-    plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options)
+    plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options, save_every)
 
     out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
@@ -679,7 +687,8 @@ def make_backbone(
     channels: Sequence[int] = (64, 128, 192),  # U-Net channels per level
     prompt: str = None,           # the prompt it will know (default "A photo of a polyp.")
     seed: int = 0,                # of weights, order and noise
-    unlabelled: Sequence = ()     # (further) images without masks to learn from
+    unlabelled: Sequence = (),    # (further) images without masks to learn from
+    save_every: float = 10        # minutes between saved states of the training; 0: after every step
 ) -> Backbone:                    # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
@@ -699,8 +708,10 @@ def make_backbone(
     if frames and not alone: dls = DataLoaders(image_dls(learned, size, bs, seed, 'flip'), dls.valid)
     dls.size = size
     out = open_run(out, config, 'pretrain')
-    if (out/'backbone.json').exists(): return Backbone.from_pretrained(out)
-    learn = pretrain_backbone(dls, backbone, steps, lr, seed)
+    if (out/'backbone.json').exists():
+        forget(out/'state')
+        return Backbone.from_pretrained(out)
+    learn = pretrain_backbone(dls, backbone, steps, lr, seed, state=out/'state', save_every=save_every)
     return _finish([learn], backbone, out)
 
 def _split_frames(frames):
@@ -712,12 +723,15 @@ def _split_frames(frames):
     return [frames[i] for i in sorted(order[n_held:])], [frames[i] for i in sorted(order[:n_held])]
 
 def _finish(learners, model, out, networks=()):
-    "Save a model and its learners' logs; the model's JSON comes last and vouches for the rest."
+    """Save a model and its learners' logs; the model's JSON comes last and vouches for the rest.
+
+    Then the states of the training are removed."""
     tables = dict(log=[l.history.frame() for l in learners], probe=[l.history.evals() for l in learners])
     for name, frames in tables.items():
         for frame, network in zip(frames, networks): frame.insert(0, 'network', network)
         write_atomic(out/f'{name}.csv', pd.concat(frames).to_csv(index=False))
     model.save_pretrained(out)
+    forget(out/'state')
     return model.eval()
 
 def _check_method(method, backbone, steps):
@@ -733,7 +747,7 @@ def _check_method(method, backbone, steps):
 
 def make_generator(
     pairs: 'list | Split',     # training `Pair`s, or their split, made once
-    backbone: Backbone,        # pretrained; `None` for a method that needs none (paired)
+    backbone: Backbone,        # pretrained; `None` for a method that needs none (paired, arsdm)
     out: str | Path,           # folder to write: a generator
     method: str = 'control',   # a name that `medsyn catalog` lists
     steps: int = 3000,         # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)
@@ -744,7 +758,8 @@ def make_generator(
     probe: int = None,         # steps between obedience probes (default: ten in the run)
     source: str = '',          # where the backbone came from, for the record
     settings: dict = None,     # the method's own settings; its paper's values are the defaults
-    unlabelled: Sequence = ()  # images without masks, for a method that learns from them (concat)
+    unlabelled: Sequence = (),  # images without masks, for a method that learns from them (concat)
+    save_every: float = 10     # minutes between saved states of the training; 0: after every step
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
     entry = _check_method(method, backbone, steps)
@@ -765,10 +780,13 @@ def make_generator(
     make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe, **settings)
     if backbone is None: make()         # what does not fit shows before anything is written
     out = open_run(out, config, 'train')
-    if (out/'generator.json').exists(): return load_generator(out)
+    if (out/'generator.json').exists():
+        forget(out/'state')
+        return load_generator(out)
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        fit_steps(learn, steps, schedule=entry.schedule, desc=f'train {name}')
+        fit_resumable(learn, steps, out/'state'/name, save_every, schedule=entry.schedule,
+                      desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     return _finish(learners, model, out, entry.networks)

@@ -33,6 +33,7 @@ from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabe
                                read_scores, report, score_run, share_runs, split_once, train_segmenter,
                                unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
+from .resume import forget
 from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
 from .segment.models import Segmenter, segmenter
@@ -221,12 +222,12 @@ class Synthesis:
     start: str = 'real'                             # what an image starts from, see `synth.STARTS`
     strength: float = None                          # how far that is noised, in [0,1]; `None`: as usual
 
-    def backbone(self, split, frames, out, size, steps, seed):
+    def backbone(self, split, frames, out, size, steps, seed, save_every=10):
         "The backbone that a generator starts from; `None` for a method with networks of its own."
         if not METHODS[self.method].backbone: return None
         if self.pretrain:
             return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
-                                 seed=seed, unlabelled=frames)
+                                 seed=seed, unlabelled=frames, save_every=save_every)
         return Backbone.tiny(images_of([*split.train, *frames], size), size, self.channels, seed=seed)
 
     def seconds(self,
@@ -249,13 +250,15 @@ class Synthesis:
              out: Path,         # folder to write: generator, synthetic
              size: int,         # side in pixels
              steps: int,        # of the generator
-             seed: int          # of everything
+             seed: int,         # of everything
+             save_every: float = 10 # minutes between saved states of a training
             ) -> Path:          # the folder of the set
         "Train a generator on a split and draw a set of pairs from its training pairs."
-        backbone = self.backbone(split, frames, out, size, steps, seed)
+        backbone = self.backbone(split, frames, out, size, steps, seed, save_every)
         learns_from = frames if 'unlabelled' in settings_of(self.method) else []
         generator = make_generator(split, backbone, out/'generator', self.method, steps, self.bs, size=size,
-                                   seed=seed, unlabelled=learns_from).to(default_device())
+                                   seed=seed, unlabelled=learns_from, save_every=save_every)
+        generator = generator.to(default_device())
         n = self.per_pair*len(split.pairs)
         start = {} if draws_pairs(generator) else dict(start=self.start, strength=self.strength)
         synthesize(generator, split.train, out/'synthetic', n, steps=self.sample_steps, sampler='dpm++',
@@ -271,6 +274,7 @@ class _Job:
     training: dict          # keywords of `train_segmenter`, without the steps
     synthesis: Synthesis
     seed: int
+    save_every: float       # minutes between saved states of a training
     plan: TimePlan = None
 
     def arm(self, name, split, place):
@@ -278,7 +282,7 @@ class _Job:
         if name != SYNTHETIC_ARM: return open_arm(name, split, self.unlabelled)
         for_generator = Split(*split_pairs(split.train, .1, seed_of(self.seed, 'generator')))
         folder = self.synthesis.draw(for_generator, self.unlabelled, self.out/place, self.training['size'],
-                                     self.plan.generator_steps, self.seed)
+                                     self.plan.generator_steps, self.seed, self.save_every)
         return open_arm(f'{name}:{folder}', split)
 
 def default_arms(unlabelled: bool   # whether there are images without masks
@@ -322,7 +326,7 @@ def _cross_validated(job):
         split = folds[run.subset]
         arm = job.arm(run.arm, split, f'cv/{run.subset}')
         score_run(file_of(run), split, {'labelled': split.held}, arm, METRICS_SHOWN,
-                  steps=job.plan.steps, seed=job.seed, **job.training)
+                  steps=job.plan.steps, seed=job.seed, save_every=job.save_every, **job.training)
     share_runs(runs, file_of, work, 'cross-validation')
     scores = read_scores(runs, file_of).drop(columns='subset')
     report(scores, job.out/'cv', 'real')
@@ -331,12 +335,14 @@ def _cross_validated(job):
 
 def _train_winner(job, winner):
     "The winner on all labelled pairs, as model/."
-    model = job.out/'model'
-    if (model/'config.json').exists(): return
+    model, state = job.out/'model', job.out/'model.state'
+    if (model/'config.json').exists(): return forget(state)
     everything = Split(job.pairs, [])
     arm = job.arm(winner, everything, 'synthesis')
-    learn = train_segmenter(everything, arm, steps=job.plan.steps, seed=job.seed, **job.training)
+    learn = train_segmenter(everything, arm, steps=job.plan.steps, seed=job.seed, state=state,
+                            save_every=job.save_every, **job.training)
     learn.model.save_pretrained(model)
+    forget(state)
 
 def _advice(job, winner, gain):
     "What more time would buy, a sentence each."
@@ -406,7 +412,8 @@ def fit(
     least_steps: int = 200,        # training steps below which a run is of no use
     most_steps: int = 3000,        # training steps beyond which no run goes
     most_folds: int = 5,           # of the cross-validation, 2 or more
-    synthesis: Synthesis = None    # how synthetic pairs are made, where there is time (default `Synthesis()`)
+    synthesis: Synthesis = None,   # how synthetic pairs are made, where there is time (default `Synthesis()`)
+    save_every: float = 10         # minutes between saved states of a training; 0: after every step
 ) -> Path:                         # the folder: report.md, model/, cv/, plan.json
     "Train the best model that the minutes allow; `MedsynError` for too few labels or minutes."
     pairs = sorted(split_once(labelled).pairs)
@@ -424,7 +431,7 @@ def fit(
                   unlabelled=[file_hash(f) for f in unlabelled], synthesis=asdict(synthesis))
     for name in names:              # a wrong name shows before anything is written
         if name != SYNTHETIC_ARM: open_arm(name, Split(pairs, []), unlabelled)
-    job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed)
+    job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed, save_every)
     job.plan = _plan(job, names, **limits)
     for line in job.plan.lines(): print(line, flush=True)
     winner, said, gain = 'real', 'There was time for real images alone.', float('nan')

@@ -40,13 +40,14 @@ _ORDER = dict(
     schedule=(60, "fastai's ParamScheduler: sets the learning rate before the batch"),
     log=(65, "keeps the losses and the learning rate of the finished step"),
     eval=(70, "evaluates the finished step"),
+    state=(80, "saves the finished step, and restores after every other callback has begun"),
     stop=(90, "ends the fit: after the log and the evaluations"))
 ORDER = {name: number for name, (number, reason) in _ORDER.items()}
 
 # %% ../nbs/api/02_train.ipynb #7350fef0
 class StepsCB(Callback):
     "Counts the optimiser steps of every fit: `done` of `total`."
-    order, run_valid, name = ORDER['steps'], False, 'steps'
+    order, run_valid, name, keeps = ORDER['steps'], False, 'steps', ('done',)
     def __init__(self): self.done, self.total = 0, 0
 
     def before_fit(self): self.done, self.total = 0, self.planned()
@@ -100,15 +101,29 @@ class LossTermCB(Callback):
         self.learn.loss_grad = self.learn.loss_grad + self.weight*value
 
 # %% ../nbs/api/02_train.ipynb #636a6470
+def _number(value):
+    "A value of the log as a plain number."
+    return value.item() if isinstance(value, torch.Tensor) else value
+
 class LogCB(Callback):
     "Keeps the plain loss, every loss term and the learning rate of every step (`learn.history`)."
     order, run_valid, name = ORDER['log'], False, 'history'
+    keeps = 'table', 'rows'
     def __init__(self): self.steps, self.rows = [], []
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')       # a search is no training
     def after_batch(self):
         row = dict(loss=self.learn.loss.detach(), **getattr(self.learn, 'terms', {}))
         self.steps.append(dict(step=len(self.steps) + 1, **row, lr=self.opt.hypers[-1]['lr']))
+
+    @property
+    def table(self) -> list:
+        "The rows of the steps, as plain numbers."
+        self.steps[:] = [{column: _number(value) for column, value in row.items()} for row in self.steps]
+        return self.steps
+
+    @table.setter
+    def table(self, rows): self.steps[:] = rows
 
     def add_eval(self, **values):
         "Add a row to the table of evaluations."
@@ -171,7 +186,7 @@ class WeightedLossCB(LossTermCB):
 # %% ../nbs/api/02_train.ipynb #e24c15c5
 class EMACB(Callback):
     "Exponential moving average of the trainable weights, used for evaluation and after the fit."
-    order, run_valid, name = ORDER['ema'], False, 'ema'
+    order, run_valid, name, keeps = ORDER['ema'], False, 'ema', ('avg',)
     def __init__(self,
         decay: float | str = 'auto' # largest decay; 'auto': over a tenth of the fit, at most 10,000 steps
     ): self.decay, self.avg = decay, None
@@ -248,8 +263,8 @@ class _BarCB(Callback):
 
     def before_fit(self): self.bar = track(desc=self.desc, total=self.learn.steps.total)
     def after_batch(self):
-        self.bar.update()
         done = self.learn.steps.done
+        self.bar.update(done - self.bar.n)
         if done % 20 == 0 or done == self.learn.steps.total: self.check(done)
     def check(self, done):
         loss = self.learn.loss.item()
@@ -283,7 +298,10 @@ def fit_steps(learn: Learner,               # any learner
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, ProgressCallback)])
     of_this_fit = [_StopCB(steps), _BarCB(desc), _ShareOfStepsCB(), ParamScheduler({'lr': sched}), *cbs]
     epochs = math.ceil(steps/len(learn.dls.train))
-    with learn.no_logging(): learn.fit(epochs, lr=lr, cbs=of_this_fit)
+    try:
+        with learn.no_logging(): learn.fit(epochs, lr=lr, cbs=of_this_fit)
+    except MedsynError as e:        # fastai puts the callback's name before the sentence
+        raise MedsynError(str(e).split(':\n\t')[-1]) from e
     return learn
 
 # %% ../nbs/api/02_train.ipynb #7e47f3ea

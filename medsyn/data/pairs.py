@@ -12,6 +12,7 @@ __all__ = ['FITS', 'IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'VOLUM
 
 # %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -1274,17 +1275,45 @@ class SeededDL(TfmdDL):
                 ):
         super().__init__(dataset, *args, **kwargs)
         self.seed, self.epoch = seed, 0
+        self.given, self.first, self.resumes_at = 0, 0, None
         self.after_batch = _SeededPipeline(self.after_batch)
 
     def randomize(self):
         self.rng = random.Random(seed_of(self.seed, 'order', self.epoch))
         self.after_batch.stream, self.after_batch.batch = (self.seed, 'augment', self.epoch), 0
         self.epoch += 1
+        position, self.resumes_at = self.resumes_at, None
+        self.given = self.first = position['given'] if position else 0
+        if position: self.after_batch.batch = position['transformed']
+
+    def get_idxs(self):
+        first, self.first = self.first, 0
+        return super().get_idxs()[first*self.bs:] if first else super().get_idxs()
+
+    def __iter__(self):
+        batches, device = super().__iter__(), self.device or 'cpu'
+        # a new iterator draws from the global stream; before a resumed one that draw is in the past
+        apart = random_stream(0, device) if self.resumes_at else contextlib.nullcontext()
+        with apart: first = next(batches, None)
+        if first is None: return
+        for batch in itertools.chain([first], batches):
+            self.given += 1
+            yield batch
+
+    def position(self) -> dict:
+        "Where the iteration is: its epoch, the batches that it has given, those that were transformed."
+        return dict(epoch=max(self.epoch - 1, 0), given=self.given, transformed=self.after_batch.batch)
+
+    def resume_at(self,
+        position: dict  # from `position`, perhaps of another process
+    ):
+        "Begin the next iteration there: the batches before it are neither read nor transformed."
+        self.epoch, self.resumes_at = position['epoch'], position
 
     def one_batch(self):
-        epoch = self.epoch
+        before = self.epoch, self.given, self.resumes_at
         try: return super().one_batch()
-        finally: self.epoch = epoch
+        finally: self.epoch, self.given, self.resumes_at = before
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{'seed': self.seed, **kwargs})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'full_precision', 'PatchPCA', 'KLCodec', 'PromptTable', 'ClipText', 'Trunk', 'trunk', 'head', 'MaskedConv',
-           'Backbone', 'tiny', 'save_tensors', 'load_tensors', 'load_part', 'save_pretrained', 'from_pretrained',
-           'random_stable_diffusion']
+           'Backbone', 'tiny', 'pixels', 'save_tensors', 'load_tensors', 'load_part', 'save_pretrained',
+           'from_pretrained', 'random_stable_diffusion']
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #48f4ec65
 import contextlib
@@ -208,18 +208,37 @@ def _block(block, h, emb, text, **kw):
     if getattr(block, 'has_cross_attention', False): kw['encoder_hidden_states'] = text
     return block(hidden_states=h, temb=emb, **kw)
 
+def _level(block, h, emb, text, feature):
+    "A level of the encoder, with a feature added to the output of its last pair of layers."
+    if feature is None: return _block(block, h, emb, text)
+    if getattr(block, 'has_cross_attention', False):
+        return _block(block, h, emb, text, additional_residuals=feature)
+    attentions, skips = getattr(block, 'attentions', ()), ()
+    for i, resnet in enumerate(block.resnets):
+        h = resnet(h, emb)
+        if attentions: h = attentions[i](h)
+        if i + 1 == len(block.resnets): h = h + feature
+        skips += (h,)
+    for downsample in block.downsamplers or ():
+        h = downsample(h)
+        skips += (h,)
+    return h, skips
+
 def trunk(unet: UNet2DConditionModel,   # the network
           zt: Tensor,                   # (B,K,h,w) noised latents
           t: Tensor,                    # (B,) timesteps, or one for all
-          text: Tensor                  # (B,L,D) embedded prompts
+          text: Tensor,                 # (B,L,D) embedded prompts
+          adapter: list = None          # features of an adapter, (B,C_i,h_i,w_i) for level i; `None`: none
          ) -> Trunk:                    # skips, middle, and what the head needs besides
     "Encoder and middle block of a diffusers U-Net, without any control."
+    levels = len(unet.down_blocks)
+    features = [None]*levels if adapter is None else list(adapter)
     t = t.expand(len(zt)) if t.dim() else t.repeat(len(zt))
     emb = unet.time_embedding(unet.time_proj(t).to(zt.dtype))
     h = unet.conv_in(zt)
     skips = (h,)
-    for b in unet.down_blocks:
-        h, s = _block(b, h, emb, text)
+    for b, feature in zip(unet.down_blocks, features, strict=True):
+        h, s = _level(b, h, emb, text, feature)
         skips += s
     return Trunk(skips, _block(unet.mid_block, h, emb, text), emb, text)
 
@@ -338,6 +357,37 @@ def tiny(cls,
         return cls(unet, codec, PromptTable([prompt], dim), noise, size, prompt)
 
 Backbone.tiny = classmethod(tiny)
+
+# %% ../../nbs/api/21_diffusion.backbone.ipynb #21c0de02
+def pixels(cls,
+           size: int = 64,                      # side of the images, pixels
+           channels: tuple = (32, 64, 128),     # U-Net channels per level, multiples of 16
+           layers: int = 1,                     # residual blocks per level; 2 in DDPM
+           attend: tuple = (16,),               # sides at which there is self-attention
+           schedule: Schedule = None,           # `None`: DDPM's, 1000 steps, linear from 1e-4 to 0.02, noise
+           prompt: str = PROMPT,                # a name: the network does not see it
+           seed: int = 0                        # of the initial weights
+          ) -> 'Backbone':                      # untrained
+    "A backbone that diffuses pixels instead of latents; it needs no weights and no images."
+    stride = 2**(len(channels) - 1)
+    if size % stride or size < stride:
+        below = max(size//stride, 1)*stride
+        raise MedsynError(f"images of {size} px do not fit this network, whose stride is {stride}: "
+                          f"use {below} or {below + stride} px")
+    kinds = ['Attn' if size >> level in attend else '' for level in range(len(channels))]
+    with seeded(seed):
+        unet = UNet2DConditionModel(
+            sample_size=size, in_channels=3, out_channels=3,
+            block_out_channels=tuple(channels), layers_per_block=layers,
+            down_block_types=tuple(f'{kind}DownBlock2D' for kind in kinds),
+            mid_block_type='UNetMidBlock2D',
+            up_block_types=tuple(f'{kind}UpBlock2D' for kind in reversed(kinds)),
+            cross_attention_dim=8, attention_head_dim=8, norm_num_groups=16)
+        text = PromptTable([prompt], dim=8, length=1)
+    noise = schedule or Schedule(1000, 1e-4, 0.02, 'linear')
+    return cls(unet, PatchPCA(1, 3, 3, power=0.), text, noise, size, prompt)
+
+Backbone.pixels = classmethod(pixels)
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #e27c3a79
 def save_tensors(path: Path,            # folder to write

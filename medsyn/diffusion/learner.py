@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
 from .backbone import Backbone, full_precision
 from .schedule import min_snr_weight
-from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs, fit_steps
+from ..resume import fit_resumable
+from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #f74e8e31
 @dataclass
@@ -105,6 +106,13 @@ class Denoiser(nn.Module):
         cond: Cond      # the condition
     ) -> Cond:          # to be used under many masks: `replace(cond, mask=...)`
         "`cond` with the part of the answer that does not depend on the mask; here nothing."
+        return cond
+
+    def with_kept(self,
+        cond: Cond,     # the condition of a batch
+        z0: Tensor      # (B,K,h,w) latents of the real images whose surroundings are kept
+    ) -> Cond:          # to be used instead
+        "`cond`, with what this generator reads from the real image; here nothing."
         return cond
 
     def trainable(self) -> list:
@@ -218,7 +226,7 @@ def _at_least_float32(x):
 
 class DiffusionCB(Callback):
     "Turns (image, mask) into `(zt, t, cond)` and the target; `learn.noised` holds the batch, see `Noised`."
-    order, name = ORDER['diffusion'], 'diffusion'
+    order, name, keeps = ORDER['diffusion'], 'diffusion', ('rng', 'mask_rng')
     def __init__(self,
         seed: int = 0,              # of timesteps, noise and dropping
         drop_prompt: float = 0.05,  # share of samples trained without the prompt, [0,1]
@@ -419,13 +427,15 @@ def pretrain_backbone(
     steps: int = 1500,      # optimiser steps
     lr: float = 1e-3,       # peak learning rate
     seed: int = 0,          # of noise and timesteps
-    cbs: list = ()          # further callbacks
+    cbs: list = (),         # further callbacks
+    state: str | Path = None,   # folder of the states that it resumes from; `None`: none is saved
+    save_every: float = 10  # minutes between saved states; 0: after every step
 ) -> Learner:               # the finished learner: `.history` holds the loss
     "Fit the U-Net and the prompts of a tiny backbone on images alone."
     if not backbone.is_tiny:
         raise MedsynError("pretraining is for tiny backbones: "
                           "Stable Diffusion's is already trained, give it to medsyn train")
     learn = denoising_learner(dls, _Pretraining(backbone), lr=lr, drop_prompt=0.1, seed=seed, cbs=cbs)
-    fit_steps(learn, steps, schedule='cosine', desc='pretrain')
+    fit_resumable(learn, steps, state, save_every, schedule='cosine', desc='pretrain')
     backbone.eval()
     return learn

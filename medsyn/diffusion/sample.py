@@ -203,6 +203,7 @@ def sample(generator: Denoiser,         # any generator
         else: z = z0
         kept = None if keep is None else KeptRegion(z0, noise, latent_region(part(keep), bb.codec.stride))
         cond = Cond(part(masks), text.expand(n, -1, -1), part(images) if generator.needs_image else None)
+        if kept: cond = generator.with_kept(cond, z0)
         null = GUIDES[guide](cond, empty.expand(n, -1, -1))
         z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample, seeds[chosen])
         return to_uint8(bb.codec.decode(z))

@@ -272,7 +272,7 @@ def noised_pair(
 # %% ../../nbs/api/33_generate.paired.ipynb #aa386f91
 class PairedDiffusionCB(Callback):
     "Turns (image, mask) into what guider or generator is trained on; `learn.noised` holds the batch."
-    order, name = ORDER['diffusion'], 'diffusion'
+    order, name, keeps = ORDER['diffusion'], 'diffusion', ('rng',)
     def __init__(self,
         pair: PairedGenerator,  # both networks
         role: str,              # which of them is trained: guider or generator

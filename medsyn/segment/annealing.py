@@ -111,6 +111,7 @@ def move_gate(a: float,         # the gate's logit
 class RealAnchorCB(Callback):
     "Gates on `PairedMixCB`'s strength and weight, moved by the look-ahead loss of held-out real pairs."
     order, run_valid, name = ORDER['gates'], False, 'gates'
+    keeps = 'logits', 'forces', 'current_prior'
     def __init__(self,
         every: int = 16,        # steps between updates, K
         start: float = .9,      # both gates at the beginning, in (0,1)

@@ -99,7 +99,7 @@ def check_judge(generator: nn.Module,   # the judge
 
 class GenerativeFeedbackCB(LossTermCB):
     "Generative feedback (Eq. 10-11): a frozen generator's denoising loss under the segmenter's mask."
-    name = 'L_fb'
+    name, keeps = 'L_fb', ('rng',)
     def __init__(self,
         generator: nn.Module,           # takes a mask; any class (`load_generator` opens one)
         weight: float = 1.,             # of the term

@@ -109,6 +109,8 @@ class DiceMetric(Metric):
 # %% ../../nbs/api/52_segment.learner.ipynb #5e9a02b2
 class SegmenterEMACB(EMACB):
     "An `EMACB` that averages the running statistics of batch normalisation as far back as the weights."
+    keeps = 'avg', 'avg_statistics'
+
     def layers(self) -> list:
         "The batch normalisations that have running statistics."
         modules = self.learn.model.modules()

@@ -33,6 +33,7 @@ from ..train import EMACB, ORDER, LossTermCB, share_done
 class TeacherCB(EMACB):
     "A moving average of the whole network, buffers included: the teacher, and what is evaluated."
     order = ORDER['ema'] + 1    # an `EMACB` of the learner has started by then, and is replaced
+    keeps = 'teacher', 'updates'
 
     def before_fit(self):
         others = [c for c in self.learn.cbs if isinstance(c, EMACB) and c is not self]

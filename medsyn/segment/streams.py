@@ -110,15 +110,36 @@ STREAM_SCHEDULES = dict(
 
 NORMS = dict(shared=contextlib.nullcontext, apart=frozen_stats)     # do running statistics follow the stream?
 
-def forever(loader: object  # any data loader
-           ):       # yields its batches, epoch after epoch
-    "The batches of a loader, repeated without end."
-    while True: yield from loader
+class forever:
+    "The batches of a loader, epoch after epoch without end."
+    def __init__(self,
+        loader: object  # any data loader with a batch; of a `SeededDL` the position can be kept
+    ): self.loader, self.batches = loader, iter(())
+
+    def __iter__(self): return self
+    def __next__(self):
+        for batch in self.batches: return batch
+        self.batches = iter(self.loader)
+        return next(self.batches)
+
+    def position(self) -> dict:
+        "Where the loader is."
+        if not hasattr(self.loader, 'position'):
+            raise MedsynError(f"a second stream from a {type(self.loader).__name__} cannot resume:"
+                              " give it pairs, or a SeededDL")
+        return self.loader.position()
+
+    def resume_at(self,
+        position: dict  # from `position`
+    ):
+        "Go on there."
+        self.loader.resume_at(position)
+        self.batches = iter(self.loader)
 
 # %% ../../nbs/api/56_segment.streams.ipynb #fc103288
 class SynthTermCB(LossTermCB):
     "Adds `w` times the mean loss of a batch of synthetic pairs, from a loader of their own."
-    name, stream = 'L_syn', 'synthetic'
+    name, stream, keeps = 'L_syn', 'synthetic', ('drawn', 'batches')
     def __init__(self,
         pairs: object,              # list of synthetic `Pair`s, or a loader of (image, mask) batches
         w: float = 1.,              # weight of the synthetic batch, 0 or more
@@ -235,7 +256,7 @@ class CopyPasteCB(Callback):
 # %% ../../nbs/api/56_segment.streams.ipynb #2eb79aab
 class PasteOntoCB(SynthTermCB):
     "Adds `w` times the loss of further frames with a real lesion pasted into each."
-    name, stream = 'L_paste', 'paste onto'
+    name, stream, keeps = 'L_paste', 'paste onto', ('drawn', 'batches', 'donors')
     def __init__(self,
         frames: list,               # image files without masks, or `Pair`s
         w: float = 1.,              # weight of the term, 0 or more
