@@ -19,7 +19,8 @@ def is_run(cell):
 def execute(path):
     "Run a notebook from its own folder and write it back, all cells in their places."
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'     # figures become outputs
-    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')           # of libraries
+    # warnings of libraries are not kept
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning,ignore:IProgress not found')
     nb = nbformat.read(path, as_version=4)
     run = nbformat.from_dict({**nb, 'cells': [c for c in nb.cells if is_run(c)]})
     resources = {'metadata': {'path': str(Path(path).parent)}}
