@@ -320,9 +320,13 @@ def segment(data: str,             # folder or list of real pairs
     from medsyn.experiment import describe_arm, open_arm, run_log, split_once, train_segmenter
     from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
-    from medsyn.segment.models import segmenter
+    from medsyn.segment.models import own_encoder, segmenter
+    from medsyn.segment.polyp_nets import published
     split = split_once(find_pairs(data, how=how))
+    kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
     segmenter(kw['network'], kw['encoder'], None, kw['size'])
+    if kw['preset'] is None: del kw['preset']
+    else: published(kw['network'], kw['size'], kw['preset'])
     pick(kw['loss'], LOSSES, 'loss')
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, _frames(unlabelled, how))
@@ -453,7 +457,7 @@ def compare(
     tests: Sequence[str],               # test folders or lists; NAME=FOLDER names one
     out: str,                           # results folder; the same command resumes, started twice it is shared
     arms: Sequence[str] = ('real', 'two-passes'),  # short forms (see medsyn catalog), or folders of pairs
-    network: Sequence[str] = ('unet',),  # unet, segformer, ...
+    network: Sequence[str] = ('unet',),  # unet, segformer, sanet, polyp_pvt or ctnet
     unlabelled: str = None,             # folder of images without masks, for the arms that use them
     subsets: Sequence[str] = (),        # further training sets instead of DATA; NAME=FOLDER names one
     how: object = None,                 # with which choices pairs and images are read

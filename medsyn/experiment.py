@@ -53,7 +53,8 @@ from .segment.annealing import RealAnchorCB
 from .segment.catalog import Arm, as_arm, callbacks_of
 from .segment.learner import LOSSES, DiceMetric, segment_learner
 from .segment.mixing import check_partners, partner_dls
-from .segment.models import segmenter
+from .segment.models import own_encoder, segmenter
+from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import EvalCB
@@ -149,7 +150,7 @@ def train_segmenter(
     pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
     arm: 'Arm | str',                    # what is added: an arm, or its short form
     network: str = 'unet',               # a key of `segment.models.NETWORKS`
-    encoder: str = 'resnet18',           # any encoder of segmentation-models-pytorch or timm
+    encoder: str = None,                 # of segmentation-models-pytorch or timm (default: the network's own)
     encoder_weights: str = None,         # `None`: from scratch; a name (imagenet) or a path
     seed: int = 0,                       # of weights, order and augmentation
     size: int | tuple = 96,              # side, or (height, width), of what the network sees, in pixels
@@ -162,12 +163,18 @@ def train_segmenter(
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
+    preset: str = None,                  # paper: published settings instead of lr, loss and augment
     state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
     save_every: float = 10               # minutes between saved states of the training; 0: after every step
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
+    published_settings = published(network, size, preset) if preset else None
+    if published_settings: augment = published_settings.augment
     split = split_once(pairs)
     arm = open_arm(arm, split, unlabelled)
+    if preset and arm.init:
+        raise MedsynError(f"the published settings of {network} do not fit a network that starts from a"
+                          " backbone: leave the preset out, or take another arm")
     dls = _segmenter_dls(split, arm, size, bs, seed_of(seed, 'batches'), augment, device)
     if arm.partners is not None: dls = partner_dls(dls, arm.partners)
     curve = [HeldOutCurveCB(curve_every)] if split.held else []
@@ -175,8 +182,13 @@ def train_segmenter(
         if arm.init: model = diffusion_segmenter(Backbone.from_pretrained(arm.init), size)
         else: model = segmenter(network, encoder, encoder_weights, size)
         if (fit := split.pairs[0].reading.fit) != 'stretch': model.config['fit'] = fit
-        learn = segment_learner(dls, model, loss, lr, ema=ema, cbs=[*callbacks_of(arm), *curve])
-        fit_resumable(learn, steps, state, save_every, lr=lr, schedule='one_cycle',
+        settings, rates, schedule = dict(loss=loss, lr=lr, cbs=[]), lr, 'one_cycle'
+        if published_settings:
+            settings, rates = published_settings.learner(), published_settings.rates
+            schedule = published_settings.schedule
+        settings['cbs'] += [*callbacks_of(arm), *curve]
+        learn = segment_learner(dls, model, ema=ema, **settings)
+        fit_resumable(learn, steps, state, save_every, lr=rates, schedule=schedule,
                       desc=f'{network} seed {seed}')
     return learn
 
@@ -340,14 +352,18 @@ def baseline_of(arms: Iterable,         # names of arms
     if baseline is None: return 'real' if 'real' in names else names[0]
     return pick(baseline, names, 'baseline arm')
 
-def _networks(segmenters, encoder, encoder_weights, size):
+def _networks(segmenters, encoder, encoder_weights, size, preset=None):
     "Name of a network -> keywords of `train_segmenter`; a wrong name or size shows here."
     networks = {}
     for given in segmenters:
         name = given if isinstance(given, str) else '-'.join(map(str, given.values()))
         own = dict(network=given) if isinstance(given, str) else given
-        networks[name] = dict(network='unet', encoder=encoder, encoder_weights=encoder_weights) | own
-        segmenter(networks[name]['network'], networks[name]['encoder'], size=size)
+        common = dict(network='unet', encoder=encoder, encoder_weights=encoder_weights)
+        chosen = common | (dict(preset=preset) if preset else {}) | own
+        if chosen.get('preset'): published(chosen['network'], size, chosen['preset'])
+        chosen['encoder'] = chosen['encoder'] or own_encoder(chosen['network'])
+        segmenter(chosen['network'], chosen['encoder'], size=size)
+        networks[name] = chosen
     return networks
 
 # %% ../nbs/api/70_experiment.ipynb #4a6984e6
@@ -478,7 +494,7 @@ def compare(
     lr: float = 1e-3,            # peak learning rate
     loss: str = 'bce_dice',      # bce_dice, cross_entropy or structure_loss
     metrics: Sequence[str] = METRICS_SHOWN,  # per-image scores, names in `evaluate.overlap.METRICS`
-    encoder: str = 'resnet18',   # of the networks given by name
+    encoder: str = None,         # of the networks given by name (default: each network's own)
     encoder_weights: str = None,  # a name (imagenet) or a path (default: from scratch)
     augment: str = 'strong',     # of the real pairs: strong, full, flip or none
     ema: float = None,           # decay of averaged weights, in (0,1) (default: no averaging)
@@ -486,6 +502,7 @@ def compare(
     subsets: dict = None,        # name -> labelled pairs, folder or `Split`; each is trained on with all arms
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
+    preset: str = None,          # paper: the networks' published settings instead of lr, loss and augment
     jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
     save_every: float = 10       # minutes between saved states of a run; 0: after every step
 ) -> Path:                       # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
@@ -504,7 +521,7 @@ def compare(
     baseline = baseline_of(_some('arms', arms), baseline)
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
-    networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size)
+    networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size, preset)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)

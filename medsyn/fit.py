@@ -36,7 +36,7 @@ from .generate.catalog import METHODS, generator_learners, settings_of
 from .resume import forget
 from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
-from .segment.models import Segmenter, segmenter
+from .segment.models import Segmenter, own_encoder, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
 
@@ -399,8 +399,8 @@ def fit(
     out: 'str | Path',             # folder to write; the same call resumes
     unlabelled: 'Sequence | str' = (),  # image files without masks, or their folder
     minutes: float = 60,           # for everything
-    network: str = 'unet',         # unet, segformer, ...
-    encoder: str = 'resnet18',     # any encoder of segmentation-models-pytorch or timm
+    network: str = 'unet',         # unet, segformer, sanet, polyp_pvt or ctnet
+    encoder: str = None,           # of segmentation-models-pytorch or timm (default: the network's own)
     encoder_weights: str = None,   # a name (imagenet) or a path (default: from scratch)
     size: int = 96,                # side in pixels at which the network sees the images
     bs: int = 16,                  # real images per step
@@ -420,6 +420,7 @@ def fit(
     unlabelled = unlabelled_images(unlabelled)
     check_unlabelled(unlabelled, pairs, 'labelled')
     pick(loss, LOSSES, 'loss')
+    encoder = own_encoder(network) if encoder is None else encoder
     segmenter(network, encoder, size=size)
     names = list(arms or default_arms(bool(unlabelled)))
     if names[0] != 'real': names = ['real', *[n for n in names if n != 'real']]

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import trainable_params
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import MedsynError, pick
 from ..data.pairs import Geometry, Pair, both_sides, read_image
-from .models import Segmenter, check_size
+from .models import Segmenter
 from ..train import EMACB, common_cbs
 
 # %% ../../nbs/api/52_segment.learner.ipynb #bb94f757
@@ -160,22 +161,24 @@ def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,
                     clip: float = 1.,           # largest gradient norm; `None`: no clipping
                     ema: float | str = None,    # decay of averaged weights, see `train.EMACB`; `None`: none
                     channels_last: bool = None, # memory format of the network; `None`: on a CPU and on CUDA
+                    opt_func: Callable = None,  # makes the optimiser; `None`: AdamW
+                    splitter: Callable = trainable_params, # network -> groups of parameters
                     cbs: list = ()              # further callbacks: what a paper adds
                    ) -> Learner:                # train it with `train.fit_steps`
     "A learner for a segmenter; `MedsynError` if the loss is unknown or the images do not fit the network."
     loss_func = loss if callable(loss) else LOSSES[pick(loss, LOSSES, 'loss')]
     size = getattr(dls, 'size', None)
-    if size and isinstance(model, Segmenter):
-        check_size(*both_sides(size), model.stride, model.config['name'])
+    if size and isinstance(model, Segmenter): model.check_size(*both_sides(size))
+    opt_func = opt_func or partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
     device = torch.device(dls.device or next(model.parameters()).device)
     if channels_last is None: channels_last = device.type in ('cpu', 'cuda')
     model = model.to(device)
     if channels_last: model = model.to(memory_format=torch.channels_last)
     shared = common_cbs(device, clip=clip, ema=None)
     if ema: shared.append(SegmenterEMACB(ema))
-    return Learner(dls, model, loss_func=loss_func, lr=lr, wd=wd,
-                   opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True),
-                   metrics=DiceMetric() if metrics is None else metrics, cbs=[*shared, *cbs])
+    own_terms = getattr(getattr(model, 'net', None), 'loss_terms', list)()
+    return Learner(dls, model, loss_func=loss_func, lr=lr, wd=wd, opt_func=opt_func, splitter=splitter,
+                   metrics=DiceMetric() if metrics is None else metrics, cbs=[*shared, *own_terms, *cbs])
 
 # %% ../../nbs/api/52_segment.learner.ipynb #2796245e
 def upsample(out: Tensor,   # logits (C,H,W) or (H,W)
@@ -185,6 +188,11 @@ def upsample(out: Tensor,   # logits (C,H,W) or (H,W)
     logit = foreground(out[None] if out.ndim == 3 else out[None, None])
     if logit.shape[1:] == tuple(shape): return logit[0]
     return F.interpolate(logit[None], tuple(shape), mode='bilinear', align_corners=False)[0, 0]
+
+def _as_predicted(model, logit):
+    "What a network does to its logits (H,W) at prediction only, as SANet's probability correction."
+    correct = getattr(getattr(model, 'net', None), 'at_inference', None)
+    return correct(logit) if correct else logit
 
 def _image(item):
     "One image as uint8 (H,W,3), from an array or a `Pair`."
@@ -244,7 +252,7 @@ def predict(model: Segmenter,   # a segmenter, on any device
             batch = _batch(images, geometries, device)
             out = flip_averaged(model, batch) if flips else model(batch)
             for out_one, geometry in zip(out, geometries, strict=True):
-                logit = to_original(out_one, geometry)
+                logit = _as_predicted(model, to_original(out_one, geometry))
                 predictions.append((logit if logits else logit.sigmoid()).cpu().numpy())
     finally: model.train(was_training)
     return predictions
