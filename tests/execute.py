@@ -19,14 +19,14 @@ def is_run(cell):
 def execute(path):
     "Run a notebook from its own folder and write it back, all cells in their places."
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'     # figures become outputs
-    # warnings of libraries are not kept
-    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning,ignore:IProgress not found')
     nb = nbformat.read(path, as_version=4)
     run = nbformat.from_dict({**nb, 'cells': [c for c in nb.cells if is_run(c)]})
     resources = {'metadata': {'path': str(Path(path).parent)}}
     NotebookClient(run, timeout=1800, coalesce_streams=True, resources=resources).execute()
     done = {c.id: c for c in run.cells}
     nb.cells = [done.get(c.id, c) for c in nb.cells]
+    for cell in nb.cells:       # messages of libraries are not kept
+        if 'outputs' in cell: cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nbformat.write(nb, path)
 
 if __name__ == '__main__':
