@@ -908,13 +908,13 @@ def picture(out: str | Path,    # folder of a quickstart, with generator/probe.c
     out, with_masks = Path(out), draws_pairs(generator)
     size = generator.size if with_masks else generator.backbone.size
     images, masks = _with_lesion(pairs, size, min(n, len(pairs), len(synthetic)), seed)
-    drawn_images, drawn_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)
+    sampled_images, sampled_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)
     rows = {'real': images, 'its mask': masks}
     if not with_masks:
         seeds = [seed_of(seed, 'picture', i) for i in range(len(masks))]
         rows['synthetic,\nsame mask'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds)
-    rows['drawn mask' if with_masks else 'random mask'] = np.stack(drawn_masks)
-    rows['synthetic'] = np.stack(drawn_images)
+    rows['sampled mask' if with_masks else 'random mask'] = np.stack(sampled_masks)
+    rows['synthetic'] = np.stack(sampled_images)
     show_rows(rows, n=len(images), path=out/'pairs.png', dpi=100)
     _probe_picture(out)
     return out/'pairs.png'

@@ -1392,17 +1392,18 @@ def _strong(h, w):
     "kornia's geometric and colour transforms for pictures of h x w pixels."
     import kornia.augmentation as K
     from kornia.constants import DataKey, Resample
-    quarter_turns = [K.RandomRotation90((0, 3), align_corners=False, p=1.)] if h == w else []
     of_masks = {DataKey.MASK: dict(resample=Resample.NEAREST, align_corners=False)}
     geometry = K.AugmentationSequential(
-        K.RandomHorizontalFlip(p=.5), K.RandomVerticalFlip(p=.5), *quarter_turns,
-        K.RandomAffine(degrees=180., scale=(.7, 1.4), padding_mode='reflection', p=.8),
-        K.RandomElasticTransform(**_elastic(h, w), p=.3), data_keys=['image'], extra_args=of_masks)
+        K.RandomHorizontalFlip(p=.5), K.RandomVerticalFlip(p=.5),
+        K.RandomAffine(degrees=180., translate=(.15, .15), scale=(.7, 1.4), shear=(-8., 8., -8., 8.),
+                       padding_mode='reflection', p=1.),
+        K.RandomElasticTransform(**_elastic(h, w), p=.2), data_keys=['image'], extra_args=of_masks)
     colour = K.AugmentationSequential(
-        K.RandomGaussianBlur((5, 5), (.5, 1.), p=.2),
-        K.ColorJiggle(brightness=.3, contrast=.3, saturation=.3, hue=.05, p=.8),
-        K.RandomGamma((.7, 1.5), p=.3),
-        K.RandomGaussianNoise(std=.04, p=.2), data_keys=['image'])
+        K.RandomGaussianBlur((5, 5), (.5, 1.), p=.25),
+        K.ColorJiggle(brightness=.3, contrast=.4, saturation=.5, hue=.03, p=1.),
+        K.RandomRGBShift(.1, .1, .1, p=.8),
+        K.RandomGamma((.7, 1.4), p=.8),
+        K.RandomGaussianNoise(std=.04, p=.25), data_keys=['image'])
     return geometry, colour
 
 def _warped(part, geometry, draws):
