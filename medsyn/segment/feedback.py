@@ -127,7 +127,7 @@ class GenerativeFeedbackCB(LossTermCB):
         height, width = self.x.shape[-2:]
         size = self.generator.backbone.size
         if (height, width) != (size, size) and not self.resize:
-            raise MedsynError(f"the generator samples {size}x{size} px and the segmenter gets {width}x{height}:"
+            raise MedsynError(f"the generator samples {size}x{size} px, the segmenter gets {width}x{height}:"
                               " train both at one size, or pass resize=True to judge at the generator's size")
 
     def after_loss(self):
