@@ -336,6 +336,6 @@ def plot_differences(table: pd.DataFrame,   # from `compare_arms`
     covers = ' or '.join(dict.fromkeys(table.covers)) if 'covers' in table else 'images'
     ax.set(yticks=range(len(table)), yticklabels=labels)
     ax.set_xlabel(f'{table.metric.iloc[0]} x {scale:g}, difference to the baseline;\nintervals over {covers}')
-    ax.invert_yaxis()
+    ax.set_ylim(len(table) - .4, -.6)      # the first row on top, and room around the rows
     ax.spines[['top', 'right']].set_visible(False)
     return ax
