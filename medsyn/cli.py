@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'READING', 'SHARED', 'Option', 'options_of', 'about', 'Command', 'command', 'settings', 'check', 'clean',
-           'quickstart', 'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score', 'named', 'compare',
-           'catalog', 'bench', 'usage', 'quiet', 'parser_of', 'check_launcher', 'run', 'show_help', 'quiet_libraries',
-           'main', 'fail']
+           'convert', 'quickstart', 'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score', 'named',
+           'compare', 'catalog', 'bench', 'push', 'usage', 'quiet', 'parser_of', 'check_launcher', 'run', 'show_help',
+           'quiet_libraries', 'main', 'fail']
 
 # %% ../nbs/api/80_cli.ipynb #f677e2fb
 import argparse
@@ -166,22 +166,49 @@ def clean(data: str,    # folder in a known layout
     print(f'Made: {len(made)} pairs in {out}{left_out}; at most {made.unsure.max():.1%} of a mask is unsure')
     print(f'Next: medsyn check {out}')
 
+@command('data.layouts.convert', READING, leave='path how fit',
+         example='medsyn convert data --out nnunet --to nnunet')
+def convert(data: str,  # folder: pairs, volumes (NIfTI, DICOM), nnU-Net, Hugging Face, COCO, Pascal VOC
+            out: str,   # new folder
+            how: object = None, # with which choices it is read
+            **kw        # of `convert`
+           ):
+    "Bring a data set into another layout; volumes become slices, names of examinations stay behind."
+    from medsyn.data.layouts import convert as write
+    table = write(data, out, how=how, **kw)
+    print(f'Made: {len(table)} pairs in {out}, of {table.group.nunique()} groups (manifest.csv)')
+    print(f'Next: medsyn check {out}' if kw['to'] == 'pairs' else f'Next: medsyn convert {out} --out pairs')
+
 # %% ../nbs/api/80_cli.ipynb #cf54e2b9
 @command('experiment.quickstart', READING, leave='how',
          rare='n_train n_test pretrain_steps train_steps segment_steps sample_steps sampler channels seeds'
               ' page axis',
          example='medsyn quickstart --out first')
-def quickstart(unlabelled: str = None,  # folder of images without masks, from which the backbone learns too
+def quickstart(minutes: float = None,   # with data: choose the numbers of steps for so many minutes
+               unlabelled: str = None,  # folder of images without masks, from which the backbone learns too
                **kw     # of `experiment.quickstart`
               ):
     from medsyn.experiment import quickstart as make
-    out = make(unlabelled=unlabelled or (), **kw)
+    if minutes is None: out = make(unlabelled=unlabelled or (), **kw)
+    else: out = _in_minutes(minutes, unlabelled or (), kw)
     print('', (out/'results'/'table.md').read_text(), sep='\n')
     print(f"Made: {out/'pairs.png'} (real, mask, synthetic), {out/'probe.png'} (is the mask obeyed?)")
     print(f"Made: {out/'synthetic'} (pairs and manifest), {out/'results'} (table, differences, figure)")
     print(f"Again, stage by stage: {out/'commands.sh'}")
+    if kw['data'] is None:
+        print('This run shows the way: its numbers, of rendered pictures and few steps, prove nothing.')
     print('Next: medsyn fit YOUR_FOLDER --out model' if kw['data'] is None else
-          'Next: longer training (--pretrain-steps, --train-steps) and more synthetic pairs (--n-synth)')
+          'Next: --minutes, or longer training (--pretrain-steps, --train-steps) and more pairs (--n-synth)')
+
+def _in_minutes(minutes, unlabelled, kw):
+    "A quickstart that is planned; the numbers of steps are its own."
+    from medsyn.minutes import quickstart_in
+    if kw['data'] is None:
+        raise MedsynError("--minutes plans a run on your own pictures: give their folder with --data")
+    given = {k: v for k, v in kw.items() if not k.endswith('_steps') or k == 'sample_steps'}
+    if given.pop('n_synth') is not None:
+        raise MedsynError("--minutes chooses the number of pairs: leave --n-synth out")
+    return quickstart_in(minutes, given.pop('data'), given.pop('out'), unlabelled=unlabelled, **given)
 
 # %% ../nbs/api/80_cli.ipynb #370539ee
 @command('experiment.make_backbone', READING, leave='pairs', rare='page axis',
@@ -232,6 +259,7 @@ def train(
     "Train a generator on pairs: of images under masks, or of both together."
     from medsyn.data.pairs import find_pairs
     from medsyn.diffusion.backbone import Backbone
+    from medsyn.diffusion.learner import PairGenerator
     from medsyn.experiment import make_generator
     from medsyn.generate.catalog import METHODS
     method = METHODS[pick(kw['method'], METHODS, 'method')]
@@ -244,7 +272,8 @@ def train(
     obeyed = 'mask' if needs_mask else 'guidance'
     masks = f' --data {data}' if needs_mask else ''
     print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {obeyed} obeyed?)')
-    print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
+    if needs_mask or issubclass(method.opens, PairGenerator):
+        print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
 @command('synth.synthesize', READING, leave='pairs hardness fit', late='into keep least',
@@ -317,13 +346,14 @@ def segment(data: str,             # folder or list of real pairs
             **kw                   # of `train_segmenter`
            ):
     "Train one segmenter on real pairs and what an arm adds, and keep it."
-    from medsyn.data.pairs import find_pairs, pairs_hash
-    from medsyn.experiment import describe_arm, open_arm, run_log, split_once, train_segmenter
+    from medsyn.data.pairs import find_pairs, pairs_hash, refuse_classes
+    from medsyn.experiment import describe, describe_arm, open_arm, run_log, split_once, train_segmenter
     from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import own_encoder, segmenter
     from medsyn.segment.polyp_nets import published
     split = split_once(find_pairs(data, how=how))
+    refuse_classes(split.pairs)
     kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
     segmenter(kw['network'], kw['encoder'], None, kw['size'])
     if kw['preset'] is None: del kw['preset']
@@ -338,6 +368,7 @@ def segment(data: str,             # folder or list of real pairs
         learn = train_segmenter(split, opened, state=out/'state', **kw)
         write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
         learn.model.save_pretrained(out)
+        describe(out, split, opened.unlabelled)
     forget(out/'state')
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
@@ -423,6 +454,21 @@ def _score_segmenter(folder, testsets, out, bs, kw):
     table = evaluate_segmenter(model, testsets, kw['size'], bs, metrics=kw['metrics'])
     if out: write_atomic(out, table.to_csv(index=False))
     print(summarise(table).round(4).to_string())
+    from medsyn.evaluate.stats import paired_bootstrap
+    rows = []
+    for testset, scores in table.groupby('testset', sort=False):
+        for metric in [m for m in kw['metrics'] if m in table and m.startswith(('dice', 'iou'))]:
+            found = paired_bootstrap(scores[metric], 0*scores[metric])
+            numbers = dict(value=found['diff'], lo=found['lo'], hi=found['hi'], n=found['n'])
+            rows.append(dict(testset=testset, metric=metric, **numbers))
+    _evaluated(folder, dict(scores=rows))
+
+def _evaluated(folder, found):
+    "What was measured, in the folder that it is about, and its card."
+    from medsyn.cards import write_card
+    from medsyn.core import save_json
+    save_json(Path(folder)/'evaluation.json', found)
+    write_card(folder)
 
 def _score_images(synthetic, real, out, bs, opened, kw):
     "The report, and its findings."
@@ -432,6 +478,8 @@ def _score_images(synthetic, real, out, bs, opened, kw):
     taken = {k: v for k, v in kw.items() if k in options_of('evaluate.report.report')}
     page = report(synthetic, real, out, bs=bs, **opened, **taken)
     found = load_json(out/'report.json')
+    if (Path(synthetic)/'manifest.jsonl').is_file():
+        _evaluated(synthetic, {k: found[k] for k in ('short', 'numbers')})
     print(*found['short'], *[f'Not measured, or with a reservation: {s}' for s in found['missing']], sep='\n')
     print(f'Made: {page} (open it in a browser)')
     print(f'Made: {out}/report.json (every number), {out}/images.csv (one row an image)')
@@ -500,6 +548,12 @@ def bench(out: str = None,  # also write the table here, as CSV
         write_atomic(out, table.to_csv(index=False))
         print(f'Made: {out}')
 
+@command('cards.push', leave='api', example='medsyn push model owner/name')
+def push(**kw     # of `cards.push`
+        ):
+    from medsyn.cards import push as publish
+    publish(**kw)
+
 # %% ../nbs/api/80_cli.ipynb #bb4082a5
 def usage() -> str:
     "The overview that `medsyn --help` prints."
@@ -510,6 +564,7 @@ def usage() -> str:
                       ' by way of synthetic image-mask pairs.', '',
                       'commands:', *lines, '',
                       'medsyn COMMAND --help shows the options of a command; medsyn --version the versions.',
+                      'Weights are opened as safetensors; --trust-pickle (any command) opens a .pth too.',
                       'Start with: medsyn quickstart'])
 
 def quiet():
@@ -570,7 +625,7 @@ def parser_of(name: str,            # a command
     one = COMMANDS[name]
     options = one.options
     needed = [o for o in options.values() if o.required]
-    positional = [o.name for i, o in enumerate(needed) if i == 0 or o.name == 'images']
+    positional = [o.name for i, o in enumerate(needed) if i == 0 or o.name in ('images', 'name')]
     words = [o.name.upper() if o.name in positional else f'--{o.name} {_placeholder(o)}' for o in needed]
     usage = ' '.join(['medsyn', name, *words, '[options]'])
     parser = argparse.ArgumentParser(prog=f'medsyn {name}', usage=usage, description=one.run.__doc__,
@@ -603,6 +658,9 @@ def run(name: str,              # a command
         print(parser_of(name).format_help(), end='')
         return 0
     if {'-h', '--help'} & {*argv}: return show_help(name, argv)
+    if '--trust-pickle' in argv:
+        argv = [word for word in argv if word != '--trust-pickle']
+        os.environ['MEDSYN_TRUST_PICKLE'] = '1'
     given = vars(parser_of(name).parse_args(argv))
     quiet_libraries()
     if READING in COMMANDS[name].faces:

@@ -88,7 +88,7 @@ def load_json(path: str | Path  # an existing JSON file
     "Read a JSON file; `MedsynError` if it is missing or damaged."
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError as e: raise MedsynError(f"{path} does not exist: check the path") from e
-    except (ValueError, UnicodeDecodeError) as e:
+    except (ValueError, UnicodeDecodeError, RecursionError, IsADirectoryError) as e:
         raise MedsynError(f"{path} is not valid JSON ({e}): write it again") from e
 
 # %% ../nbs/api/00_core.ipynb #b7d5fecd

@@ -7,7 +7,7 @@ __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
            'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'score_run', 'read_scores',
            'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
-           'make_generator', 'draws_pairs', 'picture', 'commands', 'quickstart']
+           'make_generator', 'describe', 'draws_pairs', 'picture', 'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -37,6 +37,7 @@ from torch import nn
 
 from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
                          pick, save_json, seed_of, seeded, track, versions, write_atomic)
+from .cards import write_card
 from .data.lesions import lesion_folder
 from .data.pairs import (Frame, Pair, PairDataset, Reading, find_images, find_pairs, image_dls, pair_dls,
                                pairs_hash, random_stream, read_image, read_pair, reading, same_images,
@@ -814,7 +815,19 @@ def make_generator(
                       desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
-    return _finish(learners, model, out, entry.networks)
+    made = _finish(learners, model, out, entry.networks)
+    describe(out, split, frames)
+    return made
+
+def describe(out: str | Path,           # folder of a saved model
+             split: Split,              # what it was trained on
+             frames: Sequence = ()      # image files without masks
+            ) -> Path:                  # the card
+    "Write data.json (counts and a hash) and the card of a saved model."
+    counts = dict(training=len(split.train), held_out=len(split.held), content=pairs_hash(split.pairs))
+    if frames: counts['without_masks'] = len(frames)
+    save_json(Path(out)/'data.json', counts)
+    return write_card(out)
 
 # %% ../nbs/api/70_experiment.ipynb #e1583845
 def draws_pairs(generator: nn.Module    # any generator
@@ -853,13 +866,13 @@ def picture(out: str | Path,    # folder of a quickstart, with generator/probe.c
     out, with_masks = Path(out), draws_pairs(generator)
     size = generator.size if with_masks else generator.backbone.size
     images, masks = _with_lesion(pairs, size, min(n, len(pairs), len(synthetic)), seed)
-    drawn_images, drawn_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)
+    sampled_images, sampled_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)
     rows = {'real': images, 'its mask': masks}
     if not with_masks:
         seeds = [seed_of(seed, 'picture', i) for i in range(len(masks))]
         rows['synthetic,\nsame mask'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds)
-    rows['drawn mask' if with_masks else 'random mask'] = np.stack(drawn_masks)
-    rows['synthetic'] = np.stack(drawn_images)
+    rows['sampled mask' if with_masks else 'random mask'] = np.stack(sampled_masks)
+    rows['synthetic'] = np.stack(sampled_images)
     show_rows(rows, n=len(images), path=out/'pairs.png', dpi=100)
     _probe_picture(out)
     return out/'pairs.png'

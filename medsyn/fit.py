@@ -28,7 +28,7 @@ from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read
                                split_pairs)
 from .data.volumes import is_volume, open_volume, save_masks, stem_of
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, draws_pairs,
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe, draws_pairs,
                                generator_dls, images_of, make_backbone, make_generator, open_arm,
                                read_scores, report, score_run, share_runs, split_once, train_segmenter,
                                unlabelled_images)
@@ -342,6 +342,7 @@ def _train_winner(job, winner):
     learn = train_segmenter(everything, arm, steps=job.plan.steps, seed=job.seed, state=state,
                             save_every=job.save_every, **job.training)
     learn.model.save_pretrained(model)
+    describe(model, everything, job.unlabelled)
     forget(state)
 
 def _advice(job, winner, gain):

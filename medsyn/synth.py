@@ -23,6 +23,7 @@ from PIL import Image
 
 from .core import (MedsynError, content_hash, file_hash, open_run, os_errors, pick, seed_of, track, versions,
                          write_atomic)
+from .cards import write_card
 from .data.masks import MASK_KINDS
 from .data.pairs import Pair, Reading, read_image, read_mask, read_pair, refuse_classes
 from .data.volumes import stem_of
@@ -65,6 +66,7 @@ def _intact(out, row):
     "Whether the files that a row vouches for are as they were written."
     if 'dropped' in row: return True
     kinds = [kind for kind in ('file', 'mask', 'ignored') if kind in row]
+    if not all((out/row[kind]).resolve().is_relative_to(out.resolve()) for kind in kinds): return False
     return all(file_hash(out/row[kind]) == row[f'{kind}_hash'] for kind in kinds)
 
 def finished(out: Path      # folder of a synthesis run
@@ -75,7 +77,7 @@ def finished(out: Path      # folder of a synthesis run
     for line in manifest.read_text().splitlines() if manifest.exists() else []:
         try:
             if not _intact(out, json.loads(line)): break
-        except (ValueError, KeyError, OSError): break
+        except (ValueError, KeyError, TypeError, RecursionError, OSError): break
         good.append(line)
     return good
 
@@ -574,6 +576,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     rows = _init_run(out, config)
     _run(draw, out, rows, n, bs, settings, keep, tries if drops else 0)
     if (kept := _kept(rows)) < n: raise MedsynError(_too_few(rows, kept, n, out, keep))
+    write_card(out)
     return [Pair(Path(r['file']).stem, out/r['file'], out/r['mask']) for r in rows if 'file' in r]
 
 def _run(draw, out, rows, n, bs, settings, keep, tries):

@@ -25,6 +25,8 @@ def execute(path):
     NotebookClient(run, timeout=1800, coalesce_streams=True, resources=resources).execute()
     done = {c.id: c for c in run.cells}
     nb.cells = [done.get(c.id, c) for c in nb.cells]
+    for cell in nb.cells:       # messages of libraries are not kept
+        if 'outputs' in cell: cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nbformat.write(nb, path)
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from medsyn.cli import COMMANDS, main, parser_of
 from medsyn.data.lesions import lesion_folder
@@ -280,13 +280,66 @@ sys.exit(any(m in sys.modules for m in {HEAVY}))"""
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_fits_one_screen(name):
     "Every option has a sentence, what is required comes first, and an example ends the page."
-    lines = parser_of(name).format_help().splitlines()
-    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+    lines = parser_of(name, common=True).format_help().splitlines()
+    assert len(lines) <= 36 and max(map(len, lines)) <= 120
     assert lines[0].startswith(f'usage: medsyn {name}') and lines[-1].startswith(f'Example: medsyn {name}')
     options = COMMANDS[name].options.values()
     assert all(o.about for o in options), [o.name for o in options if not o.about]
     required = [o.required for o in options]
     assert required == sorted(required, reverse=True)
+
+def test_help_of_a_method_and_of_everything(capsys):
+    assert medsyn('train --method siamese --help') == 0
+    assert 'w_c=' in capsys.readouterr().out
+    assert medsyn('compare --help') == 0
+    assert '--help-all' in (common := capsys.readouterr().out) and '--curve-every' not in common
+    assert medsyn('compare --help-all') == 0
+    assert '--curve-every' in capsys.readouterr().out
+
+def test_choices_reach_every_command_that_reads_pairs():
+    readers = 'check clean convert quickstart pretrain train synth segment fit predict score compare'.split()
+    for name in readers: assert {'window', 'page'} <= {*COMMANDS[name].options}, name
+    for name in set(readers) - {'predict'}: assert 'label' in COMMANDS[name].options, name
+    trainers = 'quickstart pretrain train segment fit compare'.split()
+    assert all('fit' in COMMANDS[name].options for name in trainers)
+
+def test_a_deep_set_with_classes_from_check_to_prediction(tmp_path, capsys):
+    "16-bit images of another shape with two classes: refused as they are, right with three options."
+    folder, rng = tmp_path/'deep', np.random.default_rng(0)
+    for kind in ('images', 'masks'): (folder/kind).mkdir(parents=True)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 3000, (40, 56)).astype(np.uint16)).save(folder/'images'/f'{i}.png')
+        mask = np.zeros((40, 56), np.uint8)
+        mask[5:25, 8 + i:30] = 1 + i % 2
+        Image.fromarray(mask).save(folder/'masks'/f'{i}.png')
+    small = '--size 64 --steps 1 --bs 4 --encoder mobilenetv3_small_050'
+    segment = f'segment {folder} {small} --out {tmp_path}'
+    assert 'several classes' in fails(capsys, f'{segment}/no')
+    assert not (tmp_path/'no').exists()
+    assert 'more than 8 bits' in fails(capsys, f'{segment}/no --label 2')
+    choices = '--window 0 3000 --label 1 2'
+    assert medsyn(f'check {folder} {choices}') == 0
+    assert medsyn(f'{segment}/m {choices} --fit pad') == 0
+    assert json.loads((tmp_path/'m'/'config.json').read_text())['fit'] == 'pad'
+    assert (tmp_path/'m'/'README.md').read_text().startswith('---')
+    assert medsyn(f'predict {tmp_path}/m {folder}/images --out {tmp_path}/p --window 0 3000 --flips') == 0
+    assert Image.open(tmp_path/'p'/'masks'/'3.png').size == (56, 40)
+    assert medsyn(f'score {tmp_path}/m --tests {folder} {choices}') == 0
+    assert '95% interval over 10 images' in (tmp_path/'m'/'README.md').read_text()
+
+def test_masks_alone_and_healthy_images(made, tmp_path):
+    "Masks without images lend lesions to images without masks; outside the border these stay as they are."
+    shutil.copytree(made/'train'/'masks', tmp_path/'alone')
+    shutil.copytree(made/'test'/'images', tmp_path/'healthy')
+    line = f'synth {made}/gen --data {tmp_path}/alone --into {tmp_path}/healthy --healthy --out {tmp_path}/s'
+    assert medsyn(f'{line} -n 3 --steps 2') == 0
+    for row in manifest(tmp_path/'s'):
+        mask = np.asarray(Image.open(tmp_path/'s'/row['mask'])) > 0
+        image, given = (np.asarray(Image.open(f)).astype(int) for f in
+                        (tmp_path/'s'/row['file'], tmp_path/'healthy'/f"{row['into']}.png"))
+        changed = (image != given).any(-1)
+        near = np.asarray(Image.fromarray(mask*np.uint8(255)).filter(ImageFilter.MaxFilter(17))) > 0
+        assert 'ignored' not in row and not (changed & ~near).any()
 
 # What makes an example small enough to be run here.
 SMALL = dict(quickstart=f'--n-train 12 --n-test 4 --n-synth 4 {QUICK}',

@@ -150,9 +150,10 @@ def test_a_folder_gains_arms(train, test, tmp_path):
     assert set(scores.groupby(['arm', 'seed']).groups) == {(a, s) for a in ('real', 'mixup') for s in (0, 1)}
     assert run({'real': 'real'}) == out                     # fewer arms: nothing is forgotten
     assert set(json.loads((out/'compare.json').read_text())['arms']) == {'real', 'mixup'}
-    with pytest.raises(MedsynError, match='holds another compare run .arms was'): run({'real': 'real-twice'})
     with pytest.raises(MedsynError, match='holds another compare run .arms was'):
         run({'real': 'real-twice'})
+    with pytest.raises(MedsynError, match='holds another compare run .steps was'):
+        run({'real': 'real'}, steps=3)
 
 def test_wrong_factors_are_refused(train, test, tmp_path):
     kw = dict(SMALL, seeds=(0,), steps=1)

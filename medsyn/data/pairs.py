@@ -6,9 +6,9 @@
 __all__ = ['FITS', 'IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'VOLUME_TYPES', 'FOREIGN', 'AUGMENT', 'Reading',
            'reading', 'Pair', 'Frame', 'save_list', 'read_table', 'find_pairs', 'read_with', 'pairs_hash',
            'find_images', 'find_masks', 'both_sides', 'Geometry', 'fitting_size', 'auto_window', 'through_window',
-           'read_image', 'read_mask', 'read_pair', 'foreground_values', 'refuse_classes', 'same_images', 'check_pairs',
-           'clean_masks', 'group_of', 'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment',
-           'batch_transforms', 'pair_dls', 'ImageDataset', 'image_dls']
+           'show_slice', 'read_image', 'read_mask', 'read_pair', 'foreground_values', 'refuse_classes', 'same_images',
+           'check_pairs', 'png_of', 'clean_masks', 'group_of', 'split_pairs', 'PairDataset', 'random_stream',
+           'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls', 'ImageDataset', 'image_dls']
 
 # %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
@@ -16,8 +16,10 @@ import itertools
 import json
 import random
 import re
+import struct
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
                          write_atomic)
-from .volumes import AXES, is_volume, open_volume, same_place, stem_of
+from .volumes import AXES, Volume, is_volume, open_volume, same_place, stem_of
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3a75a316
 FITS = ('stretch', 'pad', 'crop')
@@ -579,6 +581,32 @@ def _stored_mode(im):
 
 def _pages(im): return 1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)
 
+def _png_bytes_of(width, height, head):
+    "How many bytes the rows of a PNG take, by its header: bits, colour type, interlace."
+    bits, colour, interlaced = head
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    if not interlaced: return height*(1 + -(-width*bits*samples//8))
+    total = 0
+    for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+                         (0, 1, 1, 2)):
+        columns, rows = -(-(width - x)//dx), -(-(height - y)//dy)
+        if columns > 0 and rows > 0: total += rows*(1 + -(-columns*bits*samples//8))
+    return total
+
+def _refuse_missing_rows(im, path):
+    "An error for a PNG whose data end before its last row, which pillow fills with black."
+    if im.format != 'PNG' or _pages(im) > 1 or np.asarray(im)[-1].any(): return
+    data = Path(path).read_bytes()
+    width, height, bits, colour, _, _, interlaced = struct.unpack('>IIBBBBB', data[16:29])
+    place, parts = 8, []
+    while place + 8 <= len(data):
+        length, kind = struct.unpack('>I4s', data[place:place + 8])
+        if kind == b'IDAT': parts.append(data[place + 8:place + 8 + length])
+        place += 12 + length
+    found = len(zlib.decompressobj().decompress(b''.join(parts)))
+    if found < _png_bytes_of(width, height, (bits, colour, interlaced)):
+        raise OSError('truncated: rows are missing')
+
 def _open(path, what, page=None, axis='axial'):
     "An opened and decoded picture, or a `MedsynError` that says what is wrong with the file."
     if is_volume(path): return _open_slice(path, what, page, axis)
@@ -588,6 +616,7 @@ def _open(path, what, page=None, axis='axial'):
         stored = _stored_mode(im)
         im.load()
         im.turn = im.getexif().get(0x0112, 1)
+        _refuse_missing_rows(im, path)
     except FileNotFoundError as e: raise MedsynError(f"{what} {path} does not exist: check the path") from e
     # pillow's decoders raise OSError, SyntaxError, ValueError, DecompressionBombError ...
     except Exception as e:
@@ -609,10 +638,14 @@ def _open_slice(path, what, page, axis):
     n = volume.count(axis)
     if page is not None and not 0 <= page < n:
         raise MedsynError(f"{what} {path} has no slice {page}: it has {n} along {axis}, counted from 0")
-    values = np.ascontiguousarray(volume.slice(page or 0, axis))
+    return _slice_picture(volume, page or 0, axis, what)
+
+def _slice_picture(volume, page, axis, what):
+    "A slice of an open volume as pillow's picture."
+    values = np.ascontiguousarray(volume.slice(page, axis))
     if values.ndim == 2 and values.dtype != np.uint8: values = _as_deep(values, what)
     im = Image.fromarray(values)
-    im.format, im.n_frames = 'volume', n
+    im.format, im.n_frames = 'volume', volume.count(axis)
     im.stored_mode, im.turn, im.deep_colour, im.inverted = '', 1, False, volume.inverted
     im.suggested = volume.window
     return im
@@ -712,6 +745,13 @@ def _open_image(item, how):
     im = _open(path, 'image', how.page, how.axis)
     _one_page(im, path, 'image', how.page)
     return np.array(_eight_bits(im, path, how.window, how.page)), im.turn
+
+def show_slice(volume: Volume,      # an open volume
+               how: Reading,        # window, page (the slice) and axis
+               path: str | Path     # where it came from, for messages
+              ) -> np.ndarray:      # uint8 (H,W,3)
+    "A slice of an open volume as an image."
+    return np.array(_eight_bits(_slice_picture(volume, how.page, how.axis, 'image'), path, how.window))
 
 def read_image(path: str | Path | Pair,     # an image file, or a pair or frame with choices of its own
                size: int | tuple = None,    # side, or (height, width), in pixels; `None`: as stored
@@ -1065,7 +1105,9 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
     return df
 
 # %% ../../nbs/api/11_data.pairs.ipynb #f14bba96
-def _png_bytes(array):
+def png_of(array: np.ndarray  # uint8, (H,W,3) or (H,W)
+          ) -> bytes:        # a PNG file without any notes
+    "A picture as the bytes of a PNG."
     with BytesIO() as file:
         Image.fromarray(array).save(file, 'png')
         return file.getvalue()
@@ -1158,8 +1200,8 @@ def clean_masks(path: str | Path,               # folder in a known layout
             if not leave_out: raise
             rows.append(dict(name=p.name, changes=f'left out: {e}'))
             continue
-        write_atomic(out/'images'/f'{p.name}.png', _png_bytes(image))
-        write_atomic(out/'masks'/f'{p.name}.png', _png_bytes(mask))
+        write_atomic(out/'images'/f'{p.name}.png', png_of(image))
+        write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
         n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
         rows.append(dict(name=p.name, unsure=unsure, masks=n_masks, window=used, changes='; '.join(changes)))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
@@ -1337,17 +1379,18 @@ def _strong(h, w):
     "kornia's geometric and colour transforms for pictures of h x w pixels."
     import kornia.augmentation as K
     from kornia.constants import DataKey, Resample
-    quarter_turns = [K.RandomRotation90((0, 3), align_corners=False, p=1.)] if h == w else []
     of_masks = {DataKey.MASK: dict(resample=Resample.NEAREST, align_corners=False)}
     geometry = K.AugmentationSequential(
-        K.RandomHorizontalFlip(p=.5), K.RandomVerticalFlip(p=.5), *quarter_turns,
-        K.RandomAffine(degrees=180., scale=(.7, 1.4), padding_mode='reflection', p=.8),
-        K.RandomElasticTransform(**_elastic(h, w), p=.3), data_keys=['image'], extra_args=of_masks)
+        K.RandomHorizontalFlip(p=.5), K.RandomVerticalFlip(p=.5),
+        K.RandomAffine(degrees=180., translate=(.15, .15), scale=(.7, 1.4), shear=(-8., 8., -8., 8.),
+                       padding_mode='reflection', p=1.),
+        K.RandomElasticTransform(**_elastic(h, w), p=.2), data_keys=['image'], extra_args=of_masks)
     colour = K.AugmentationSequential(
-        K.RandomGaussianBlur((5, 5), (.5, 1.), p=.2),
-        K.ColorJiggle(brightness=.3, contrast=.3, saturation=.3, hue=.05, p=.8),
-        K.RandomGamma((.7, 1.5), p=.3),
-        K.RandomGaussianNoise(std=.04, p=.2), data_keys=['image'])
+        K.RandomGaussianBlur((5, 5), (.5, 1.), p=.25),
+        K.ColorJiggle(brightness=.3, contrast=.4, saturation=.5, hue=.03, p=1.),
+        K.RandomRGBShift(.1, .1, .1, p=.8),
+        K.RandomGamma((.7, 1.4), p=.8),
+        K.RandomGaussianNoise(std=.04, p=.25), data_keys=['image'])
     return geometry, colour
 
 def _warped(part, geometry, draws):

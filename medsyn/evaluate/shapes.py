@@ -114,15 +114,15 @@ def mask_shapes(masks: list | np.ndarray,   # pairs, or masks (N,H,W) in {0,1}; 
 # %% ../../nbs/api/67_evaluate.shapes.ipynb #a7c690dc
 SHOWN = ('area', 'y', 'x', 'elongation', 'compactness', 'parts', 'alike', 'dice', 'hausdorff')
 
-def compare_shapes(drawn: pd.DataFrame, # of sampled masks, from `mask_shapes`
-                   train: pd.DataFrame  # of the training masks against themselves
-                  ) -> pd.DataFrame:    # a row per column of `SHOWN`: means, deviations, ks and p
+def compare_shapes(sampled: pd.DataFrame,  # of sampled masks, from `mask_shapes`
+                   train: pd.DataFrame     # of the training masks against themselves
+                  ) -> pd.DataFrame:       # a row per column of `SHOWN`: means, deviations, ks and p
     "Sampled masks beside training masks: `ks` is 0 for the same distribution and 1 for disjoint ones."
     rows = []
     for column in SHOWN:
-        a, b = drawn[column], train[column]
+        a, b = sampled[column], train[column]
         test = ks_2samp(a, b)
-        rows.append(dict(what=column, drawn=a.mean(), drawn_sd=a.std(), train=b.mean(), train_sd=b.std(),
+        rows.append(dict(what=column, sampled=a.mean(), sampled_sd=a.std(), train=b.mean(), train_sd=b.std(),
                          ks=test.statistic, p=test.pvalue))
     return pd.DataFrame(rows)
 
