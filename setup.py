@@ -10,8 +10,8 @@ ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("radiology", "layouts", "dev")}
-extras["dev"] += extras["radiology"] + extras["layouts"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("radiology", "layouts", "app", "dev")}
+extras["dev"] += extras["radiology"] + extras["layouts"] + extras["app"]
 
 setup(
     name=cfg["lib_name"],

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'READING', 'SHARED', 'Option', 'options_of', 'about', 'Command', 'command', 'settings', 'check', 'clean',
            'convert', 'quickstart', 'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score', 'named',
-           'compare', 'catalog', 'bench', 'push', 'usage', 'quiet', 'parser_of', 'check_launcher', 'run', 'show_help',
-           'quiet_libraries', 'main', 'fail']
+           'compare', 'catalog', 'view', 'bench', 'push', 'usage', 'quiet', 'parser_of', 'check_launcher', 'run',
+           'show_help', 'quiet_libraries', 'main', 'fail']
 
 # %% ../nbs/api/80_cli.ipynb #f677e2fb
 import argparse
@@ -334,7 +334,7 @@ def _obedient(segmenter, least):
     return keep_obedient(Segmenter.from_pretrained(segmenter).to(default_device()), least)
 
 # %% ../nbs/api/80_cli.ipynb #4b99a333
-@command('experiment.train_segmenter', READING, leave='pairs device state', late='synthetic',
+@command('experiment.train_segmenter', READING, leave='pairs device state cbs', late='synthetic',
          rare='ema curve_every page axis',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
@@ -352,6 +352,7 @@ def segment(data: str,             # folder or list of real pairs
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import own_encoder, segmenter
     from medsyn.segment.polyp_nets import published
+    from medsyn.watch import WatchCB
     split = split_once(find_pairs(data, how=how))
     refuse_classes(split.pairs)
     kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
@@ -365,7 +366,7 @@ def segment(data: str,             # folder or list of real pairs
     config = {k: v for k, v in kw.items() if k != 'save_every'}
     out = open_run(out, dict(config, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
     if not (out/'config.json').exists():
-        learn = train_segmenter(split, opened, state=out/'state', **kw)
+        learn = train_segmenter(split, opened, state=out/'state', cbs=[WatchCB(out)], **kw)
         write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
         learn.model.save_pretrained(out)
         describe(out, split, opened.unlabelled)
@@ -536,6 +537,12 @@ def catalog():
     for name, arm in ARMS.items():
         form = f'{name}:{arm.folder.upper()}' if arm.folder else name
         print(f"  {form:30} {arm.about}{' (needs --unlabelled)' if arm.unlabelled else ''}")
+
+@command('app.view', example='medsyn view synthetic --real data --generator generator')
+def view(**kw   # of `app.view`
+        ):
+    from medsyn.app import view as serve
+    serve(**kw)
 
 @command('bench.bench', example='medsyn bench --what siamese')
 def bench(out: str = None,  # also write the table here, as CSV

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
-           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'score_run', 'read_scores',
-           'compare', 'run_jobs', 'report', 'table_text', 'images_of', 'generator_dls', 'make_backbone',
-           'make_generator', 'describe', 'draws_pairs', 'picture', 'commands', 'quickstart']
+           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'prediction_file',
+           'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'images_of',
+           'generator_dls', 'make_backbone', 'sampler_of', 'make_generator', 'describe', 'draws_pairs', 'picture',
+           'commands', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -33,10 +34,11 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from PIL import Image
 from torch import nn
 
-from .core import (MedsynError, default_device, file_hash, hardware, load_json, open_run, os_errors,
-                         pick, save_json, seed_of, seeded, track, versions, write_atomic)
+from .core import (MedsynError, content_hash, default_device, file_hash, hardware, load_json,
+                         open_run, os_errors, pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .cards import write_card
 from .data.lesions import lesion_folder
 from .data.pairs import (Frame, Pair, PairDataset, Reading, find_images, find_pairs, image_dls, pair_dls,
@@ -61,6 +63,7 @@ from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import EvalCB
 from .viz import curves, save_png, show_rows
+from .watch import WatchCB
 
 # %% ../nbs/api/70_experiment.ipynb #a0611976
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
@@ -107,10 +110,11 @@ def check_unlabelled(unlabelled: Sequence,  # image files without masks
 
 def open_arm(form: object,              # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
              split: Split,              # the labelled pairs
-             unlabelled: Sequence = ()  # image files without masks, or their folder
+             unlabelled: Sequence = (), # image files without masks, or their folder
+             reviewed: bool = False     # of folders, only pairs that reviewers keep
             ) -> Arm:                   # the arm
     "An arm for a split; `MedsynError` if it cannot be made or trained on it."
-    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator)
+    return as_arm(form, split.train, unlabelled_images(unlabelled), load_generator, reviewed)
 
 # %% ../nbs/api/70_experiment.ipynb #d99bbba9
 class HeldOutCurveCB(EvalCB):
@@ -167,7 +171,8 @@ def train_segmenter(
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
     preset: str = None,                  # paper: published settings instead of lr, loss and augment
     state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
-    save_every: float = 10               # minutes between saved states of the training; 0: after every step
+    save_every: float = 10,              # minutes between saved states of the training; 0: after every step
+    cbs: Sequence = ()                   # further callbacks of the fit, as `watch.WatchCB`
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
     published_settings = published(network, size, preset) if preset else None
@@ -190,7 +195,7 @@ def train_segmenter(
             schedule = published_settings.schedule
         settings['cbs'] += [*callbacks_of(arm), *curve]
         learn = segment_learner(dls, model, ema=ema, **settings)
-        fit_resumable(learn, steps, state, save_every, lr=rates, schedule=schedule,
+        fit_resumable(learn, steps, state, save_every, list(cbs), lr=rates, schedule=schedule,
                       desc=f'{network} seed {seed}')
     return learn
 
@@ -415,14 +420,14 @@ def open_comparison(out: str | Path,    # results folder
     save_json(mark, {**config, **grown})
     return Path(out)
 
-def _resolved_arms(runs, forms, splits, unlabelled):
+def _resolved_arms(runs, forms, splits, unlabelled, reviewed):
     "The arm of each cell of the design, checked against its split."
     arms = {}
     for r in runs:
         cell = r.arm, r.subset, r.generator
         if cell in arms: continue
         form = arm_form(forms[r.arm], r.subset, r.generator)
-        arms[cell] = open_arm(form, splits[r.subset], unlabelled)
+        arms[cell] = open_arm(form, splits[r.subset], unlabelled, reviewed)
         _check_arm(r.arm, arms[cell], splits[r.subset])
     return arms
 
@@ -452,6 +457,32 @@ def share_runs(runs: Sequence,      # of `Run`
                     bar.update()
             if len(left) == before: time.sleep(2)
 
+def prediction_file(folder: str | Path, # a run's predictions: runs/RUN.predictions
+                    testset: str,       # name of a test set
+                    name: str           # of a pair in it
+                   ) -> Path:           # a PNG file
+    "Where a run keeps what it predicts for a test image; any names give a plain file name."
+    return Path(folder)/f'{content_hash(f"{testset}/{name}")}.png'
+
+def save_prediction(folder: Path,       # a run's predictions
+                    size: int,          # side in pixels at which the network works
+                    testset: str,       # name of a test set
+                    pair: Pair,         # the test pair
+                    p: np.ndarray       # (H,W) probability in [0,1]
+                   ) -> Path:           # a PNG file: the probability in 0..255, at most `size` pixels wide
+    "Keep a prediction, small, for people to look at."
+    height, width = p.shape
+    scale = min(1, size/max(height, width))
+    shape = max(round(width*scale), 1), max(round(height*scale), 1)
+    small = Image.fromarray((p*255).round().astype(np.uint8)).resize(shape, Image.Resampling.BILINEAR)
+    return save_png(np.asarray(small), prediction_file(folder, testset, pair.name))
+
+def _save_tests(out, tests):
+    "tests.csv: where the test pairs are, for `medsyn view`."
+    rows = [dict(testset=testset, name=p.name, image=Path(p.image).resolve(), mask=Path(p.mask).resolve())
+            for testset, pairs in tests.items() for p in pairs]
+    write_atomic(out/'tests.csv', pd.DataFrame(rows).to_csv(index=False))
+
 def score_run(file: Path,       # CSV to write: one row an image; the log is written beside it
               split: Split,     # the labelled pairs
               tests: dict,      # name -> list of `Pair`
@@ -460,10 +491,12 @@ def score_run(file: Path,       # CSV to write: one row an image; the log is wri
               **kw              # of `train_segmenter`
              ):
     "One run: its log, then its scores, which vouch for the run; until then its states are kept beside."
-    state = file.with_suffix('.state')
-    learn = train_segmenter(split, arm, state=state, **kw)
+    state, watch = file.with_suffix('.state'), WatchCB(file.parent.parent, file.stem)
+    learn = train_segmenter(split, arm, state=state, cbs=[watch], **kw)
     write_atomic(file.with_suffix('.log.csv'), run_log(learn).to_csv(index=False))
-    scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics)
+    watch.remove()
+    save = partial(save_prediction, file.with_suffix('.predictions'), kw['size'])
+    scores = evaluate_segmenter(learn.model.eval(), tests, kw['size'], metrics=metrics, callback=save)
     write_atomic(file, scores.to_csv(index=False))
     forget(state)
     del learn                   # learner and callbacks refer to each other: each network would stay in memory
@@ -506,7 +539,8 @@ def compare(
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
     preset: str = None,          # paper: the networks' published settings instead of lr, loss and augment
     jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
-    save_every: float = 10       # minutes between saved states of a run; 0: after every step
+    save_every: float = 10,      # minutes between saved states of a run; 0: after every step
+    reviewed: bool = False       # of synthetic folders, take only pairs that reviewers keep (medsyn view)
 ) -> Path:                       # the folder: scores.csv, table.md, differences.csv, figure.png, runs/, ...
     """Train every arm with every network and seed, score it image by image, and say what differs.
 
@@ -529,7 +563,7 @@ def compare(
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)
-    resolved = _resolved_arms(runs, arms, splits, unlabelled)
+    resolved = _resolved_arms(runs, arms, splits, unlabelled, reviewed)
     plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options, save_every)
 
     with main_first(): out = open_comparison(out, plan.config())
@@ -542,6 +576,7 @@ def compare(
                  added=plan.by_cell(lambda arm: len(arm.pairs) + len(arm.synthetic)))
     if is_main():
         save_json(out/'run.json', about)
+        _save_tests(out, tests)
         report(read_scores(runs, file_of), out, baseline, metric)
     wait()
     return out
@@ -760,6 +795,19 @@ def _finish(learners, model, out, networks=()):
     wait()
     return model.eval()
 
+def sampler_of(split: Split,    # the labelled pairs
+               size: int,       # side in pixels
+               n: int = 4,      # images
+               steps: int = 20  # sampler steps
+              ) -> Callable:    # (generator) -> uint8 (n,size,size,3), for `watch.WatchCB`
+    "Samples under the masks of held-out pairs; the same noise every time, so that pictures can be compared."
+    images, masks = _with_lesion(split.held or split.train, size, n, seed_of(0, 'watch'))
+    real = torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1
+    def draw(generator):
+        shown = real if generator.needs_image else None
+        return sample(generator, masks, steps, sampler='dpm++', images=shown, desc='watch')
+    return draw
+
 def _check_method(method, backbone, steps):
     "The method's entry in the catalog; `MedsynError` if it lacks a backbone or has one too many."
     entry = METHODS[pick(method, METHODS, 'method')]
@@ -785,7 +833,8 @@ def make_generator(
     source: str = '',          # where the backbone came from, for the record
     settings: dict = None,     # the method's own settings; its paper's values are the defaults
     unlabelled: Sequence = (),  # images without masks, for a method that learns from them (concat)
-    save_every: float = 10     # minutes between saved states of the training; 0: after every step
+    save_every: float = 10,    # minutes between saved states of the training; 0: after every step
+    pictures: int = 0          # how often in a run samples are written to live/, for medsyn view
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
     entry = _check_method(method, backbone, steps)
@@ -811,7 +860,8 @@ def make_generator(
         return load_generator(out)
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        fit_resumable(learn, steps, out/'state'/name, save_every, parallel_cbs(), schedule=entry.schedule,
+        watch = WatchCB(out, name, sampler_of(split, size) if pictures and backbone else None, pictures)
+        fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *parallel_cbs()], schedule=entry.schedule,
                       desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size

@@ -54,9 +54,9 @@ def contents(out):
     return {f.relative_to(out).as_posix(): f.read_bytes() for f in files}
 
 def written(out):
-    "The finished files of a run that was ended: each of them must be in the result."
+    "The finished files of a run that was ended: each must be in the result. Those in live/ are not finished."
     names = ('*.csv', 'model.safetensors', 'config.json', 'generator.json', 'backbone.json')
-    files = [f for pattern in names for f in sorted(out.rglob(pattern))]
+    files = [f for pattern in names for f in sorted(out.rglob(pattern)) if f.parent.name != 'live']
     return {f.relative_to(out).as_posix(): f.read_bytes() for f in files if not f.name.startswith('.')}
 
 def steps_saved(out):

@@ -350,7 +350,8 @@ SMALL = dict(quickstart=f'--n-train 12 --n-test 4 --n-synth 4 {QUICK}',
              fit='--size 32 --bs 4 --minutes 5 --least-steps 1 --most-steps 1 --most-folds 2'
                  ' --encoder mobilenetv3_small_050 --arms real two-passes',
              compare='--size 32 --steps 1 --bs 4 --seeds 0')
-NOT_RUN = {'bench'}     # a benchmark has no small size; nbs/api/71_bench runs each with one
+NOT_RUN = {'bench',     # a benchmark has no small size; nbs/api/71_bench runs each with one
+           'view'}      # serves until it is stopped; tests/test_app.py looks at it
 
 def test_every_example_runs(tmp_path, monkeypatch, capsys):
     "In the order of the overview, in one folder: what one command makes is the input of another."

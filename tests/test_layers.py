@@ -65,10 +65,10 @@ def test_later_rooms_reach_generators_through_the_catalog(module):
     wrong = {m for m in uses(module) if 30 <= NUMBER[m] < 39}
     assert not wrong, f"{module} imports {wrong}: go through generate.catalog"
 
-EXTRAS = {'nibabel', 'pydicom', 'pycocotools'}      # of `radiology` and `layouts`
+EXTRAS = {'nibabel', 'pydicom', 'pycocotools', 'starlette', 'uvicorn'}  # of `radiology`, `layouts`, `app`
 
 def test_extras_are_declared():
-    listed = ' '.join(INI['DEFAULT'][f'{name}_requirements'] for name in ('radiology', 'layouts'))
+    listed = ' '.join(INI['DEFAULT'][f'{name}_requirements'] for name in ('radiology', 'layouts', 'app'))
     assert {re.match(r'[\w.-]+', r)[0] for r in listed.split()} == EXTRAS
 
 @EVERY_FILE

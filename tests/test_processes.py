@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from fastai.callback.core import Callback
+from learners import small_backbone, small_loaders
 
 from medsyn import cli
+from medsyn import processes as divided
 from medsyn.core import MedsynError, file_hash
 from medsyn.data.lesions import lesion_folder
+from medsyn.generate.control import control_learner
 from medsyn.synth import _wanted
+from medsyn.train import ORDER, fit_steps
 
 FORK = '''
 import json, os, sys
@@ -75,7 +81,7 @@ def test_the_losses_are_those_of_one_process(made, stage):
     assert list(one) == list(two) and len(one) == 4
     pd.testing.assert_frame_equal(one, two, rtol=2e-4, atol=1e-6)
     probes = [pd.read_csv(made[0]/n/stage/'probe.csv') for n in '12']
-    pd.testing.assert_frame_equal(*probes, rtol=1e-3)
+    pd.testing.assert_frame_equal(*probes, rtol=1e-3, atol=1e-6)
 
 def files(folder):
     "File -> digest."
@@ -98,6 +104,30 @@ def test_what_cannot_use_a_launcher_is_refused_in_one_sentence(made):
 def test_a_batch_that_cannot_be_divided(made):
     assert made[1][1] == [2, 2]
     assert 'a batch of 5 cannot be divided over 2 processes: give a multiple of 2' in made[2]
+
+class CatchCB(Callback):
+    "Keeps what the network is given in the first step, and the data that the loss is computed from."
+    order = ORDER['divide'] + .1
+    def before_batch(self):
+        if hasattr(self, 'first'): return
+        learn = self.learn
+        self.first = dict(zt=learn.xb[0], t=learn.xb[1], mask=learn.xb[2].mask, target=learn.yb[0],
+                          x0=learn.noised.x0, z0=learn.noised.z0, eps=learn.noised.eps)
+
+def test_the_rows_of_all_processes_are_the_batch_bit_for_bit(tmp_path, monkeypatch):
+    "Images, masks, latents, timesteps, noise and targets of two processes, put together, are those of one."
+    def batch(processes, rank):
+        monkeypatch.setattr(divided, 'count', lambda: processes)
+        monkeypatch.setattr(divided, 'number', lambda: rank)
+        caught = CatchCB()
+        learn = control_learner(small_loaders(tmp_path), small_backbone(), seed=0, cbs=[caught])
+        divide = [divided.DivideCB()] if processes > 1 else []
+        fit_steps(learn, 1, cbs=divide)
+        return caught.first
+    whole, *shares = batch(1, 0), batch(2, 0), batch(2, 1)
+    for name, value in whole.items():
+        assert len(shares[0][name]) == len(value)//2
+        assert torch.equal(torch.cat([share[name] for share in shares]), value), name
 
 def test_one_process_is_not_a_launch(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '1')

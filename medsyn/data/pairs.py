@@ -40,6 +40,7 @@ from torch import Tensor
 from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
                          write_atomic)
 from .volumes import AXES, Volume, is_volume, open_volume, same_place, stem_of
+from ..review import kept_contents, pair_content
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3a75a316
 FITS = ('stretch', 'pad', 'crop')
@@ -408,7 +409,8 @@ def find_pairs(path: str | Path,  # folder in one of the known layouts, or a lis
                strict: bool = True,     # False: leave out what has no partner instead of refusing
                where: dict = None,      # column of manifest.csv -> value or list of values
                split: str = None,       # 'train', 'validation' or 'test', where a folder holds several
-               how: Reading = None      # with which choices they are read, see `reading`
+               how: Reading = None,     # with which choices they are read, see `reading`
+               reviewed: bool = False   # only pairs that reviewers keep, see `medsyn view`
               ) -> list:                # of `Pair`, sorted by name
     "The pairs of a folder, matched by name; `MedsynError` if there are none, or a file does not pair up."
     pairs, rows = _scan(path, split)
@@ -419,7 +421,18 @@ def find_pairs(path: str | Path,  # folder in one of the known layouts, or a lis
                           "mend them, or pass strict=False to leave them out")
     if where: pairs = _where(path, pairs, where)
     if not pairs: raise _no_pairs(Path(path), where)
+    if reviewed: pairs = _kept(path, pairs)
     return pairs if how is None else read_with(pairs, how)
+
+def _kept(path, pairs):
+    "The pairs that reviewers keep; a pair that was written anew since its review is not among them."
+    path = Path(path)
+    contents = kept_contents(path if path.is_dir() else path.parent)
+    kept = [p for p in pairs if pair_content(p.image, p.mask) in contents.get(p.name, ())]
+    if not kept:
+        raise MedsynError(f"reviewers keep none of the {len(pairs)} pairs of {path} as they are now:"
+                          " review them with medsyn view, or leave reviewed out")
+    return kept
 
 def read_with(pairs: list,      # of `Pair`
               how: Reading      # the choices

@@ -8,6 +8,7 @@ __all__ = ['THRESHOLDS', 'METRICS', 'CHEAP', 'BETTER_LOW', 'minmax', 'threshold_
            'summarise']
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #0df356bf
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -233,7 +234,8 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
                        size: int | tuple = None, # of the network's input, pixels; `None`: the model's own
                        bs: int = 16,        # images per batch
                        device: str = None,  # `None`: where the model is
-                       metrics: tuple = CHEAP # names out of `METRICS`
+                       metrics: tuple = CHEAP, # names out of `METRICS`
+                       callback: Callable = None # called with test set, `Pair` and probability (H,W) of each
                       ) -> pd.DataFrame:    # testset, name, one column per metric; one row per image
     "Score a segmenter image by image; `MedsynError` if a test set is empty."
     metrics = [pick(m, METRICS, 'metric') for m in metrics]
@@ -249,6 +251,7 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
             predictions = predict(model, list(images), size=size, bs=bs, device=device)
             for pair, p, mask in zip(batch, predictions, masks):
                 rows.append(dict(testset=testset, name=pair.name, **score(p, mask, metrics)))
+                if callback: callback(testset, pair, p)
             bar.update(len(images))
     bar.close()
     return pd.DataFrame(rows)

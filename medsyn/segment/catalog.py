@@ -52,6 +52,18 @@ class Given:
     train: list                         # the real training `Pair`s
     unlabelled: list                    # image files without masks
     load_generator: Callable = None     # opens a generator's folder: `generate.catalog.load_generator`
+    reviewed: bool = False              # take only pairs that reviewers keep
+
+    def pairs(self) -> list:
+        "The pairs of the folder after the colon."
+        return find_pairs(self.path, reviewed=self.reviewed)
+
+    def partners(self) -> dict:
+        "For each real pair, those of the folder's pairs that lie under its mask."
+        found = find_partners(self.path, self.train)
+        if not self.reviewed: return found
+        kept = {*self.pairs()}
+        return {name: [p for p in pairs if p in kept] for name, pairs in found.items()}
 
 @dataclass(frozen=True)
 class ArmMethod:
@@ -67,7 +79,7 @@ MIX_ARMS = {'mcpmix-fixed': lambda: [PairedMixCB(.5, 1.)],
 
 def _mixing(name):
     "The recipe of an arm of MCPMix."
-    return lambda given: Arm(cbs=MIX_ARMS[name], partners=find_partners(given.path, given.train))
+    return lambda given: Arm(cbs=MIX_ARMS[name], partners=given.partners())
 
 def _feedback(given):
     "A generator as a judge; it is opened once and shared by the runs, which do not change it."
@@ -82,7 +94,7 @@ def _stream(schedule):
     def make(given):
         ignored = Path(given.path)/'ignored'
         ignored = ignored if ignored.is_dir() else None
-        return Arm(synthetic=find_pairs(given.path), schedule=schedule, ignored=ignored)
+        return Arm(synthetic=given.pairs(), schedule=schedule, ignored=ignored)
     return make
 
 def _paste_onto(given):
@@ -108,7 +120,7 @@ ARMS = {
                             unlabelled=True),
     'mixup': ArmMethod(lambda g: Arm(cbs=lambda: [MixUpCB()]), "two real images and their masks, blended"),
     'cutmix': ArmMethod(lambda g: Arm(cbs=lambda: [CutMixCB()]), "a box of another real image with its mask"),
-    'pooled': ArmMethod(lambda g: Arm(find_pairs(g.path)),
+    'pooled': ArmMethod(lambda g: Arm(g.pairs()),
                         "synthetic pairs replace real ones in a batch", 'pairs'),
     'stream': ArmMethod(_stream('fixed'), "a synthetic batch beside the real one: L_real + L_syn", 'pairs'),
     'stream-annealed': ArmMethod(_stream('cosine'),
@@ -140,13 +152,13 @@ def _split(text):
         else: parts[-1] += '+' + piece
     return parts
 
-def _one(text, train, unlabelled, load_generator):
+def _one(text, train, unlabelled, load_generator, reviewed):
     "One arm from one short form."
     name, _, path = text.partition(':')
     if name not in ARMS:
         is_path = '/' in text or Path(text).exists()
         if not is_path: pick(name, ARMS, 'arm')
-        return Arm(find_pairs(text))
+        return Arm(find_pairs(text, reviewed=reviewed))
     method = ARMS[name]
     if method.folder and not path:
         raise MedsynError(f"arm {name!r} needs a folder ({method.folder}): write {name}:FOLDER")
@@ -154,7 +166,7 @@ def _one(text, train, unlabelled, load_generator):
         raise MedsynError(f"arm {name!r} takes no folder, and {path!r} was given: write {name}")
     if method.unlabelled and not unlabelled:
         raise MedsynError(f"arm {name!r} needs images without masks: give unlabelled=FOLDER")
-    return method.make(Given(path, list(train), list(unlabelled), load_generator))
+    return method.make(Given(path, list(train), list(unlabelled), load_generator, reviewed))
 
 def combine(arms: list  # of `Arm`, one or more
            ) -> Arm:    # all of them at once
@@ -177,14 +189,15 @@ def combine(arms: list  # of `Arm`, one or more
 def as_arm(what: 'str | Path | Arm | list', # a short form, an `Arm`, a list of `Pair`, or a folder of pairs
            train: list = (),                # the real training `Pair`s, to look for their partners
            unlabelled: list = (),           # image files without masks, for the arms that use them
-           load_generator: Callable = None  # opens a generator: `generate.catalog.load_generator`
+           load_generator: Callable = None, # opens a generator: `generate.catalog.load_generator`
+           reviewed: bool = False           # of folders, only pairs that reviewers keep, see `medsyn view`
           ) -> Arm:                         # the arm
     "An arm from its short form; `MedsynError` for an unknown name, a missing folder, a contradiction."
     if isinstance(what, Arm): return what
     if isinstance(what, (list, tuple)): return Arm(list(what))
     text = str(what)
     parts = [text] if Path(text).is_dir() else _split(text)
-    arms = [_one(part, train, unlabelled, load_generator) for part in parts]
+    arms = [_one(part, train, unlabelled, load_generator, reviewed) for part in parts]
     return arms[0] if len(arms) == 1 else combine(arms)
 
 def mixing_arms(folder: str     # synthetic pairs under the real masks

@@ -1,0 +1,507 @@
+"""The pages of `medsyn view`: what a browser does, and what the server answers without one.
+
+The tests with a browser need Chromium (Debian: apt-get install chromium) and the package playwright;
+without them they are skipped. MEDSYN_BROWSER names another program."""
+import base64
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+
+from medsyn.app import make_app, open_site, view
+from medsyn.core import MedsynError
+from medsyn.data.lesions import lesion_folder
+from medsyn.data.pairs import find_pairs, read_pair
+from medsyn.diffusion.backbone import Backbone
+from medsyn.evaluate import gallery
+from medsyn.experiment import Run, _save_tests, report, save_prediction
+from medsyn.generate.control import ControlGenerator
+from medsyn.review import add_review, kappa, pair_content, read_reviews
+from medsyn.synth import png_bytes
+
+SIZE = 32
+EVIL = "<img src=x onerror='window.hacked=1'>\"&"
+
+# What is shown -------------------------------------------------------------------------------------
+
+def write_results(folder, tests):
+    "A comparison's folder as `compare` leaves it, with invented scores."
+    rng, rows = np.random.default_rng(0), []
+    for arm, mean in (('real', .6), ('two-passes', .7)):
+        for seed in (0, 1):
+            run = Run(arm, 'unet', seed)
+            for p in tests:
+                row = dict(arm=arm, segmenter='unet', seed=seed, testset='test', name=p.name)
+                rows.append({**row, 'dice@0.5': float(np.clip(rng.normal(mean, .1), 0, 1))})
+                mask = read_pair(p)[1].astype(float)
+                save_prediction(folder/'runs'/f'{run.file}.predictions', SIZE, 'test', p, .9*mask)
+    _save_tests(folder, {'test': tests})
+    return report(pd.DataFrame(rows), folder)
+
+def write_log(folder, steps, total):
+    "The files of a training that has come so far."
+    live = folder/'live'
+    live.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(dict(step=range(1, steps + 1), loss=1/np.arange(1, steps + 1), L_align=.5, lr=1e-3))
+    table.to_csv(live/'train.log.csv', index=False)
+    pd.DataFrame(dict(step=[steps], margin=[.02])).to_csv(live/'train.evals.csv', index=False)
+    (live/'train.json').write_text(json.dumps(dict(done=steps, total=total)))
+    Image.fromarray(np.full((32, 64, 3), 200, np.uint8)).save(live/f'train-{steps:06d}.png')
+    return folder
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    "Synthetic and real pairs, a generator, a training that runs, a comparison."
+    d = tmp_path_factory.mktemp('view')
+    real = find_pairs(lesion_folder(d/'real', 12, size=SIZE, seed=1))
+    lesion_folder(d/'made', 9, size=SIZE, seed=2)
+    first = find_pairs(d/'made')[0]
+    for file in (first.image, first.mask): file.rename(file.with_stem(EVIL.replace('/', '')))
+    x0 = torch.from_numpy(np.stack([read_pair(p)[0] for p in real])).permute(0, 3, 1, 2)/127.5 - 1
+    ControlGenerator(Backbone.tiny(x0, SIZE, (16, 32), seed=0)).save_pretrained(d/'generator')
+    write_log(d/'run', 30, 60)
+    write_results(d/'results', real[:6])
+    return d
+
+def site_of(d, **more):
+    "Everything opened, as `medsyn view` does."
+    named = dict(real=d/'real', generator=d/'generator', run=d/'run', results=d/'results')
+    return open_site(d/'made', **{**named, **more})
+
+@pytest.fixture
+def copied(places, tmp_path):
+    "The same with a folder of pairs of its own, that a test may change."
+    for name in ('real', 'generator', 'run', 'results'): (tmp_path/name).symlink_to(places/name)
+    shutil.copytree(places/'made', tmp_path/'made', ignore=shutil.ignore_patterns('.view', '*.jsonl'))
+    return tmp_path
+
+def client_of(site, who='Ada'):
+    "Somebody who has opened the printed address and given a name."
+    client = TestClient(make_app(site, ['testserver']), headers={'x-medsyn': '1'})
+    client.get(f'/?token={site.token}')
+    client.cookies.set('who', who)
+    return client
+
+# Without a browser ---------------------------------------------------------------------------------
+
+PATHS = ['/', '/score', '/paint', '/training', '/results', '/static/app.js', '/thumbnail/x', '/picture/x',
+         '/nearest/x', '/details/x', '/score/picture/x', '/training/state', '/training/figure',
+         '/training/picture', '/results/case/x', '/results/picture/x', '/nowhere']
+PICTURES = ['/thumbnail', '/picture', '/nearest', '/details', '/score/picture', '/results/case',
+            '/results/picture']
+SENT = ['/review', '/score', '/paint/mask', '/paint/into', '/paint/edit', '/paint/sample', '/paint/add']
+
+def test_nothing_without_the_token(places):
+    site = site_of(places)
+    client = TestClient(make_app(site, ['testserver']), follow_redirects=False)
+    for path in PATHS:
+        for question in ('', '?token=', '?token=' + site.token[:-1], '?token=%00%ff'):
+            answer = client.get(path + question)
+            assert answer.status_code == 403 and 'Refused' in answer.text, path
+    for path in SENT: assert client.post(path, json={}, headers={'x-medsyn': '1'}).status_code == 403
+    client.cookies.set('medsyn-00000000', site.token)
+    assert client.get('/').status_code == 403
+
+def test_another_host_and_a_foreign_page_are_refused(places):
+    "A name that an attacker points to 127.0.0.1, and a request that lacks the header of our own script."
+    site = site_of(places)
+    client = TestClient(make_app(site, ['127.0.0.1']), base_url='http://evil.example')
+    assert client.get(f'/?token={site.token}').status_code == 400
+    client = client_of(site)
+    for path in SENT: assert client.post(path, json={}, headers={'x-medsyn': ''}).status_code == 403
+    for question in ('//evil.example/', '/%2f/evil.example'):
+        answer = client.get(f'{question}?token={site.token}', follow_redirects=False)
+        assert not answer.headers.get('location', '/').startswith('//'), answer.headers
+
+def test_every_answer_forbids_foreign_content(places):
+    client = client_of(site_of(places))
+    for path in PATHS:
+        policy = client.get(path).headers['content-security-policy']
+        assert "default-src 'none'" in policy and "script-src 'self'" in policy, path
+        assert 'unsafe' not in policy, path
+
+def test_names_stay_text(places):
+    client = client_of(site_of(places))
+    page = client.get('/').text
+    assert '<img src=x' not in page and '&lt;img src=x' in page
+
+@pytest.mark.parametrize('id', ['x', '...', '%2e%2e%2f%2e%2e%2fetc%2fpasswd', '0'*16])
+def test_paths_outside_the_folder_are_refused(places, id):
+    client = client_of(site_of(places))
+    for path in PICTURES:
+        answer = client.get(f'{path}/{id}', params=dict(arm='two-passes'))
+        assert answer.status_code in (400, 404) and 'root:' not in answer.text, path
+    answer = client.get('/training/picture', params=dict(name='train', stem='../../../../etc/passwd'))
+    assert answer.status_code == 400 and 'no samples of this name' in answer.json()['error']
+
+@pytest.mark.parametrize('query, words', [
+    ('sort=obedience', '--segmenter'), ('sort=nam', 'did you mean'), ('state=kept', 'did you mean'),
+    ('page=1e9', 'is no number'), ('size=<b>', 'unknown size')])
+def test_a_wrong_address_is_one_sentence(places, query, words):
+    answer = client_of(site_of(places)).get('/?' + query)
+    assert answer.status_code == 400 and words in answer.text and '<b>' not in answer.text
+
+@pytest.mark.parametrize('sent, words', [
+    (dict(verdict='keep'), 'no picture of this id'), (dict(id='ID'), 'without verdict and score'),
+    (dict(id='ID', verdict='burn'), 'unknown verdict'), (dict(id='ID', score=11), 'from 1 to 10'),
+    (dict(id='ID', score='<b>'), 'from 1 to 10'), (dict(id='ID', verdict=['keep']), 'unknown verdict')])
+def test_a_wrong_review_is_refused_and_not_written(copied, sent, words):
+    site = site_of(copied)
+    id = next(iter(site.gallery.pairs))
+    answer = client_of(site).post('/review', json={k: id if v == 'ID' else v for k, v in sent.items()})
+    assert answer.status_code == 400 and words in answer.json()['error']
+    assert not len(read_reviews(copied/'made'))
+    nobody = client_of(site, '').post('/review', json=dict(id=id, verdict='keep'))
+    assert 'give a name' in nobody.json()['error']
+
+def address_of(data): return 'data:x;base64,' + base64.b64encode(data).decode()
+
+@pytest.mark.parametrize('data, words', [
+    (b'not an image', 'no image'), (b'', '0 bytes'), (png_bytes(np.ones((16, 16), np.uint8)*255), '16x16 px'),
+    (png_bytes(np.zeros((SIZE, SIZE), np.uint8)), 'empty'),
+    (png_bytes(np.arange(SIZE*SIZE).reshape(SIZE, SIZE).astype(np.uint8)), 'the mask')])
+def test_a_wrong_upload_is_refused(places, data, words):
+    client = client_of(site_of(places))
+    for path in ('/paint/mask', '/paint/edit', '/paint/sample'):
+        answer = client.post(path, json=dict(mask=address_of(data)))
+        assert answer.status_code == 400 and words in answer.json()['error'], path
+        assert '/tmp' not in answer.json()['error']
+
+def test_damaged_requests_are_refused(places):
+    client = client_of(site_of(places))
+    for content in (b'', b'[1]', b'{"mask": ', b'\xff'):
+        assert 'damaged' in client.post('/paint/edit', content=content).json()['error']
+    big = client.post('/paint/mask', content=b'x'*41_000_000)
+    assert 'over 40 MB' in big.json()['error']
+    mask = address_of(png_bytes(np.eye(SIZE, dtype=np.uint8)*255))
+    for wrong in (None, 'nan', 'x', '1e999'):
+        sent = dict(mask=mask, dx=wrong, dy=0, scale=1, angle=0, bend=0, seed=0)
+        assert 'dx' in client.post('/paint/edit', json=sent).json()['error']
+
+def test_the_sheet_does_not_tell(copied):
+    "Address, size, type and length of the answers are no hint at the set; the scores are written with it."
+    site = site_of(copied)
+    client = client_of(site)
+    for _ in range(8):
+        page = client.get('/score?n=4&real=1').text
+        item, where = re.search(r'data-item="(\w+)" data-where="([^"]+)"', page).groups()
+        assert not re.search(r'synthetic/|real/|\.png|00000', page)
+        picture = client.get(f'/score/picture/{item}?n=4&real=1')
+        assert Image.open(io.BytesIO(picture.content)).size == (320, 320)
+        assert not Image.open(io.BytesIO(picture.content)).info
+        address = '/score?' + where.replace('&amp;', '&')
+        assert client.post(address, json=dict(item=item, score=6)).status_code == 200
+    reviews = read_reviews(copied/'made')
+    assert sorted(reviews['set']) == ['real']*4 + ['synthetic']*4 and reviews.blinded.all()
+    assert 'Mean scores' in client.get('/score?n=4&real=1').text
+    for name in reviews.name: assert name not in page
+    refused = client_of(site, 'Ben').post('/score?n=4', json=dict(item=item, score=6))
+    assert 'not on your sheet' in refused.json()['error']       # a sheet is one reviewer's
+
+def many(folder, n):
+    "`n` pairs that share the files of a few rendered ones."
+    few = find_pairs(lesion_folder(folder/'few', 8, size=SIZE, seed=3))
+    for kind in ('images', 'masks'): (folder/'many'/kind).mkdir(parents=True)
+    for i in range(n):
+        pair = few[i % len(few)]
+        os.link(pair.image, folder/'many'/'images'/f'{i:05d}.png')
+        os.link(pair.mask, folder/'many'/'masks'/f'{i:05d}.png')
+    return folder/'many'
+
+def test_5000_pairs_are_paged_and_nothing_is_made_twice(tmp_path, monkeypatch):
+    "What makes a large folder open at once: one page of tiles, thumbnails kept, no mask measured for it."
+    site = open_site(many(tmp_path, 5000))
+    client, read = client_of(site), []
+    monkeypatch.setattr(gallery, 'read_pair', lambda pair: read.append(pair) or read_pair(pair))
+    monkeypatch.setattr(gallery, 'mask_measures', lambda files: pytest.fail('masks are measured'))
+    page = client.get('/').text
+    ids = re.findall(r'data-id="(\w+)"', page)
+    assert len(ids) == gallery.PAGE and '5000 of 5000 pairs, page 1 of 84' in page and len(page) < 60_000
+    for _ in range(3):
+        for id in ids: assert client.get(f'/thumbnail/{id}').headers['content-type'] == 'image/jpeg'
+    assert len(read) == gallery.PAGE
+    again = client_of(open_site(tmp_path/'many'))
+    for id in ids: again.get(f'/thumbnail/{id}')
+    assert len(read) == gallery.PAGE                            # another server finds them
+    last = client.get('/?page=83').text
+    assert len(re.findall('class="tile', last)) == 5000 - 83*gallery.PAGE
+
+def test_compare_takes_reviewed_pairs(copied):
+    "Two reviewers: the arm has what both keep."
+    from medsyn.experiment import open_arm, split_once
+    pairs = find_pairs(copied/'made')
+    for p, verdicts in zip(pairs, ['kk', 'kd', 'ku', 'k', 'd']):
+        for who, verdict in zip(('Ada', 'Ben'), verdicts):
+            named = dict(k='keep', d='drop', u='unsure')[verdict]
+            add_review(copied/'made', p.name, who, named, content=pair_content(p.image, p.mask))
+    split = split_once(copied/'real')
+    arm = open_arm(str(copied/'made'), split, reviewed=True)
+    assert [p.name for p in arm.pairs] == [pairs[0].name, pairs[3].name]
+    assert len(open_arm(str(copied/'made'), split).pairs) == 9
+    assert kappa(read_reviews(copied/'made'), 'Ada', 'Ben')['n'] == 3
+
+def test_a_port_in_use_and_missing_folders_are_one_sentence(places):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        with pytest.raises(MedsynError, match='--port 0'): view(places/'made', port=taken.getsockname()[1])
+    with pytest.raises(MedsynError, match='correct --generator'): view(places/'made', generator=places/'no')
+    with pytest.raises(MedsynError, match='no image/mask pairs'): view(places/'run')
+
+# With a browser ------------------------------------------------------------------------------------
+
+NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync']
+
+def find_browser():
+    "The browser's program, or why there is none."
+    program = os.environ.get('MEDSYN_BROWSER') or next(filter(None, map(shutil.which, NAMES)), None)
+    if not program: return None, 'no Chromium on this machine (Debian: apt-get install chromium)'
+    try: import playwright.sync_api  # noqa: F401
+    except ImportError: return None, "the package playwright is missing (pip install 'medsyn[dev]')"
+    return program, ''
+
+BROWSER, REASON = find_browser()
+in_browser = pytest.mark.skipif(not BROWSER, reason=REASON)
+
+@pytest.fixture(scope='module')
+def chromium():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser
+        browser.close()
+
+class Served:
+    "A server of this process, on a free port."
+    def __init__(self, site):
+        import uvicorn
+        self.site, self.socket = site, socket.socket()
+        self.socket.bind(('127.0.0.1', 0))
+        self.port = self.socket.getsockname()[1]
+        app = make_app(site, ['127.0.0.1'])
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False))
+        sockets = dict(sockets=[self.socket])
+        self.thread = threading.Thread(target=self.server.run, kwargs=sockets, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(10)
+
+    def address(self, path='/'): return f'http://127.0.0.1:{self.port}{path}'
+
+def until(page, expression):
+    "Wait for something in the page; Playwright's own way is `eval`, which the page's policy forbids."
+    for _ in range(400):
+        if page.evaluate(expression): return
+        page.wait_for_timeout(50)
+    pytest.fail(f'does not come true: {expression}')
+
+def enter(browser, address, token, who='Ada', width=1280, path='/'):
+    "A page of a reviewer's own browser, past the token."
+    context = browser.new_context(viewport=dict(width=width, height=900))
+    context.set_default_timeout(20_000)
+    origin = address.rstrip('/')
+    if who: context.add_cookies([dict(name='who', value=who, url=origin)])
+    page = context.new_page()
+    page.on('dialog', lambda dialog: pytest.fail(f'the page asks: {dialog.message}'))
+    page.on('pageerror', lambda error: pytest.fail(f'the script fails: {error}'))
+    page.goto(f'{origin}{path}?token={token}')
+    return page
+
+@pytest.fixture(scope='module')
+def served(places):
+    with Served(site_of(places)) as server: yield server
+
+def opened(chromium, served, path='/', **more):
+    return enter(chromium, served.address(''), served.site.token, path=path, **more)
+
+@in_browser
+def test_the_token_leaves_the_address_bar_and_is_needed(chromium, served):
+    page = opened(chromium, served)
+    assert 'token' not in page.url and page.locator('.tile').count() == 9
+    stranger = chromium.new_context().new_page()
+    assert stranger.goto(served.address('/')).status == 403
+    assert 'Refused' in stranger.inner_text('body')
+
+@in_browser
+def test_a_hostile_name_does_nothing(chromium, served):
+    page = opened(chromium, served)
+    page.locator('.tile[data-name*=onerror]').click()
+    until(page, "document.getElementById('caption').textContent.includes('onerror')")
+    assert page.evaluate('window.hacked') is None and page.locator('[src=x]').count() == 0
+
+def serve(folder, messages):
+    "A server in a process of its own; what it prints goes through the queue."
+    import builtins
+    builtins.print = lambda text, **kw: messages.put(text)
+    view(folder, port=0)
+
+@pytest.fixture(scope='module')
+def processes():
+    "Starts servers that can be killed; the imports are made once. All are killed at the end."
+    context, started = multiprocessing.get_context('forkserver'), []
+    context.set_forkserver_preload(['medsyn.app', 'medsyn.experiment'])
+    def start(folder):
+        messages = context.Queue()
+        started.append(context.Process(target=serve, args=(folder, messages), daemon=True))
+        started[-1].start()
+        printed = messages.get(timeout=120)
+        return started[-1], *re.search(r'(http://\S+?)/\?token=(\S+)', printed).groups()
+    yield start
+    for process in started: process.kill()
+
+@in_browser
+def test_review_by_keyboard_survives_a_kill(chromium, copied, processes):
+    "K, D, U, a score and an undo by keys alone; the server is killed; a new one shows all of it."
+    process, address, token = processes(copied/'made')
+    page = enter(chromium, address, token)
+    page.keyboard.press('ArrowLeft')
+    names = [tile.get_attribute('data-name') for tile in page.locator('.tile').all()]
+    for i, key in enumerate('kdukkz'):
+        until(page, f"document.querySelectorAll('.tile')[{min(i, 5)}].ariaPressed === 'true'")
+        if key == 'z': page.keyboard.press('ArrowLeft')
+        page.keyboard.press(key)
+        said = json.dumps(names[i - (key == 'z')] + ': ')
+        until(page, f"document.getElementById('status').textContent.startsWith({said})")
+    page.keyboard.press('7')
+    until(page, "document.getElementById('status').textContent.includes('score 7, saved')")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    page.keyboard.press('k')                                    # not saved, and said so
+    page.wait_for_selector('#message:has-text("nothing was saved")')
+    process, address, token = processes(copied/'made')
+    page = enter(chromium, address, token)
+    badges = [tile.inner_text() for tile in page.locator('.badge').all()]
+    assert badges == ['keep', 'drop', 'unsure', 'keep'] + ['open']*5
+    reviews = read_reviews(copied/'made')
+    assert reviews.verdict.dropna().to_list() == ['keep', 'drop', 'unsure', 'keep', 'keep', 'clear']
+    assert reviews.score.dropna().to_list() == [7]
+    assert [p.name for p in find_pairs(copied/'made', reviewed=True)] == [names[0], names[3]]
+
+@in_browser
+def test_two_reviewers_at_once(chromium, copied):
+    "Both judge the same pictures at the same time; nothing is lost, and their agreement is shown."
+    with Served(site_of(copied)) as server:
+        pages = [opened(chromium, server, who=who) for who in ('Ada', 'Ben')]
+        for i in range(6):
+            for k, page in enumerate(pages): page.keyboard.press('d' if i == 5 and k else 'kd'[i % 2])
+            for page in pages:
+                until(page, f"document.querySelectorAll('.tile')[{i + 1}].ariaPressed === 'true'")
+        pages[0].reload()
+        row = pages[0].locator('tbody tr').inner_text().split('\t')
+    found = kappa(read_reviews(copied/'made'), 'Ada', 'Ben')
+    assert found['n'] == 6 and row[:4] == ['Ada', 'Ben', '6', f"{found['agree']:.2f}"]
+
+@in_browser
+def test_a_stroke_becomes_images_and_one_joins_the_set(chromium, copied):
+    with Served(site_of(copied)) as server:
+        page = opened(chromium, server, '/paint')
+        box = page.locator('#canvas').bounding_box()
+        page.mouse.move(box['x'] + .3*box['width'], box['y'] + .5*box['height'])
+        page.mouse.down()
+        page.mouse.move(box['x'] + .6*box['width'], box['y'] + .5*box['height'], steps=4)
+        page.mouse.up()
+        painted = page.locator('#canvas').get_attribute('aria-label')
+        assert int(re.search(r'(\d+) painted', painted)[1]) > 20
+        for field, value in dict(steps='2', count='2', scale='1.5').items(): page.fill(f'#{field}', value)
+        page.click('#edit')
+        page.wait_for_selector('#status:has-text("changed")')
+        assert page.locator('#canvas').get_attribute('aria-label') != painted
+        page.click('#sample')
+        page.wait_for_selector('#drawn img')
+        assert page.locator('#drawn img').count() == 2
+        assert 'nearest real image' in page.locator('#drawn p').first.inner_text()
+        page.locator('#drawn button').first.click()
+        page.wait_for_selector('#status:has-text("Added as painted-")')
+        pairs = find_pairs(copied/'made')
+        assert len(pairs) == 10 and read_pair(pairs[-1])[1].any()
+        row = json.loads((copied/'made'/'painted.jsonl').read_text())
+        assert (row['who'], row['seed'], row['steps']) == ('Ada', 0, 2)
+        page.goto(server.address('/'))
+        assert page.locator('.tile').count() == 10
+
+@in_browser
+def test_painting_by_keyboard_and_refused_files(chromium, served, tmp_path):
+    page = opened(chromium, served, '/paint')
+    label = lambda: page.locator('#canvas').get_attribute('aria-label')
+    page.focus('#canvas')
+    for key in ('Shift+ArrowRight', 'ArrowUp', 'Space'): page.keyboard.press(key)
+    assert 'painted' in label()
+    page.click('#undo')
+    assert 'empty' in label()
+    page.click('#ellipse')
+    assert 'painted' in label()
+    before = label()
+    (tmp_path/'text.png').write_text('<script>alert(1)</script>')
+    Image.new('L', (16, 16), 255).save(tmp_path/'small.png')
+    for name, words in (('text.png', 'no image that can be read'), ('small.png', '16x16 px')):
+        page.set_input_files('#mask-file', tmp_path/name)
+        page.wait_for_selector(f'#message:has-text("{words}")')
+    page.set_input_files('#into-file', tmp_path/'text.png')
+    page.wait_for_selector('#message:has-text("the picture is no image")')
+    assert label() == before
+
+@in_browser
+def test_a_training_is_watched_while_it_runs(chromium, served, places):
+    page = opened(chromium, served, '/training')
+    assert 'running, 30 of 60 steps' in page.inner_text('#progress')
+    assert page.locator('#samples img').count() == 1
+    first = page.get_attribute('#curves', 'src')
+    write_log(places/'run', 60, 60)
+    page.wait_for_selector('#progress:has-text("finished, 60 of 60 steps")')
+    page.wait_for_selector('#samples li:nth-child(2)')
+    assert page.get_attribute('#curves', 'src') != first and 'margin' in page.inner_text('#progress')
+    until(page, "document.getElementById('curves').naturalWidth > 100")
+
+@in_browser
+def test_a_point_of_the_results_shows_its_image(chromium, served):
+    page = opened(chromium, served, '/results')
+    assert page.locator('.point').count() == 6 and '95%' in page.inner_text('main')
+    page.locator('.point').nth(2).click()
+    page.wait_for_selector('#case-text:has-text("difference")')
+    id = page.locator('.point').nth(2).get_attribute('data-id')
+    assert page.input_value('#cases') == id
+    for name in ('mask', 'baseline', 'arm'):
+        until(page, f"document.getElementById('case-{name}').naturalWidth >= 300")
+    page.focus('#cases')                                        # and by keyboard
+    page.keyboard.press('Home')
+    until(page, f"document.querySelector('.point.chosen').dataset.id !== '{id}'")
+
+UNLABELLED = """() => {
+    const all = [...document.querySelectorAll('input, select, textarea, button, a, canvas, img')]
+    const labels = o => [...(o.labels || [])].map(label => label.textContent).join('')
+    const named = o => o.ariaLabel || o.alt || o.textContent.trim() || labels(o)
+    const decoration = o => o.tagName === 'IMG' && o.hasAttribute('alt') && o.closest('button')
+    return all.filter(o => !o.closest('[hidden]') && !named(o) && !decoration(o)).map(o => o.outerHTML)
+}"""
+
+@in_browser
+@pytest.mark.parametrize('path', ['/', '/score', '/paint', '/training', '/results'])
+def test_labels_and_widths(chromium, served, path):
+    "Every control has a name for screen readers, one main heading, and no page is wider than the window."
+    page = opened(chromium, served, path)
+    assert page.evaluate(UNLABELLED) == [] and page.locator('h1').count() == 1
+    for width in (1280, 390):
+        page.set_viewport_size(dict(width=width, height=900))
+        assert page.evaluate('document.documentElement.scrollWidth') <= width, width
+    page.keyboard.press('Tab')
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != 'none'
+    assert page.locator('html[lang=en]').count() == 1
