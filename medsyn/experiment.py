@@ -861,7 +861,8 @@ def make_generator(
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
         watch = WatchCB(out, name, sampler_of(split, size) if pictures and backbone else None, pictures)
-        fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *parallel_cbs()], schedule=entry.schedule,
+        cbs = [watch, *parallel_cbs()]
+        fit_resumable(learn, steps, out/'state'/name, save_every, cbs, schedule=entry.schedule,
                       desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size

@@ -107,7 +107,7 @@ class AverageCB(Callback):
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         has_grad, *grads = averaged([has_grad, *grads])
         for p, share, grad in zip(params, has_grad.tolist(), grads, strict=True):
-            p.grad = grad.contiguous(memory_format=_layout(p)) if share else None
+            p.grad = grad.clone(memory_format=_layout(p)) if share else None
 
     def after_batch(self):
         learn = self.learn
