@@ -867,7 +867,8 @@ def make_generator(
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     made = _finish(learners, model, out, entry.networks)
-    describe(out, split, frames)
+    if is_main(): describe(out, split, frames)
+    wait()
     return made
 
 def describe(out: str | Path,           # folder of a saved model

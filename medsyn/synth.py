@@ -30,7 +30,7 @@ from .data.volumes import stem_of
 from .data.paste import feathered, move, paste, random_moves
 from .diffusion.learner import PairGenerator, denoising_losses, margin
 from .diffusion.sample import defaults_of, sample
-from .processes import count, gathered, is_main, main_first, number
+from .processes import count, gathered, is_main, main_first, number, wait
 
 # %% ../nbs/api/40_synth.ipynb #8ffd390a
 def plan(pairs: list,           # of `Pair` that lend their masks
@@ -576,7 +576,8 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     rows = _init_run(out, config)
     _run(draw, out, rows, n, bs, settings, keep, tries if drops else 0)
     if (kept := _kept(rows)) < n: raise MedsynError(_too_few(rows, kept, n, out, keep))
-    write_card(out)
+    if is_main(): write_card(out)
+    wait()
     return [Pair(Path(r['file']).stem, out/r['file'], out/r['mask']) for r in rows if 'file' in r]
 
 def _run(draw, out, rows, n, bs, settings, keep, tries):

@@ -89,7 +89,7 @@ def files(folder):
 
 def test_synth_writes_the_files_and_the_manifest_of_one_process(made):
     one, two = (files(made[0]/n/'drawn') for n in '12')
-    assert one == two and len(one) == 2*7 + 2
+    assert one == two and len(one) == 2*7 + 3     # the manifest, the settings and the card
 
 def test_compare_shares_its_runs(made):
     one, two = (files(made[0]/n/'results') for n in '12')
