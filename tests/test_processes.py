@@ -1,6 +1,8 @@
 """Several processes of one command, joined by gloo: the losses and the files of one process.
 
-One helper process loads the libraries and forks what a launcher would start, with a launcher's environment."""
+One helper process loads the libraries and forks
+what a launcher would start, with a launcher's environment.
+"""
 import json
 import os
 import subprocess
