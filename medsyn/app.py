@@ -183,7 +183,7 @@ def view(
     generator: str | Path = None,   # folder of medsyn train, for the painter
     real: str | Path = None,        # folder or list of real pairs, for novelty and the opinion sheet
     segmenter: str | Path = None,   # folder of a segmenter trained on real pairs alone, for obedience
-    run: str | Path = None,         # folder of a training to watch (default: the generator's, or the quickstart)
+    run: str | Path = None,         # folder of a training (default: the generator's or the quickstart's)
     results: str | Path = None,     # folder of medsyn compare
     port: int = 7860,               # of this machine; 0: any free one
     host: str = '127.0.0.1'         # who may ask: this machine; 0.0.0.0: every machine that has the token

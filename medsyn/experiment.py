@@ -1014,7 +1014,8 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                                  seed=seed, unlabelled=frames)
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
     generator = make_generator(split, backbone, out/'generator', method, o['train_steps'], bs, size=size,
-                               seed=seed, source=source, unlabelled=learns_from, pictures=4).to(default_device())
+                               seed=seed, source=source, unlabelled=learns_from, pictures=4)
+    generator = generator.to(default_device())
     drawn = synthesize(generator, split.train, out/'synthetic', o['n_synth'], steps=sample_steps,
                        sampler=sampler, bs=16, seed=seed)
     picture(out, generator, split.train, drawn, sample_steps, sampler, seed)

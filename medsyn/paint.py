@@ -78,8 +78,9 @@ def edit_mask(mask: np.ndarray, # uint8 (H,W) in {0,1} with a lesion
              ) -> np.ndarray:   # uint8 (H,W) in {0,1}
     "A mask moved, scaled, turned and bent; `MedsynError` if the lesion leaves the picture."
     if not (.01 <= scale <= 20 and abs(dx) <= 1 and abs(dy) <= 1 and abs(angle) <= 360 and 0 <= bend <= 2):
-        raise MedsynError(f"shift {dx:g}, {dy:g}, scale {scale:g}, angle {angle:g}, bend {bend:g}: give shifts"
-                          " from -1 to 1, a scale from 0.01 to 20, at most a full turn, a bend from 0 to 2")
+        raise MedsynError(f"shift {dx:g}, {dy:g}, scale {scale:g}, angle {angle:g}, bend {bend:g}: give"
+                          " shifts from -1 to 1, a scale from 0.01 to 20, at most a full turn, and a bend"
+                          " from 0 to 2")
     if seed < 0: raise MedsynError(f"seed {seed} of the bending: give a whole number from 0")
     moved, _ = transform_mask(mask, scale=scale, dx=dx, dy=dy)
     if moved.any() and (angle % 360 or bend): moved = _turned(moved, angle, bend, seed)

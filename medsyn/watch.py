@@ -101,13 +101,14 @@ class RunView:
         "How far it is, and the last values."
         steps = f'{self.done} of {self.total} steps' if self.total else f'{self.done} steps'
         silence = time.time() - self.written
-        if self.finished: state = 'finished'
-        elif silence > SILENT: state = f'nothing written for {silence/60:.0f} minutes, it may have been stopped'
-        else: state = 'running'
+        state = 'finished' if self.finished else 'running'
+        if state == 'running' and silence > SILENT:
+            state = f'nothing written for {silence/60:.0f} minutes, it may have been stopped'
         parts = [f'{state}, {steps}']
         for table in (self.log, self.evals):
             last = table.iloc[-1].drop(['step', 'lr'], errors='ignore') if len(table) else {}
-            parts += [f'{name} {value:.4f}' for name, value in last.items() if isinstance(value, (int, float))]
+            numbers = {name: value for name, value in last.items() if isinstance(value, (int, float))}
+            parts += [f'{name} {value:.4f}' for name, value in numbers.items()]
         return '; '.join(parts)
 
 @lru_cache(256)

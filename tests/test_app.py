@@ -99,9 +99,9 @@ def client_of(site, who='Ada'):
 
 # Without a browser ---------------------------------------------------------------------------------
 
-PATHS = ['/', '/score', '/paint', '/training', '/results', '/static/app.js', '/measuring', '/thumbnail/x', '/picture/x',
-         '/nearest/x', '/details/x', '/score/picture/x', '/training/state', '/training/figure',
-         '/training/picture', '/results/case/x', '/results/picture/x', '/nowhere']
+PATHS = ['/', '/score', '/paint', '/training', '/results', '/static/app.js', '/measuring',
+         '/thumbnail/x', '/picture/x', '/nearest/x', '/details/x', '/score/picture/x', '/training/state',
+         '/training/figure', '/training/picture', '/results/case/x', '/results/picture/x', '/nowhere']
 PICTURES = ['/thumbnail', '/picture', '/nearest', '/details', '/score/picture', '/results/case',
             '/results/picture']
 SENT = ['/review', '/score', '/paint/mask', '/paint/into', '/paint/edit', '/paint/sample', '/paint/add']
@@ -321,7 +321,8 @@ def test_a_measurement_does_not_hold_up_the_page(tmp_path, monkeypatch):
     first = client.get('/?sort=size')                               # the thread stands in its second part
     assert len(re.findall('class="tile', first.text)) == gallery.PAGE
     assert 'Measuring lesion sizes: ' in first.text and 'of 600 pairs. Until then' in first.text
-    while client.get('/measuring?sort=size').json()['text'] != 'Measuring lesion sizes: 250 of 600 pairs': pass
+    part = 'Measuring lesion sizes: 250 of 600 pairs'
+    while client.get('/measuring?sort=size').json()['text'] != part: pass
     assert 'Measuring' not in client.get('/?sort=name').text        # and this page needs none of it
     go_on.set()
     while client.get('/measuring?sort=size').json()['text']: pass
@@ -647,7 +648,8 @@ def test_a_training_is_watched_while_it_runs(chromium, served, places):
     table.to_csv(places/'run'/'live'/'next.log.csv', index=False)
     (places/'run'/'live'/'next.json').write_text(json.dumps(dict(done=1, total=9)))
     page.wait_for_selector('#run-name:has-text("next")')
-    assert 'running, 1 of 9 steps' in page.inner_text('#progress') and page.locator('#samples li').count() == 0
+    assert 'running, 1 of 9 steps' in page.inner_text('#progress')
+    assert page.locator('#samples li').count() == 0
     assert page.locator('#name option').all_inner_texts() == ['the latest', 'train', 'next']
     until(page, "document.getElementById('curves').naturalWidth > 100")
 

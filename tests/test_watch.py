@@ -1,4 +1,4 @@
-"""Every stage can be watched: what `medsyn view` reads of a run, each time that the run writes, and afterwards."""
+"Every stage can be watched: what `medsyn view` reads each time that a run writes, and afterwards."
 import shutil
 
 import numpy as np
@@ -46,8 +46,8 @@ def check_shown(out, looks, name, steps, pictures=0):
 def test_quickstart(tmp_path, looks):
     "Backbone, generator with samples, and each run of the comparison; then the folders on their own."
     out = tmp_path/'out'
-    experiment.quickstart(out, n_train=12, n_test=4, size=32, pretrain_steps=3, train_steps=4, segment_steps=3,
-                          n_synth=3, sample_steps=1, channels=(16, 32), seeds=(0,))
+    experiment.quickstart(out, n_train=12, n_test=4, size=32, pretrain_steps=3, train_steps=4,
+                          segment_steps=3, n_synth=3, sample_steps=1, channels=(16, 32), seeds=(0,))
     check_shown(out, looks, 'backbone/pretrain', 3)
     check_shown(out, looks, 'generator/control', 4, pictures=4)
     runs = [f'results/{arm}_unet_0' for arm in ('real', 'real-twice', 'synthetic')]

@@ -56,7 +56,7 @@ def remembered(file: Path,              # CSV file of what is known
                callback: Callable = None,   # called with the number of ids that are done
                at_once: int = 250       # ids after which the file is written
               ) -> pd.DataFrame:        # indexed by id, in the order of `stamps`
-    "Rows of a table, computed only for new ids and changed stamps; an interruption loses `at_once` of them."
+    "Rows of a table, computed only for new ids and changed stamps; saved every `at_once` of them."
     try: known = pd.read_csv(file, dtype={'id': str, 'stamp': str}).set_index('id')
     except (OSError, ValueError, KeyError): known = pd.DataFrame(columns=['stamp'])
     if not known.index.is_unique: known = known[~known.index.duplicated(keep='last')]
@@ -242,7 +242,7 @@ class Gallery:
     def __init__(self,
         folder: str | Path,         # of pairs, or a list of them
         real: 'RealSet | Callable' = None,  # real images to compare with, or a function that opens them
-        segmenter: 'torch.nn.Module | Callable' = None, # a `Segmenter` of real pairs, for obedience; or as above
+        segmenter: 'torch.nn.Module | Callable' = None,     # a `Segmenter` of real pairs; or as above
         cache: str | Path = None,   # folder for thumbnails and measures; `None`: .view in the folder
         pairs: list = None          # the folder's pairs, where they were looked for already
     ):

@@ -6,8 +6,9 @@
 __all__ = ['PAGES', 'POLICY', 'STYLE', 'SCRIPT', 'frame', 'choice', 'number', 'table_of', 'push', 'score_buttons', 'whole_number']
 
 # %% ../../nbs/api/75_pages.frame.ipynb #d7500004
-from fastcore.xml import (H1, A, Body, Button, Div, Head, Header, Html, Input, Label, Li, Link, Main, Meta, Nav,
-                          Option, P, Script, Select, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, ft, to_xml)
+from fastcore.xml import (H1, A, Body, Button, Div, Head, Header, Html, Input, Label, Li, Link, Main,
+                          Meta, Nav, Option, P, Script, Select, Table, Tbody, Td, Th, Thead, Title, Tr, Ul,
+                          ft, to_xml)
 
 from ..core import MedsynError
 
@@ -110,7 +111,8 @@ aside { position: sticky; top: 0; max-height: 100vh; overflow: auto; padding: .2
 figure { margin: 0 0 .5rem } figure img { max-width: 100%; height: auto; display: block }
 .beside { display: flex; gap: .5rem; align-items: start } .beside figure:first-child { flex: 1 1 0 }
 .beside #large { width: 100% } #nearest-figure { flex: 0 0 32% } #nearest { width: 100% }
-figcaption { font-size: .85rem; overflow-wrap: anywhere } #caption { margin: .25rem 0; overflow-wrap: anywhere }
+figcaption { font-size: .85rem; overflow-wrap: anywhere }
+#caption { margin: .25rem 0; overflow-wrap: anywhere }
 .grid { list-style: none; display: grid; gap: .4rem; margin: 0; padding: 3px;
   grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }
 .grid img { width: 100%; height: auto; display: block }
@@ -122,7 +124,8 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere } #caption { margin: .25
 .tile.keep .badge { background: #157a32 } .tile.drop .badge { background: #b3261e }
 .tile.unsure .badge { background: #7a5a00 }
 .scores { display: grid; grid-template-columns: repeat(10, minmax(0, 1fr)); gap: .25rem; max-width: 26rem;
-  margin: .4rem 0 } .scores button { padding: .25rem 0 } button[aria-pressed=true] { outline: 2px solid var(--accent) }
+  margin: .4rem 0 } .scores button { padding: .25rem 0 }
+button[aria-pressed=true] { outline: 2px solid var(--accent) }
 .help, .off { opacity: .8; font-size: .85rem } pre { overflow: auto; max-height: 18rem; font-size: .8rem }
 table { border-collapse: collapse; display: block; max-width: 100%; overflow-x: auto }
 td, th { border: 1px solid var(--line); padding: .15rem .5rem; text-align: left }

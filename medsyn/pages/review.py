@@ -17,8 +17,8 @@ from functools import wraps
 from pathlib import Path
 from urllib.parse import urlencode
 
-from fastcore.xml import (H2, A, Aside, Button, Details, Div, Figcaption, Figure, Form, Img, Li, Nav, Ol, P, Pre,
-                          Section, Span, Summary)
+from fastcore.xml import (H2, A, Aside, Button, Details, Div, Figcaption, Figure, Form, Img, Li, Nav, Ol,
+                          P, Pre, Section, Span, Summary)
 
 from ..core import MedsynError
 from ..data.pairs import find_pairs
