@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .core import MedsynError, content_hash, file_hash, os_errors, write_atomic
+from .processes import is_main, wait
 from .train import ORDER, fit_steps
 
 # %% ../nbs/api/04_resume.ipynb #cfbcc0a3
@@ -145,7 +146,7 @@ def restored(value: object, # the attribute as a new training has it
 # %% ../nbs/api/04_resume.ipynb #6a54ae4a
 class StopRequest:
     "Whether SIGTERM or Ctrl-C asked the process to end: `signal` is the signal's number, or `None`."
-    def __init__(self): self.signal = None
+    def __init__(self): self.signal, self.agreed = None, False
 
     @contextlib.contextmanager
     def listening(self):
@@ -160,10 +161,14 @@ class StopRequest:
         finally:
             for number, handler in usual.items(): signal.signal(number, handler)
 
+    def agree(self):
+        "One of the processes of this training was asked to end: all of them end."
+        self.agreed = True
+
     def obey(self):
-        "End the process if a signal asked for it."
+        "End the process as the signal asked."
         if self.signal == signal.SIGINT: raise KeyboardInterrupt
-        if self.signal is not None: raise SystemExit(128 + self.signal)
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 def _own_tensors(model):
     "Name -> tensor: what training changes in a network."
@@ -188,7 +193,7 @@ class StateCB(Callback):
         if not hasattr(self.dls.train, 'position'):
             raise MedsynError(f"a {type(self.dls.train).__name__} cannot resume:"
                               " make the loaders with pair_dls")
-        self.saved, self.last = False, time.monotonic()
+        self.saved, self.last, self.divided = False, time.monotonic(), hasattr(self.learn, 'processes')
         self.collect()      # raises now, not later, if something cannot be saved
         state = read_state(self.folder, next(self.model.parameters()).device)
         if state is None: return
@@ -198,12 +203,15 @@ class StateCB(Callback):
     def after_batch(self):
         steps = self.learn.steps
         due = time.monotonic() - self.last >= 60*self.every
-        if due or self.stop.signal is not None or (self.saved and steps.done == steps.total): self.save()
+        ends = self.stop.agreed if self.divided else self.stop.signal is not None
+        if due or ends or (self.saved and steps.done == steps.total): self.save()
+        if not ends: return
+        if self.divided: wait()     # for the process that writes
         self.stop.obey()
 
     def save(self):
-        "Write the state of the finished step."
-        write_state(self.folder, self.learn.steps.done, self.collect())
+        "Write the state of the finished step; of the processes of one training, the main one does."
+        if is_main() or not self.divided: write_state(self.folder, self.learn.steps.done, self.collect())
         self.saved, self.last = True, time.monotonic()
 
     def identity(self) -> dict:

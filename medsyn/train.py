@@ -28,10 +28,12 @@ from .core import MedsynError, pick, track
 _ORDER = dict(
     steps=(-5, "counts the optimiser steps: before every callback that reads `learn.steps`"),
     loss_term=(0, "a term on the plain prediction: before `precision`, so that it runs under autocast"),
+    average=(4, "averages the gradients over all processes, before anybody reads them"),
     gates=(5, "reads the gradients after the loss terms and before they are clipped"),
     precision=(10, "fastai's MixedPrecision: what follows in `before_batch` runs under autocast"),
     clip=(11, "fastai's GradientClip: after the gradients are unscaled"),
     diffusion=(12, "makes noised latents, timesteps, condition and target of the batch"),
+    divide=(12.5, "keeps the rows of this process, before anything is computed from the noised batch"),
     image_branch=(13, "changes the noised batch: Siamese-Diffusion's image branch, Free Lunch's second one"),
     consistency=(14, "compares with what the image branch predicted"),
     weighted_loss=(15, "weights of the plain loss may depend on everything above"),
