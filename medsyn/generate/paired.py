@@ -143,7 +143,7 @@ class PairedGenerator(PairGenerator):
         self.config = dict(first=first, guide=guide, binarise=binarise, weight=weight, clip=clip)
         self.guider, self.generator, self.codecs = guider, generator, nn.ModuleDict(codecs)
         self.schedule, self.size = schedule, size
-        self.trained = set()            # which of the two a learner has finished
+        self.trained = set()            # the networks whose training is finished
 
     @property
     def device(self) -> torch.device: return next(self.generator.parameters()).device

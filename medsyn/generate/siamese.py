@@ -279,7 +279,7 @@ def siamese_cbs(
     w_c: float = 1.,        # weight of the noise consistency loss
     K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
     T_tau: int = 200        # online augmentation uses samples with an earlier timestep
-) -> list:                  # fresh callbacks
+) -> list:                  # new callbacks
     "The callbacks of a row of Table 5."
     row = int(pick(str(setting), SETTINGS, 'setting of Table 5'))
     settings = {NoiseConsistencyCB: dict(w_c=w_c), OnlineAugmentCB: dict(K_tau=K_tau, T_tau=T_tau)}
