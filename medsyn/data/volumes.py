@@ -75,7 +75,7 @@ def _nifti_values(nib, path):
         raise MedsynError(f"volume {path} has the shape {image.shape}: "
                           "save one three-dimensional volume, without time or channels")
     if image.get_data_dtype().fields or image.get_data_dtype().kind not in 'iufb':
-        raise MedsynError(f"volume {path} holds {image.get_data_dtype()}: save it as plain numbers")
+        raise MedsynError(f"volume {path} has the type {image.get_data_dtype()}: save it as plain numbers")
     try: values = np.asanyarray(image.dataobj).reshape((*shape, 1)[:3])
     except Exception as e:
         raise MedsynError(f"volume {path} is cut short or damaged ({str(e).strip()[:200]}): "
@@ -100,13 +100,13 @@ def _read_nifti(path):
 
 # %% ../../nbs/api/09_data.volumes.ipynb #69f11670
 def _dataset(pydicom, path):
-    "A DICOM file that holds pixels."
+    "Read a DICOM file; `MedsynError` if it has no pixels."
     try: dataset = pydicom.dcmread(path)
     except Exception as e:
         raise MedsynError(f"DICOM file {path} cannot be read ({str(e).strip()[:200]}): "
                           "copy or export it again") from e
     if 'PixelData' not in dataset:
-        raise MedsynError(f"DICOM file {path} holds no picture: move it out of the folder")
+        raise MedsynError(f"DICOM file {path} has no picture: move it out of the folder")
     if str(dataset.get('BurnedInAnnotation', '')).upper() == 'YES':
         raise MedsynError(f"DICOM file {path} says that text is burnt into its picture, often a name: "
                           "use a de-identified copy, or set BurnedInAnnotation to NO if you have checked it")
