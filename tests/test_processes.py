@@ -5,6 +5,7 @@ what a launcher would start, with a launcher's environment.
 """
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -144,10 +145,15 @@ def test_dropped_images_count_as_in_one_process():
     assert _wanted([(6, False), (7, False), (4, True), (5, False)], rows, 5, tries=5) == {4, 5, 6}
     assert _wanted([(4, False), (5, False)], rows, 9, tries=0) == {4, 5}
 
-def test_a_launcher_starts_them(made, tmp_path):
-    "torchrun, which accelerate launch calls: the refusal, and the exit status."
-    call = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29577',
-            '-m', 'medsyn', 'check', str(made[0]/'data')]
+def free_port():
+    "A port that nobody listens on."
+    with socket.create_server(('127.0.0.1', 0)) as server: return str(server.getsockname()[1])
+
+def test_a_launcher_starts_them(made):
+    "accelerate's launcher itself: the refusal, and the exit status."
+    settings = '--multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no'
+    call = [sys.executable, '-m', 'accelerate.commands.launch', *settings.split(),
+            '--main_process_port', free_port(), '-m', 'medsyn', 'check', str(made[0]/'data')]
     env = dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parent.parent))
     done = subprocess.run(call, capture_output=True, text=True, env=env)
     assert done.returncode and 'medsyn check uses one: start it without the launcher' in done.stderr
