@@ -39,7 +39,8 @@ from torch import Tensor
 
 from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
                          write_atomic)
-from .volumes import AXES, Volume, is_volume, open_volume, same_place, stem_of
+from .volumes import (AXES, DICOM, NIFTI, UNREAD, Volume, is_volume, open_volume, refuse_unread,
+                                 same_place, stem_of)
 from ..review import kept_contents, pair_content
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3a75a316
@@ -150,7 +151,7 @@ def _role(folder):
 
 # %% ../../nbs/api/11_data.pairs.ipynb #4ef99fd4
 IMAGE_TYPES = set('.jpg .jpeg .png .tif .tiff .bmp .gif .webp'.split())
-VOLUME_TYPES = ('.nii', '.nii.gz', '.dcm', '.dicom', '.nrrd', '.mha', '.mhd')     # the first four are read
+VOLUME_TYPES = (*NIFTI, *DICOM, *UNREAD)        # the last ones are named and refused
 _NOTES = set('.csv .json .jsonl .txt .md .xml .html .htm .pdf .ini .db .yaml .yml .xlsx '
              '.zip .tar .gz'.split())
 
@@ -280,9 +281,12 @@ def _unknown_type(path):
     if is_volume(path):
         return _row(path, "a volume beside the folders of images and masks",
                     "move it into one of them, or out of the folder")
-    kind = "NIfTI or PNG" if _is_volume(path) else "PNG"
+    if _is_volume(path):
+        return _row(path, f"a volume of a kind that is not read ({path.suffix.lower()})",
+                    "convert it to NIfTI (SimpleITK: WriteImage(ReadImage('a.mha'), 'a.nii.gz')), or move it out "
+                    "of the folder")
     return _row(path, f"file type {path.suffix or 'without ending'} is not read",
-                f"convert it to {kind}, or move it out of the folder")
+                "convert it to PNG, or move it out of the folder")
 
 def _twice(kind, key, paths):
     "The row for several images or masks of one name."
@@ -360,6 +364,7 @@ def _no_pairs(path, where=None):
     others = [p for p in sorted(path.rglob('*')) if p.is_file()]
     volumes = [p for p in others if _is_volume(p)]
     if volumes and not where:
+        refuse_unread(next((p for p in volumes if not is_volume(p)), volumes[0]))
         first = _short(volumes[0], path)
         return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({first}): "
                            "put images into images/ and masks of the same names into masks/, then run medsyn "
@@ -623,6 +628,7 @@ def _refuse_missing_rows(im, path):
 def _open(path, what, page=None, axis='axial'):
     "An opened and decoded picture, or a `MedsynError` that says what is wrong with the file."
     if is_volume(path): return _open_slice(path, what, page, axis)
+    refuse_unread(path)
     try:
         im = Image.open(path)
         if page is not None and 0 <= page < _pages(im): im.seek(page)
@@ -1032,6 +1038,8 @@ def _check_image(path, stride, how):
 # %% ../../nbs/api/11_data.pairs.ipynb #7d917418
 def _blame(e, path): return 'unreadable: ' + str(e).split(f'{path} ', 1)[-1].rsplit(': ', 1)[0]
 
+def _remedy_of(e): return str(e).rpartition(': ')[2]
+
 def _check_mask(path, how):
     "Problems of one mask file, and the picture."
     im = _open_mask(path, how)
@@ -1060,11 +1068,11 @@ def _check_one(pair, stride, how):
     try:
         image, of_image = _check_image(pair.image, stride, how)
         rows += of_image
-    except MedsynError as e: rows.append(_row(pair.image, _blame(e, pair.image), 'copy or export it again'))
+    except MedsynError as e: rows.append(_row(pair.image, _blame(e, pair.image), _remedy_of(e)))
     try:
         mask, of_mask = _check_mask(pair.mask, how)
         rows += of_mask
-    except MedsynError as e: rows.append(_row(pair.mask, _blame(e, pair.mask), 'copy or export it again'))
+    except MedsynError as e: rows.append(_row(pair.mask, _blame(e, pair.mask), _remedy_of(e)))
     if image and mask: rows += _check_fit(pair, image, mask)
     return rows, _fingerprint(image) if image and image.mode not in _DEEP else None
 
