@@ -143,7 +143,7 @@ def _listed(values):
     lines = [f'- {k}: `{json.dumps(v, sort_keys=True)}`' for k, v in sorted(values.items())]
     return '\n'.join(lines or ['- not recorded'])
 
-_HOW_TO_MEASURE = dict.fromkeys(('segmenter', 'synthetic set'), ' Run `medsyn score`.')
+_HOW_TO_MEASURE = dict.fromkeys(('segmenter', 'synthetic set'), ': run `medsyn score`.')
 
 def card_text(folder: str | Path,   # a saved folder
               licence: str = 'other'# of what is published, as the Hub spells it
@@ -151,7 +151,7 @@ def card_text(folder: str | Path,   # a saved folder
     "The card of a folder."
     facts = facts_of(folder)
     kind = facts['kind']
-    sentences = facts['measured'] or ['Nothing was measured yet.' + _HOW_TO_MEASURE.get(kind, '')]
+    sentences = facts['measured'] or ['Nothing was measured yet' + _HOW_TO_MEASURE.get(kind, '.')]
     measured = '\n'.join(f'- {s}' for s in sentences)
     title = {'segmenter': 'A segmentation network', 'generator': 'A generator of medical images',
              'backbone': 'A backbone for generators of medical images', 'synthetic set': 'Synthetic image-mask pairs'}[kind]

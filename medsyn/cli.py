@@ -14,6 +14,7 @@ import ast
 import io
 import os
 import re
+import shlex
 import sys
 import tokenize
 import warnings
@@ -168,6 +169,9 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
     counts = f"{n_errors} error{'s'[:n_errors != 1]}, {n_warnings} warning{'s'[:n_warnings != 1]}"
     verdict = '' if n_errors else ': ready for training'
     print(f"{len(find_pairs(data, strict=False))} pairs, {counts}{verdict}")
+    if n_errors:
+        print(f'Next: medsyn clean {shlex.quote(data)} --out NEW_FOLDER (what needs a person is left out with'
+              ' --leave-out)')
     return 2 if n_errors else 0
 
 @command('data.pairs.clean_masks', READING, leave='path fit axis', example='medsyn clean data --out clean')

@@ -252,6 +252,13 @@ class Pace:
         if watch.speeds: self.state['slowness'] = sum(watch.speeds)/self.state['cost'][name]
         self.save()
 
+    def limits(self) -> list:
+        "A sentence on a run that used little of its time, because its stages are no longer than is of use."
+        stages = [name for name, n in self.state['lengths'].items() if n == self.most.get(name)]
+        if not stages or self.elapsed > .85*self.total: return []
+        return [f"{' and '.join(stages)} reached the steps beyond which a stage does not go: fewer minutes do"
+                " the same, or give a larger --size"]
+
     def rounds(self,
         seeds: Sequence # that were asked for
     ):                  # yields lists of seeds, each with those before it
@@ -309,7 +316,7 @@ def quickstart_in(
                n_train=n_train, n_test=n_test, how=how, pace=pace, **kw)
     save_json(out/'minutes.json', dict(pace.state, spent=pace.elapsed))
     file.unlink(missing_ok=True)
-    print(f'took {pace.elapsed/60:.1f} of {minutes:g} minutes', *more_time(out), sep='\n')
+    print(f'took {pace.elapsed/60:.1f} of {minutes:g} minutes', *pace.limits(), *more_time(out), sep='\n')
     return out
 
 def _saved_plan(file, out, minutes):

@@ -552,3 +552,17 @@ def test_a_dicom_segmentation_is_refused_with_the_remedy(tmp_path):
     with pytest.raises(MedsynError, match='0003.dcm is a segmentation object.*convert it to NIfTI'): read_mask(pair)
     row = check_pairs(folder).query("file == 'masks/0003.dcm'").iloc[0]
     assert 'DICOM SEG' in row.problem and 'convert it to NIfTI' in row.remedy
+
+def test_a_label_does_not_empty_masks_that_know_no_classes(tmp_path):
+    "Masks of 0 and 255 beside one of classes 1 and 2: label 1 would read the former as empty."
+    folder = lesion_folder(tmp_path/'data', 9, size=32, seed=0)
+    classes = np.zeros((32, 32), np.uint8)
+    classes[4:9, 4:9], classes[20:25, 20:25] = 1, 2
+    Image.fromarray(classes).save(folder/'masks'/'0002.png')
+    said = '8 of the masks hold 0 and 255 alone.*0000.png first.*choose --label 1 255 to take both'
+    with pytest.raises(MedsynError, match=said): clean_masks(folder, tmp_path/'no', label=1)
+    assert not (tmp_path/'no').exists()
+    assert check_pairs(folder, label=1).problem.str.contains('hold 0 and 255 alone').any()
+    clean_masks(folder, tmp_path/'clean', label=[1, 255])
+    areas = {p.name: int(read_mask(p).sum()) for p in find_pairs(tmp_path/'clean')}
+    assert areas['0002'] == 25 and all(areas.values())

@@ -311,8 +311,9 @@ def _pair_up(prefix, images, masks, other, unite=False):
         if len(of_image) > 1: rows.append(_twice('images', key, of_image))
         if len(of_mask) > 1: rows.append(_twice('masks', key, of_mask))
         if not of_mask:
-            remedy = f"add a mask called {Path(key).name}.png, or remove the image"
-            rows += [_row(p, "unpaired image: it has no mask", remedy) for p in of_image]
+            remedy = "add a mask called {}.{}, or remove the image"
+            rows += [_row(p, "unpaired image: it has no mask",
+                          remedy.format(Path(key).name, 'nii.gz' if is_volume(p) else 'png')) for p in of_image]
         if not of_image:
             remedy = "add the image of the same name, or remove the mask"
             rows += [_row(p, "unpaired mask: it has no image", remedy) for p in of_mask]
@@ -423,7 +424,7 @@ def find_pairs(path: str | Path,  # folder in one of the known layouts, or a lis
         first = '; '.join(f"{_short(r['file'], path)}: {r['problem']}" for r in rows[:3])
         more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ''
         raise MedsynError(f"{len(rows)} file(s) in {path} do not pair up ({first}{more}): "
-                          "mend them, or pass strict=False to leave them out")
+                          "mend them, or leave them out in a copy: medsyn clean --leave-out (Python: strict=False)")
     if where: pairs = _where(path, pairs, where)
     if not pairs: raise _no_pairs(Path(path), where)
     if reviewed: pairs = _kept(path, pairs)
@@ -678,9 +679,9 @@ def _as_deep(values, what):
 def _one_page(im, path, what, page):
     if page is not None or _pages(im) == 1: return
     if im.format == 'volume':
-        raise MedsynError(f"{what} {path} is a volume of {_pages(im)} slices: choose one with page=, "
+        raise MedsynError(f"{what} {path} is a volume of {_pages(im)} slices: choose one with --page (page=), "
                           "or write them all as pictures with medsyn convert")
-    raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with page=, "
+    raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with --page (page=), "
                       "or save the frame you mean as PNG")
 
 _TURNS = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
@@ -748,7 +749,7 @@ def _eight_bits(im, path, window, page=None):
     if window is None:
         lo, hi = getattr(im, 'suggested', None) or auto_window(values)
         raise MedsynError(f"image {path} has more than 8 bits per channel: choose what you want to see with "
-                          f"window=(lo, hi), for example ({lo:.6g}, {hi:.6g}), or window='auto' for the "
+                          f"--window {lo:.6g} {hi:.6g} or others (window=), or --window auto for the "
                           "percentiles 0.5 and 99.5 of each file")
     shown = through_window(values, _window_of(values, window))
     return Image.fromarray(255 - shown if im.inverted else shown).convert('RGB')
@@ -820,7 +821,7 @@ def _cause(plane, values, unusual, jpeg):
     if unusual == 'colour' or n <= 20 and near_ends < .98 or n < 5 and top < 20:
         listed = ', '.join(_value_text(v, unusual) for v in values[:6].tolist())
         return (f"several classes ({listed}{', ...' if n > 6 else ''})",
-                'choose the foreground with label= (one or several), or save it as 255 and the rest as 0')
+                'choose the foreground with --label (label=), one or several, or save it as 255 and the rest as 0')
     if near_ends > .8: return 'a soft edge, as smooth resizing or an earlier JPEG leaves it', _THRESHOLD
     return ('a grey picture: a photograph, or a probability map',
             'is this the mask? if it is, threshold it and save it as PNG')
@@ -961,6 +962,16 @@ def _classes(pairs):
     counts = ', '.join(f"{value} in {n} file{'s'*(n > 1)}" for value, n in sorted(single.items())[:6])
     return f"the masks hold several classes ({counts}{', ...' if len(single) > 6 else ''})"
 
+def _refuse_two_kinds(present, wanted):
+    "`MedsynError` if a label leaves those masks empty that know no classes, only 0 and 255."
+    n_values = Counter(file for files in present.values() for file in files)
+    plain = [file for file in present.get('255', ()) if n_values[file] == 1]
+    if 255 in wanted or not plain: return
+    label = ' '.join(map(str, wanted))
+    raise MedsynError(f"{len(plain)} of the masks hold 0 and 255 alone ({plain[0]} first), and label {label} would"
+                      f" read them as empty: choose --label {label} 255 to take both, or save them with the"
+                      " values of the others")
+
 def refuse_classes(pairs: list,                     # of `Pair`
                    label: int | str | list = None   # value(s) of the foreground; `None`: each pair's own
                   ):
@@ -973,7 +984,7 @@ def refuse_classes(pairs: list,                     # of `Pair`
     if not labelled: return
     present = foreground_values(labelled)
     wanted = _label_values(label if label is not None else labelled[0].reading.label)
-    if {*wanted} & {*_label_values(list(present))}: return
+    if {*wanted} & {*_label_values(list(present))}: return _refuse_two_kinds(present, wanted)
     found = ', '.join(f'{v} in {len(f)}' for v, f in sorted(present.items())[:6]) or 'nothing but 0'
     raise MedsynError(f"label {label if label is not None else labelled[0].reading.label} is in none of the "
                       f"{len(labelled)} masks, as {labelled[0].mask} (they hold {found}): choose another")
@@ -1218,7 +1229,7 @@ def clean_masks(path: str | Path,               # folder in a known layout
     for p in track(pairs, 'cleaning'):
         try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
         except MedsynError as e:
-            if not leave_out: raise
+            if not leave_out: raise MedsynError(f'{e}; or leave out what cannot be mended: --leave-out') from e
             rows.append(dict(name=p.name, changes=f'left out: {e}'))
             continue
         write_atomic(out/'images'/f'{p.name}.png', png_of(image))

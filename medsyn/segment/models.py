@@ -326,7 +326,7 @@ def from_pretrained(cls: Segmenter,
                     path: str | Path    # a folder that `save_pretrained` wrote
                    ) -> Segmenter:      # in evaluation mode
     "Open a folder that `save_pretrained` wrote, in evaluation mode; `MedsynError` if it holds anything else."
-    path, advice = Path(path), "give the folder that save_pretrained wrote"
+    path, advice = Path(path), "give the folder of medsyn segment, or the model of medsyn fit"
     if not path.is_dir(): raise MedsynError(f"{path} is not a folder: {advice}")
     config = load_json(path/'config.json')
     kind = config.pop('kind', None) if isinstance(config, dict) else None
