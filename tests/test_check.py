@@ -450,7 +450,7 @@ def test_several_pages_need_a_choice(tmp_path):
     folder_of(tmp_path/'a', {}, {'a.png': mask_of(255)})
     pages[0].save(tmp_path/'a'/'images'/'a.tif', save_all=True, append_images=pages[1:])
     pair, = find_pairs(tmp_path/'a')
-    with pytest.raises(MedsynError, match='holds 3 frames: choose one with page='): read_pair(pair)
+    with pytest.raises(MedsynError, match='holds 3 frames: choose one with --page'): read_pair(pair)
     assert (read_pair(pair, page=2)[0] == np.asarray(pages[2])).all()
     table = clean_masks(tmp_path/'a', tmp_path/'clean', page=1)
     assert (read_pair(*find_pairs(tmp_path/'clean'))[0] == np.asarray(pages[1])).all()
