@@ -51,6 +51,7 @@ from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
                                      settings_of)
+from .processes import count, is_main, main_first, parallel_cbs, wait
 from .resume import fit_resumable, forget
 from .segment.annealing import RealAnchorCB
 from .segment.catalog import Arm, as_arm, callbacks_of
@@ -560,6 +561,8 @@ def compare(
     `MedsynError` before any training for what cannot be compared."""
     size = tuple(size) if isinstance(size, list) else size
     started, request = time.time(), {k: v for k, v in locals().items() if k not in ('out', 'jobs')}
+    if jobs > 1 and count() > 1:
+        raise MedsynError("jobs and a launcher both divide the runs: use one of them")
     subsets = {'': train} if subsets is None else subsets
     splits = {str(k): split_once(v) for k, v in _some('subsets', subsets).items()}
     tests = {k: _pairs_of(v) for k, v in _some('tests', tests).items()}
@@ -578,7 +581,7 @@ def compare(
     resolved = _resolved_arms(runs, arms, splits, unlabelled, reviewed)
     plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options, save_every)
 
-    out = open_comparison(out, plan.config())
+    with main_first(): out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
     if jobs > 1: run_jobs(request, out, jobs)
     share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
@@ -586,9 +589,12 @@ def compare(
                  seconds=round(time.time() - started), tests={k: len(v) for k, v in tests.items()},
                  train={k: dict(training=len(s.train), held_out=len(s.held)) for k, s in splits.items()},
                  added=plan.by_cell(lambda arm: len(arm.pairs) + len(arm.synthetic)))
-    save_json(out/'run.json', about)
-    _save_tests(out, tests)
-    return report(read_scores(runs, file_of), out, baseline, metric)
+    if is_main():
+        save_json(out/'run.json', about)
+        _save_tests(out, tests)
+        report(read_scores(runs, file_of), out, baseline, metric)
+    wait()
+    return out
 
 # %% ../nbs/api/70_experiment.ipynb #65fb5dfc
 def _to_plain(value):
@@ -776,14 +782,14 @@ def make_backbone(
     else: dls = generator_dls(split, size, bs, seed, augment='flip')
     if frames and not alone: dls = DataLoaders(image_dls(learned, size, bs, seed, 'flip'), dls.valid)
     dls.size = size
-    out = open_run(out, config, 'pretrain')
+    with main_first(): out = open_run(out, config, 'pretrain')
     if (out/'backbone.json').exists():
         forget(out/'state')
-        if not (out/'README.md').exists(): describe(out, split, frames)
+        if is_main() and not (out/'README.md').exists(): describe(out, split, frames)
         return Backbone.from_pretrained(out)
     learn = pretrain_backbone(dls, backbone, steps, lr, seed, cbs, out/'state', save_every)
     made = _finish([learn], backbone, out)
-    describe(out, split, frames)
+    if is_main(): describe(out, split, frames)
     return made
 
 def _split_frames(frames):
@@ -798,12 +804,14 @@ def _finish(learners, model, out, networks=()):
     """Save a model and its learners' logs; the model's JSON comes last and vouches for the rest.
 
     Then the states of the training are removed."""
-    tables = dict(log=[l.history.frame() for l in learners], probe=[l.history.evals() for l in learners])
-    for name, frames in tables.items():
-        for frame, network in zip(frames, networks): frame.insert(0, 'network', network)
-        write_atomic(out/f'{name}.csv', pd.concat(frames).to_csv(index=False))
-    model.save_pretrained(out)
-    forget(out/'state')
+    if is_main():
+        tables = dict(log=[l.history.frame() for l in learners], probe=[l.history.evals() for l in learners])
+        for name, frames in tables.items():
+            for frame, network in zip(frames, networks): frame.insert(0, 'network', network)
+            write_atomic(out/f'{name}.csv', pd.concat(frames).to_csv(index=False))
+        model.save_pretrained(out)
+        forget(out/'state')
+    wait()
     return model.eval()
 
 def sampler_of(split: Split,    # the labelled pairs
@@ -866,19 +874,21 @@ def make_generator(
     dls = generator_dls(split, size, bs, seed, augment='flip' if tiny else 'none')
     make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe, **settings)
     if backbone is None: make()         # what does not fit shows before anything is written
-    out = open_run(out, config, 'train')
+    with main_first(): out = open_run(out, config, 'train')
     if (out/'generator.json').exists():
         forget(out/'state')
         return load_generator(out)
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
         watch = WatchCB(out, name, sampler_of(split, size) if pictures and backbone else None, pictures)
-        fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *cbs], schedule=entry.schedule,
+        fit_cbs = [watch, *parallel_cbs(), *cbs]
+        fit_resumable(learn, steps, out/'state'/name, save_every, fit_cbs, schedule=entry.schedule,
                       desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     made = _finish(learners, model, out, entry.networks)
-    describe(out, split, frames)
+    if is_main(): describe(out, split, frames)
+    wait()
     return made
 
 def describe(out: str | Path,           # folder of a saved model

@@ -28,8 +28,8 @@ from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read
                                split_pairs)
 from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, stem_of
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe, draws_pairs,
-                               generator_dls, images_of, make_backbone, make_generator, open_arm,
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
+                               draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
                                read_scores, report, score_run, share_runs, split_once, train_segmenter,
                                unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
@@ -55,20 +55,20 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
     return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
 
 # %% ../nbs/api/72_fit.ipynb #134f9505
-SPARE = .9              # share of the minutes that is planned with
-GENERATOR_SHARE = .3    # share of it that generators may take
+SPARE = .9              # share of the minutes that the plan uses
+GENERATOR_SHARE = .3    # share of this time for generators
 WORTH_STEPS = 400       # a further arm is tried only if every run gets so many steps
 ENOUGH_STEPS = 1000     # more folds are taken only if every run gets so many steps
 
 @dataclass
 class TimePlan:
-    "What is trained, and for how long."
+    "The arms that are trained, and for how long."
     arms: list              # names, in the order of preference
-    folds: int              # of the cross-validation; 0: one arm, nothing to choose
+    folds: int              # of the cross-validation; 0: there is only one arm
     steps: int              # of each segmenter
     generator_steps: int    # of each generator; 0: none is trained
-    minutes: float          # that this takes by the measured speed
-    left_out: dict          # name of an arm -> minutes that it would take besides
+    minutes: float          # that this takes at the measured speed
+    left_out: dict          # name of an arm -> additional minutes that it would take
 
     def lines(self) -> list:
         "The plan in words."
@@ -84,13 +84,13 @@ class TimePlan:
         return [*out, f"about {self.minutes:.0f} minutes in all"]
 
 def run_seconds(steps: int,         # of each segmenter
-                arms: dict,         # name -> seconds a step
+                arms: dict,         # name -> seconds per step
                 folds: int          # of the cross-validation; 0: none
                ) -> float:          # seconds of all segmenters
     "How long the segmenters of a plan take."
     return steps*(folds*sum(arms.values()) + max(arms.values()))
 
-def plan_time(seconds: dict,  # arm -> seconds a step, in the order of preference; the first is always trained
+def plan_time(seconds: dict,  # arm -> seconds per step, by preference; the first is always trained
               minutes: float, # for everything
               n_groups: int,   # groups of labelled pairs (patients, videos)
               least_steps: int, # of a useful run
@@ -132,7 +132,7 @@ def _generator_seconds(generator, steps):
     return 3*(steps*generator['step'] + generator['drawing'])
 
 def _generator_share(generator, arms, budget, least_steps):
-    "Steps of each generator and seconds of all; 0 if they or the segmenters beside them would get too few."
+    "Steps of each generator and seconds of all; 0 if generators or segmenters would get too few steps."
     per_set = budget*GENERATOR_SHARE/3 - generator['drawing']
     steps = min(int(per_set/generator['step']), generator['most_steps'])
     reserved = _generator_seconds(generator, steps)
@@ -140,7 +140,7 @@ def _generator_share(generator, arms, budget, least_steps):
     return (steps, reserved) if fits else (0, 0.)
 
 def _choose_folds(arms, budget, most, enough_steps, generator_steps):
-    "As many folds as leave each run enough steps; none for one arm, 2 if every fold needs a generator."
+    "The largest number of folds with enough steps per run; 0 for one arm, 2 if every fold needs a generator."
     if len(arms) == 1: return 0
     if generator_steps: return 2
     possible = [k for k in (5, 3) if k <= most and run_seconds(enough_steps, arms, k) <= budget]
@@ -148,7 +148,7 @@ def _choose_folds(arms, budget, most, enough_steps, generator_steps):
 
 # %% ../nbs/api/72_fit.ipynb #7d8f9922
 class ClockCB(Callback):
-    "Notes when each training step ends."
+    "Records the time at the end of each training step."
     order = 99
     def __init__(self): self.moments = []
     def after_batch(self):
@@ -165,14 +165,14 @@ def seconds_a_step(split: Split,    # the labelled pairs
                    steps: int = 6,  # of the measurement
                    **kw             # of `train_segmenter`
                   ) -> float:       # seconds
-    "How long a training step of an arm takes on this machine."
+    "The time of a training step of an arm on this machine."
     clock = ClockCB()
     train_segmenter(split, replace(arm, cbs=lambda: [*arm.cbs(), clock]), steps=steps, **kw)
     return clock.step_seconds
 
 # %% ../nbs/api/72_fit.ipynb #c1c24c8c
-def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row a labelled image and arm
-               order: Sequence[str],        # names of arms; of equal ones the first wins
+def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row per labelled image and arm
+               order: Sequence[str],        # names of arms; of equal ones the first is chosen
                metric: str = 'dice@0.5'     # what is compared
               ) -> str:                     # the winner
     "The arm with the highest mean over the labelled images."
@@ -182,10 +182,10 @@ def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row 
 LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')     # need nothing else
 
 def verdict(winner: str,                # the chosen arm
-            differences: pd.DataFrame,  # of the cross-validation, to `real`
+            differences: pd.DataFrame,  # of the cross-validation, from `real`
             means: pd.Series            # arm -> mean Dice
            ) -> str:                    # a sentence
-    "What cross-validation says, in words."
+    "The result of the cross-validation in words."
     if winner == 'real':
         return (f"Real images alone are best: dice {100*means['real']:.1f} in cross-validation,"
                 " and no other arm is above them.")
@@ -197,9 +197,9 @@ def verdict(winner: str,                # the chosen arm
 
 # %% ../nbs/api/72_fit.ipynb #ff31ae68
 def late_gain(logs: Sequence,       # files of `run_log`, the winner's folds
-              last: float = .2      # share of the run that is looked at
+              last: float = .2      # the last share of the run
              ) -> float:            # rise of the mean held-out Dice in it, in points
-    "How much the held-out curves still rose at the end."
+    "The rise of the held-out curves at the end of the run."
     curves = pd.concat([pd.read_csv(f) for f in logs]).dropna(subset=[HeldOutCurveCB.column])
     mean = curves.groupby('step')[HeldOutCurveCB.column].mean()
     earlier = mean[mean.index <= (1 - last)*mean.index[-1]]
@@ -212,18 +212,18 @@ SYNTHETIC_ARM = 'stream-annealed'       # a second stream of synthetic pairs who
 class Synthesis:
     "How synthetic pairs are made for a fit."
     method: str = 'concat'                          # a key of `generate.catalog.METHODS`
-    pretrain: bool = False                          # first fit the backbone on images alone
+    pretrain: bool = False                          # first train the backbone on images alone
     bs: int = 16                                    # batch size of the generator
     channels: Sequence[int] = (48, 96, 144)         # of its U-Net, per level
     least_steps: int = 1500                         # below which a generator is not worth training
     most_steps: int = 8000                          # beyond which it is not trained
     per_pair: int = 4                               # synthetic pairs per labelled one
     sample_steps: int = 20                          # of the sampler
-    start: str = 'real'                             # what an image starts from, see `synth.STARTS`
-    strength: float = None                          # how far that is noised, in [0,1]; `None`: as usual
+    start: str = 'real'                             # the start of sampling, see `synth.STARTS`
+    strength: float = None                          # noise of the start, in [0,1]; `None`: the default
 
     def backbone(self, split, frames, out, size, steps, seed, save_every=10):
-        "The backbone that a generator starts from; `None` for a method with networks of its own."
+        "The backbone that a generator starts from; `None` for a method without a backbone."
         if not METHODS[self.method].backbone: return None
         if self.pretrain:
             return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
@@ -233,8 +233,8 @@ class Synthesis:
     def seconds(self,
                 split: Split,   # the labelled pairs
                 size: int       # side in pixels
-               ) -> dict:       # step, and the drawing of a set
-        "What a generator costs on this machine."
+               ) -> dict:       # seconds of a step, and of sampling a set
+        "The cost of a generator on this machine."
         dls = generator_dls(split, size, self.bs, 0, 'flip')
         backbone = replace(self, pretrain=False).backbone(split, [], None, size, 0, 0)
         clock = ClockCB()
@@ -245,7 +245,7 @@ class Synthesis:
         return dict(step=clock.step_seconds*(2 if self.pretrain else 1), drawing=drawing)
 
     def draw(self,
-             split: Split,      # the pairs that it learns from, and those that its probe is measured on
+             split: Split,      # its training pairs, and the pairs of its probe
              frames: list,      # image files without masks
              out: Path,         # folder to write: generator, synthetic
              size: int,         # side in pixels
@@ -253,7 +253,7 @@ class Synthesis:
              seed: int,         # of everything
              save_every: float = 10 # minutes between saved states of a training
             ) -> Path:          # the folder of the set
-        "Train a generator on a split and draw a set of pairs from its training pairs."
+        "Train a generator on a split and sample a set of pairs."
         backbone = self.backbone(split, frames, out, size, steps, seed, save_every)
         learns_from = frames if 'unlabelled' in settings_of(self.method) else []
         generator = make_generator(split, backbone, out/'generator', self.method, steps, self.bs, size=size,
@@ -267,7 +267,7 @@ class Synthesis:
 
 @dataclass
 class _Job:
-    "A fit: its settings, and where its parts lie."
+    "The settings of a fit, and its folder."
     out: Path               # the folder
     pairs: list             # labelled `Pair`s
     unlabelled: list        # image files
@@ -278,7 +278,7 @@ class _Job:
     plan: TimePlan = None
 
     def arm(self, name, split, place):
-        "An arm for a split; the pairs of a synthetic one are drawn first, in the folder `place`."
+        "An arm for a split; synthetic pairs are sampled first, in the folder `place`."
         if name != SYNTHETIC_ARM: return open_arm(name, split, self.unlabelled)
         for_generator = Split(*split_pairs(split.train, .1, seed_of(self.seed, 'generator')))
         folder = self.synthesis.draw(for_generator, self.unlabelled, self.out/place, self.training['size'],
@@ -306,7 +306,7 @@ def _measured(job, names):
     return speed
 
 def _plan(job, names, minutes, **limits):
-    "The plan by the measured speed; also in plan.json."
+    "The plan at the measured speed; it is also written to plan.json."
     speed, generator = _measured(job, names), None
     if speed['generator']:
         generator = dict(speed['generator'], arm=SYNTHETIC_ARM, least_steps=job.synthesis.least_steps,
@@ -321,7 +321,7 @@ def _cross_validated(job):
     "Scores of every arm on every labelled image, by the model that had it held out; and the runs' logs."
     folds = {f'fold{i}': split for i, split in enumerate(make_folds(job.pairs, job.plan.folds, job.seed))}
     runs = [Run(arm, job.training['network'], job.seed, fold) for fold in folds for arm in job.plan.arms]
-    file_of = lambda run: job.out/'cv'/f'{run.file}.csv'.replace(':', '-')
+    def file_of(run): return job.out/'cv'/f'{run.file}.csv'.replace(':', '-')
     def work(run):
         split = folds[run.subset]
         arm = job.arm(run.arm, split, f'cv/{run.subset}')
@@ -334,7 +334,7 @@ def _cross_validated(job):
     return scores, logs
 
 def _train_winner(job, winner):
-    "The winner on all labelled pairs, as model/."
+    "Train the chosen arm on all labelled pairs, and write model/."
     model, state = job.out/'model', job.out/'model.state'
     if (model/'config.json').exists(): return forget(state)
     everything = Split(job.pairs, [])
@@ -346,7 +346,7 @@ def _train_winner(job, winner):
     forget(state)
 
 def _advice(job, winner, gain):
-    "What more time would buy, a sentence each."
+    "What more time would change, in sentences."
     out = []
     if not math.isnan(gain):
         rising = "more steps would still help" if gain > .5 else "it is flat, more steps alone would not help"
@@ -382,13 +382,13 @@ The intervals cover the images, not the seed of training.
 """
 
 def _report(job, winner, said, advice):
-    "report.md."
+    "Write report.md."
     compared = job.out/'cv'/'table.md'
     cv = 'There was time for one arm only: nothing was compared.\n'
     if job.plan.folds: cv = compared.read_text()
     drawn = 'No synthetic pairs were used for it.'
     if winner == SYNTHETIC_ARM: drawn = 'Its synthetic pairs are in `synthesis/synthetic/`.'
-    bullets = lambda lines: '\n'.join(f'- {line}' for line in lines)
+    def bullets(lines): return '\n'.join(f'- {line}' for line in lines)
     text = REPORT.format(said=said, winner=winner, n_pairs=len(job.pairs), steps=job.plan.steps, drawn=drawn,
                          plan=bullets(job.plan.lines()), cv=cv, advice=bullets(advice),
                          n_unlabelled=len(job.unlabelled), hardware=hardware())
@@ -403,17 +403,17 @@ def fit(
     network: str = 'unet',         # unet, segformer, sanet, polyp_pvt or ctnet
     encoder: str = None,           # of segmentation-models-pytorch or timm (default: the network's own)
     encoder_weights: str = None,   # a name (imagenet) or a path (default: from scratch)
-    size: int = 96,                # side in pixels at which the network sees the images
+    size: int = 96,                # side of the network's input, in pixels
     bs: int = 16,                  # real images per step
     lr: float = 1e-3,              # peak learning rate
     loss: str = 'bce_dice',        # bce_dice, cross_entropy or structure_loss
     augment: str = 'strong',       # of the real pairs: strong, full, flip or none
-    arms: Sequence[str] = None,    # short forms to choose among (default: what the data allow)
+    arms: Sequence[str] = None,    # arms to choose among (default: those that the data allow)
     seed: int = 0,                 # of folds, weights and batches
-    least_steps: int = 200,        # training steps below which a run is of no use
-    most_steps: int = 3000,        # training steps beyond which no run goes
+    least_steps: int = 200,        # smallest useful number of training steps
+    most_steps: int = 3000,        # largest number of training steps
     most_folds: int = 5,           # of the cross-validation, 2 or more
-    synthesis: Synthesis = None,   # how synthetic pairs are made, where there is time (default `Synthesis()`)
+    synthesis: Synthesis = None,   # how synthetic pairs are made, if there is time (default `Synthesis()`)
     save_every: float = 10         # minutes between saved states of a training; 0: after every step
 ) -> Path:                         # the folder: report.md, model/, cv/, plan.json
     "Train the best model that the minutes allow; `MedsynError` for too few labels or minutes."
@@ -431,7 +431,7 @@ def fit(
     limits = dict(minutes=minutes, least_steps=least_steps, most_steps=most_steps, most_folds=most_folds)
     config = dict(training, **limits, labelled=pairs_hash(pairs), arms=names, seed=seed,
                   unlabelled=[file_hash(f) for f in unlabelled], synthesis=asdict(synthesis))
-    for name in names:              # a wrong name shows before anything is written
+    for name in names:              # a wrong name is refused before anything is written
         if name != SYNTHETIC_ARM: open_arm(name, Split(pairs, []), unlabelled)
     job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed, save_every)
     job.plan = _plan(job, names, **limits)
@@ -464,9 +464,9 @@ def overlay(image: np.ndarray,      # uint8 (H,W,3)
     return out.round().astype(np.uint8)
 
 def found(p: np.ndarray,        # (H,W) probability in [0,1]
-          threshold: float = .5 # foreground is what is above it
+          threshold: float = .5 # foreground is above it
          ) -> dict:             # area (share of the image, [0,1]) and confidence ([0,1])
-    "The size of what was found and the mean probability in it; if nothing was, 1 - the largest probability."
+    "Area and mean probability of the foreground; without foreground, 1 - the largest probability."
     mask = p > threshold
     return dict(area=float(mask.mean()), confidence=float(p[mask].mean() if mask.any() else 1 - p.max()))
 
@@ -502,13 +502,13 @@ def _slices_of(source, how):
     return [(f'{stem_of(file)}_{k:03d}', _Item(Frame(file, how.over(page=k)), file, k)) for k in range(n)]
 
 def _save_png(path, array):
-    "An image file, whole or not at all."
+    "Write an image file completely or not at all."
     data = io.BytesIO()
     Image.fromarray(array).save(data, 'PNG')
     write_atomic(path, data.getvalue())
 
 def _done(table):
-    "The complete rows of a table of predictions that was perhaps cut off, by name."
+    "The complete rows of a table of predictions, by name; its last row may be incomplete."
     if not table.exists(): return {}
     with open(table, newline='') as f: rows = list(csv.DictReader(f))
     return {r['name']: r for r in rows if all(r.get(k) for k in PREDICTED if k != 'slice')}
@@ -525,12 +525,12 @@ def predict_images(
     models: 'Sequence | str | Path',  # folder of a segmenter, or several, whose probabilities are averaged
     images: 'Sequence | str | Path',  # image files, or their folder; or one file, such as a volume
     out: 'str | Path',                # folder to write: masks, probabilities, overlays, predictions.csv
-    threshold: float = .5,            # foreground is what is above it, in (0,1)
+    threshold: float = .5,            # foreground is above it, in (0,1)
     flips: bool = False,              # average over the image and its mirror images: four passes
     bs: int = 8,                      # images read at a time; does not change the result
-    how: Reading = None               # with which choices images are read, see `data.pairs.reading`
+    how: Reading = None               # options for reading images, see `data.pairs.reading`
 ) -> Path:                            # the folder; the same call again resumes
-    "Apply a segmenter to images of any size; `MedsynError` for no segmenter and for unreadable images."
+    "Apply a segmenter to images of any size; `MedsynError` without a segmenter or for unreadable images."
     if not 0 < threshold < 1: raise MedsynError(f"threshold {threshold}: give a probability between 0 and 1")
     folders = [Path(m) for m in (models if isinstance(models, (list, tuple)) else [models])]
     how = how or Reading()
@@ -542,7 +542,7 @@ def predict_images(
     out = open_run(out, config, 'predict')
     table = out/'predictions.csv'
     done = _done(table)
-    write_atomic(table, _table_text(done.values()))     # without what was cut off
+    write_atomic(table, _table_text(done.values()))     # without an incomplete row
     left = [name for name in items if name not in done]
     for start in track(range(0, len(left), bs), 'predict'):
         names = left[start:start + bs]
@@ -554,7 +554,7 @@ def predict_images(
     return out
 
 def _write_prediction(out, name, item, image, p, threshold):
-    "The pictures of one image, then its row, which vouches for them."
+    "Write the pictures of one image, then its row: a row means that its pictures are complete."
     mask = p > threshold
     _save_png(out/'masks'/f'{name}.png', (mask*255).astype(np.uint8))
     _save_png(out/'probabilities'/f'{name}.png', (p*255).round().astype(np.uint8))
@@ -566,7 +566,7 @@ def _write_prediction(out, name, item, image, p, threshold):
         csv.DictWriter(f, PREDICTED).writerow(row)
 
 def _write_volumes(out, items, axis):
-    "The masks of each NIfTI volume as a volume that lies on it."
+    "Write the masks of each NIfTI volume as a volume on the same grid."
     by_file = {}
     for name, item in items.items():
         if item.slice is not None: by_file.setdefault(item.file, []).append(name)

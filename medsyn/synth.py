@@ -30,6 +30,7 @@ from .data.volumes import stem_of
 from .data.paste import feathered, move, paste, random_moves
 from .diffusion.learner import PairGenerator, denoising_losses, margin
 from .diffusion.sample import defaults_of, sample
+from .processes import count, gathered, is_main, main_first, number, wait
 
 # %% ../nbs/api/40_synth.ipynb #8ffd390a
 def plan(pairs: list,           # of `Pair` that lend their masks
@@ -106,8 +107,8 @@ def _append(out, row):
         os.fsync(f.fileno())
     return row
 
-def _write(out, i, image, draft, row):
-    "One pair and its line; the line comes last, so that it vouches for the files."
+def _store(out, i, image, draft, row):
+    "The files of one pair; its line of the manifest."
     shown = image[..., 0] if row.get('grey') else image
     pictures = dict(file=('images', shown), mask=('masks', draft.mask*255))
     if draft.unknown is not None: pictures['ignored'] = ('ignored', draft.unknown*255)
@@ -116,13 +117,18 @@ def _write(out, i, image, draft, row):
         data = png_bytes(picture)
         row[kind], row[f'{kind}_hash'] = f'{folder}/{i:06d}.png', content_hash(data)
         write_atomic(out/row[kind], data)
-    return _append(out, row)
+    return row
+
+def _write(out, i, image, draft, row):
+    "One pair and its line; the line comes last, so that it vouches for the files."
+    return _append(out, _store(out, i, image, draft, row))
 
 def _init_run(out, config):
     "Open the folder and cut the manifest back to what is finished; returns its rows."
-    open_run(out, config, 'synth')
-    good = finished(out)
-    write_atomic(out/'manifest.jsonl', ''.join(line + '\n' for line in good))
+    with main_first():
+        open_run(out, config, 'synth')
+        good = finished(out)
+        if is_main(): write_atomic(out/'manifest.jsonl', ''.join(line + '\n' for line in good))
     return [json.loads(line) for line in good]
 
 # %% ../nbs/api/40_synth.ipynb #1e0476e3
@@ -391,6 +397,32 @@ def _with_masks(generator, size, seed, settings):
         return out
     return draw
 
+def _wanted(verdicts, rows, n, tries):
+    "Of images (index, whether it is dropped), the indices that one process would have made."
+    counted, wanted = list(rows), set()
+    for i, is_dropped in sorted(verdicts):
+        if i < len(rows) or _over(counted, n, tries): continue
+        counted.append({} if is_dropped else dict(file=''))
+        wanted.add(i)
+    return wanted
+
+def _make_batches(draw, out, rows, n, bs, settings, keep, tries):
+    "Make a batch in each process; the main process writes the manifest, in the order of one process."
+    first = (len(rows)//bs + number())*bs
+    indices = range(first, first + bs if tries else max(min(first + bs, n), first))
+    made = {}
+    for i, (image, draft, about) in zip(indices, draw(indices) if indices else [], strict=True):
+        row = dict(about, versions=versions(), **settings)
+        if keep and 'dropped' not in row: row.update(_judged(keep, image, draft.mask))
+        made[i] = image, draft, row
+    wanted = _wanted(gathered([(i, 'dropped' in row) for i, (_, _, row) in made.items()]), rows, n, tries)
+    mine = []
+    for i in sorted(wanted & set(made)):
+        image, draft, row = made[i]
+        mine.append(dict(row, index=i) if 'dropped' in row else _store(out, i, image, draft, row))
+    for row in sorted(gathered(mine), key=lambda row: row['index']):
+        rows.append(_append(out, row) if is_main() else row)
+
 def _make_batch(draw, out, indices, rows, n, settings, keep, tries):
     "Make the images `indices` together and write those that are not written yet."
     for i, (image, draft, about) in zip(indices, draw(indices), strict=True):
@@ -544,7 +576,8 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     rows = _init_run(out, config)
     _run(draw, out, rows, n, bs, settings, keep, tries if drops else 0)
     if (kept := _kept(rows)) < n: raise MedsynError(_too_few(rows, kept, n, out, keep))
-    write_card(out)
+    if is_main(): write_card(out)
+    wait()
     return [Pair(Path(r['file']).stem, out/r['file'], out/r['mask']) for r in rows if 'file' in r]
 
 def _run(draw, out, rows, n, bs, settings, keep, tries):
@@ -554,7 +587,8 @@ def _run(draw, out, rows, n, bs, settings, keep, tries):
         while not _over(rows, n, tries):
             before, first = _kept(rows), len(rows)//bs*bs
             last = first + bs if tries else min(first + bs, n)
-            _make_batch(draw, out, range(first, last), rows, n, settings, keep, tries)
+            if count() > 1: _make_batches(draw, out, rows, n, bs, settings, keep, tries)
+            else: _make_batch(draw, out, range(first, last), rows, n, settings, keep, tries)
             bar.update(_kept(rows) - before)
 
 def _too_few(rows, kept, n, out, keep):

@@ -28,10 +28,12 @@ from .core import MedsynError, pick, track
 _ORDER = dict(
     steps=(-5, "counts the optimiser steps: before every callback that reads `learn.steps`"),
     loss_term=(0, "a term on the plain prediction: before `precision`, so that it runs under autocast"),
+    average=(4, "averages the gradients over all processes, before anybody reads them"),
     gates=(5, "reads the gradients after the loss terms and before they are clipped"),
     precision=(10, "fastai's MixedPrecision: what follows in `before_batch` runs under autocast"),
     clip=(11, "fastai's GradientClip: after the gradients are unscaled"),
     diffusion=(12, "makes noised latents, timesteps, condition and target of the batch"),
+    divide=(12.5, "keeps the rows of this process, before anything is computed from the noised batch"),
     image_branch=(13, "changes the noised batch: Siamese-Diffusion's image branch, Free Lunch's second one"),
     consistency=(14, "compares with what the image branch predicted"),
     weighted_loss=(15, "weights of the plain loss may depend on everything above"),
@@ -62,7 +64,7 @@ class StepsCB(Callback):
         return self.learn.n_epoch*len(self.learn.dls.train)
 
 class _StopCB(Callback):
-    "Ends the fit after `steps` optimiser steps, without fastai's validation (`EvalCB` evaluates)."
+    "Ends the fit after `steps` optimiser steps, without fastai's validation; `EvalCB` evaluates instead."
     order, run_valid, name = ORDER['stop'], False, 'stop_steps'
     def __init__(self, steps): self.steps = steps
 
@@ -86,14 +88,14 @@ class LossTermCB(Callback):
     ): self.weight = weight
 
     def term(self):
-        "The scalar loss term of this batch; `self.pred`, `self.yb` and `self.learn` are at hand."
+        "The scalar loss term of this batch; `self.pred`, `self.yb` and `self.learn` are available."
         raise TypeError(f"{type(self).__name__} has no term(): define one that returns a scalar tensor")
 
     def before_fit(self):
         names = [c.name for c in self.learn.cbs if isinstance(c, LossTermCB)]
         if names.count(self.name) > 1:
             raise MedsynError(f"two loss terms are named {self.name!r}: give one of them another name, "
-                              "their columns would be mixed")
+                              "because each needs its own column")
         self.learn.terms = {}
 
     def after_loss(self):
@@ -112,7 +114,7 @@ class LogCB(Callback):
     keeps = 'table', 'rows'
     def __init__(self): self.steps, self.rows = [], []
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')       # a search is no training
+    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')       # a search is not a training
     def after_batch(self):
         row = dict(loss=self.learn.loss.detach(), **getattr(self.learn, 'terms', {}))
         self.steps.append(dict(step=len(self.steps) + 1, **row, lr=self.opt.hypers[-1]['lr']))
@@ -131,12 +133,12 @@ class LogCB(Callback):
         self.rows.append(values)
 
     def frame(self) -> pd.DataFrame:
-        "One row a step: step, loss, every term, lr."
+        "One row per step: step, loss, every term, lr."
         rows = [{column: float(value) for column, value in row.items()} for row in self.steps]
         return pd.DataFrame(rows).astype({'step': int} if rows else {})
 
     def evals(self) -> pd.DataFrame:
-        "One row an evaluation."
+        "One row per evaluation."
         return pd.DataFrame(self.rows)
 
 # %% ../nbs/api/02_train.ipynb #57cb9058
@@ -146,9 +148,8 @@ def _weights_like(w, loss):
     if w.ndim != 4 or w.shape[1] != 1:
         raise MedsynError(f"weights() returned the shape {tuple(w.shape)}: (B,) or (B,1,H,W) is needed")
     if loss.ndim < 3:
-        raise MedsynError(f"weights() returned one weight per pixel, but the loss is of shape "
-                          f"{tuple(loss.shape)}: "
-                          "return (B,), or use a loss of every pixel")
+        raise MedsynError(f"weights() returned one weight per pixel, but the loss has shape "
+                          f"{tuple(loss.shape)}: return (B,), or use a loss of every pixel")
     if w.shape[-2:] != loss.shape[-2:]: w = F.adaptive_avg_pool2d(w, loss.shape[-2:])
     return w if loss.ndim == 4 else w[:, 0]
 
@@ -167,8 +168,8 @@ class WeightedLossCB(LossTermCB):
         "The plain loss of every element, in float32."
         try: loss = self.learn.loss_func(self.pred, *self.yb, reduction='none')
         except TypeError as e:
-            raise MedsynError(f"{type(self).__name__} weights the elements of the loss, and this learner's "
-                              "loss takes no reduction='none': give it one that does, as F.mse_loss") from e
+            raise MedsynError(f"{type(self).__name__} weights the elements of the loss, but this learner's "
+                              "loss takes no reduction='none': use one that does, such as F.mse_loss") from e
         return loss.as_subclass(Tensor).float()
 
     def term(self):
@@ -203,7 +204,7 @@ class EMACB(Callback):
         return 1 - 1/min(max(steps/10, 10), 10_000)
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')     # a learning-rate search leaves no weights
+        self.run = not hasattr(self.learn, 'lr_finder')     # a learning-rate search keeps no average
         if self.run: self.avg = EMAModel(self.params(), decay=self.largest_decay())
     def after_step(self): self.avg.step(self.params())
     def after_fit(self): self.avg.copy_to(self.params())
@@ -218,7 +219,7 @@ class EMACB(Callback):
 
 # %% ../nbs/api/02_train.ipynb #abfabd7b
 @contextlib.contextmanager
-def evaluating(learn: Learner   # with an `EMACB`, its averaged weights are put in
+def evaluating(learn: Learner   # with an `EMACB`, its averaged weights are used
               ):                # context manager that yields the model
     "Evaluation mode, averaged weights, no gradients; all restored on leaving."
     training, ema = learn.model.training, getattr(learn, 'ema', None)
@@ -230,7 +231,7 @@ def evaluating(learn: Learner   # with an `EMACB`, its averaged weights are put 
 
 # %% ../nbs/api/02_train.ipynb #e0f6be4a
 class EvalCB(Callback):
-    "Adds a row to `learn.history` every `every` steps and at the last; subclass it with `evaluate()`."
+    "Adds a row to `learn.history` every `every` steps and at the last one; subclass it with `evaluate()`."
     order, run_valid = ORDER['eval'], False
     def __init__(self,
         every: int = None   # steps between evaluations; `None`: ten times in a run
@@ -258,7 +259,7 @@ SCHEDULES = dict(
 
 # %% ../nbs/api/02_train.ipynb #ab8e39fd
 class _BarCB(Callback):
-    "The progress bar of `fit_steps`, which also notices a loss that is no longer a number."
+    "The progress bar of `fit_steps`, which also checks that the loss is finite."
     order, run_valid, name = ORDER['log'] - 1, False, 'steps_bar'
     def __init__(self, desc): self.desc = desc
 
@@ -315,7 +316,7 @@ def common_cbs(device: torch.device | str,  # where the model trains
     cuda = torch.device(device).type == 'cuda'
     if bf16 is None: bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if bf16 and not cuda:
-        raise MedsynError(f"bf16 training was asked for on {device}: it needs a CUDA device, "
+        raise MedsynError(f"bf16 training was requested on {device}, but it needs a CUDA device: "
                           "leave bf16 unset")
     cbs = [StepsCB(), LogCB()]
     if clip: cbs.append(GradientClip(clip))

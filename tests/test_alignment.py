@@ -198,7 +198,7 @@ def test_moved_folders(saved, tmp_path):
     shutil.move(d/'backbone', d/'gone')
     try:
         assert answers_alike(load_generator(tmp_path/'both'/'generator'), gen)
-        with pytest.raises(MedsynError, match='that was in .*backbone, which is not there'):
+        with pytest.raises(MedsynError, match='that was in .*backbone, which is gone'):
             load_generator(moved)
         backbone_elsewhere = Backbone.from_pretrained(d/'gone')
         opened = AlignmentGenerator.from_pretrained(moved, backbone_elsewhere)

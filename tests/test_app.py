@@ -452,7 +452,7 @@ def test_painting_by_keyboard_and_refused_files(chromium, served, tmp_path):
     before = label()
     (tmp_path/'text.png').write_text('<script>alert(1)</script>')
     Image.new('L', (16, 16), 255).save(tmp_path/'small.png')
-    for name, words in (('text.png', 'no image that can be read'), ('small.png', '16x16 px')):
+    for name, words in (('text.png', 'not an image that can be read'), ('small.png', '16x16 px')):
         page.set_input_files('#mask-file', tmp_path/name)
         page.wait_for_selector(f'#message:has-text("{words}")')
     page.set_input_files('#into-file', tmp_path/'text.png')

@@ -205,7 +205,7 @@ def test_lower_resolution_judge(dls):
     learn = segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen, resize=True)])
     log = fit_steps(learn, 2).history.frame()
     assert (log.L_fb > 0).all()
-    with pytest.raises(MedsynError, match='draws 16x16 px and the segmenter sees 32x32'):
+    with pytest.raises(MedsynError, match='samples 16x16 px, the segmenter gets 32x32'):
         fit_steps(segment_learner(dls, net(), cbs=[GenerativeFeedbackCB(gen)]), 1)
 
 def test_timesteps_and_seeds(pairs):

@@ -154,7 +154,7 @@ def test_contrast_has_a_tenth_of_the_weight(slim, pairs):
 
 def test_terms_need_their_network(pairs):
     learn = segment_learner(loaders(pairs), segmenter('unet', 'mobilenetv3_small_050'), cbs=[ContrastCB()])
-    with pytest.raises(MedsynError, match="brings no 'embedding'"): fit_steps(learn, 1)
+    with pytest.raises(MedsynError, match="has no 'embedding'"): fit_steps(learn, 1)
 
 def test_contrast_without_a_pair_of_classes():
     one_class, none = torch.zeros(2, 16, 16, dtype=torch.bool), torch.zeros(2, 8, 8, dtype=torch.bool)

@@ -213,7 +213,7 @@ def test_departures_are_listed(path):
 def test_exports_its_module(path):
     nb = load(path)
     module = exports(nb)
-    assert module == path.stem.split('_', 1)[1], module
+    assert module.strip('_') == path.stem.split('_', 1)[1], module
     assert module_file(module).exists()
     assert 'nbdev_export()' in source(nb['cells'][-1]) and 'hide' in directives(nb['cells'][-1])
 

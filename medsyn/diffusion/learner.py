@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
 from .backbone import Backbone, full_precision
 from .schedule import min_snr_weight
+from ..processes import parallel_cbs
 from ..resume import fit_resumable
 from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs
 
@@ -436,6 +437,6 @@ def pretrain_backbone(
         raise MedsynError("pretraining is for tiny backbones: "
                           "Stable Diffusion's is already trained, give it to medsyn train")
     learn = denoising_learner(dls, _Pretraining(backbone), lr=lr, drop_prompt=0.1, seed=seed, cbs=cbs)
-    fit_resumable(learn, steps, state, save_every, schedule='cosine', desc='pretrain')
+    fit_resumable(learn, steps, state, save_every, parallel_cbs(), schedule='cosine', desc='pretrain')
     backbone.eval()
     return learn

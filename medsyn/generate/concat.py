@@ -35,8 +35,8 @@ def mask_channels(mask: Tensor,             # (B,1,H,W) in [0,1]; a gradient flo
 
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36011
 class ConcatGenerator(MaskGenerator):
-    "Mask to image: the mask and a has-mask flag as input channels of the backbone's own U-Net."
-    guidance, guide = 2., 'mask'        # from the trained answer without a mask
+    "Mask to image: the mask and a has-mask flag as input channels of the backbone's U-Net."
+    guidance, guide = 2., 'mask'        # from the trained prediction without a mask
     def __init__(self,
         backbone: Backbone      # not changed: its U-Net is copied
     ):
@@ -56,7 +56,7 @@ class ConcatGenerator(MaskGenerator):
         return mask_channels(cond.mask, cond.given(), self.backbone.codec.stride).to(zt)
 
     def forward(self, zt, t, cond: Cond):
-        "The network's answer (noise or velocity), (B,K,h,w)."
+        "The network's output (noise or velocity), (B,K,h,w)."
         channels_last = zt.is_contiguous(memory_format=torch.channels_last)     # rounding depends on it
         layout = torch.channels_last if channels_last else torch.contiguous_format
         further = self.mask_input(cond, zt).contiguous(memory_format=layout)
@@ -69,7 +69,7 @@ class WithUnlabelled:
     def __init__(self,
         dataset: PairDataset,   # decoded pairs
         images: list,           # image files without masks
-        copies: int = 1         # how often the pairs are repeated
+        copies: int = 1         # how many times the pairs are repeated
     ):
         self.dataset, self.unlabelled, self.copies = dataset, ImageDataset(images, dataset.size), copies
         self.pairs, self.size = dataset.pairs, dataset.size
@@ -93,13 +93,13 @@ def with_unlabelled(dls: DataLoaders,       # from `pair_dls`; not changed
         raise MedsynError(f"a share of {share} labelled items: give a number from 0 up to, not including, 1")
     files = list(images)
     if overlap := same_images(files, dls.pairs_valid):
-        raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, {overlap[0]} for one: "
-                          "take them out")
+        raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, such as {overlap[0]}: "
+                          "remove them")
     pairs = dls.train.dataset
     if not isinstance(pairs, PairDataset):
         raise MedsynError("unlabelled images need loaders of pair_dls: leave the cache of latents out")
-    wanted = share/(1 - share)*len(files)               # labelled items beside that many unlabelled ones
-    copies = max(1, -int(-wanted//len(pairs)))
+    needed = share/(1 - share)*len(files)               # labelled items beside that many unlabelled ones
+    copies = max(1, -int(-needed//len(pairs)))
     new, train = copy.copy(dls), dls.train.new(WithUnlabelled(pairs, files, copies))
     new.loaders = [train, *dls.loaders[1:]]
     return new
@@ -110,9 +110,9 @@ def concat_learner(
     dls: DataLoaders,               # of (image, mask), see `pair_dls`; augment='flip' is enough
     backbone: Backbone,             # pretrained or not; not changed
     drop_mask: float = .15,         # share of labelled samples trained without their mask, [0,1]
-    unlabelled: list = None,        # image files without masks that are trained on too, or a folder of them
+    unlabelled: list = None,        # further training images without masks: files, or a folder
     share: float = .5,              # least share of labelled items among all, [0,1)
-    **kwargs                    # for `denoising_learner`
+    **kwargs                        # for `denoising_learner`
 ) -> Learner:                       # train it with `fit_steps`; its `.model` is the generator
     "SegGuidedDiff on latents: every weight of the U-Net is trained, with and without the mask."
     if isinstance(unlabelled, (str, Path)): unlabelled = find_images(unlabelled)

@@ -81,7 +81,7 @@ def hint(self: ControlGenerator,
         ) -> Tensor:    # (B,3,H,W) in [0,1]; with image 3 channels more, with depth 1 more
     "What the branch sees; `MedsynError` if there is no mask."
     if cond.mask is None:
-        raise MedsynError("this generator is told what to draw by a mask and got none: pass masks")
+        raise MedsynError("this generator needs a mask and got none: pass masks")
     parts = [cond.mask.expand(-1, 3, -1, -1)]
     if self.config['image']: parts.append(cond.image/2 + 0.5)
     if self.depth is not None: parts.append(self.depth(cond.image))

@@ -38,7 +38,7 @@ from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs
 
 # %% ../../nbs/api/33_generate.paired.ipynb #42942b50
 class GuidedNet(nn.Module):
-    "A network that denoises one thing while it is shown another."
+    "A network that denoises its first input, guided by the second."
     def __init__(self,
         net: nn.Module  # called with (B,K+G,h,w) and t (B,); its output has `.sample` (B,K,h,w)
     ):
@@ -46,17 +46,17 @@ class GuidedNet(nn.Module):
         self.net = net
 
     def forward(self,
-        zt: Tensor,     # (B,K,h,w) what is denoised
+        zt: Tensor,     # (B,K,h,w) the noised input
         t: Tensor,      # (B,) timesteps
-        guide: Tensor   # (B,G,h,w) what guides
+        guide: Tensor   # (B,G,h,w) the guide
     ) -> Tensor:        # (B,K,h,w) noise or velocity
         "The output of the network."
         return self.net(torch.cat([zt, guide], 1), t).sample
 
 def guided_net(
-    inner: int,                                     # channels K of what is denoised
-    guide: int,                                     # channels G of what guides
-    side: int,                                      # height and width at which it works
+    inner: int,                                     # channels K of the noised input
+    guide: int,                                     # channels G of the guide
+    side: int,                                      # height and width of its input
     channels: tuple = (32, 32, 64, 64, 128, 128),   # per level; each level halves the side
     layers: int = 2,                                # residual blocks per level
     attend: tuple = (16,)                           # sides at which there is attention
@@ -78,7 +78,7 @@ def guided_net(
 
 # %% ../../nbs/api/33_generate.paired.ipynb #87578a9c
 class Pixels(nn.Module):
-    "The codec that does nothing: diffusion in pixel space."
+    "The identity as a codec: diffusion in pixel space."
     stride = 1
     def __init__(self,
         channels: int   # of the pictures (B,channels,H,W) in [-1,1]
@@ -87,20 +87,20 @@ class Pixels(nn.Module):
         self.channels = channels
 
     def encode(self, x0: Tensor) -> Tensor:
-        "Pictures as they are."
+        "The input, unchanged."
         return x0
 
     def decode(self, z: Tensor) -> Tensor:
-        "Pictures as they are."
+        "The input, unchanged."
         return z
 
 # %% ../../nbs/api/33_generate.paired.ipynb #fd081a3a
 def antithetic(
-    n: int,                     # how many
+    n: int,                     # how many timesteps
     T: int,                     # number of timesteps
-    generator: torch.Generator  # where the randomness comes from
+    generator: torch.Generator  # source of the randomness
 ) -> Tensor:                    # (n,) long in [0,T): t, T-1-t, t', T-1-t', ...
-    "Timesteps in pairs that mirror each other."
+    "Random timesteps in pairs t, T-1-t."
     t = torch.randint(T, ((n + 1)//2,), generator=generator)
     return torch.stack([t, T - 1 - t], 1).flatten()[:n]
 
@@ -119,17 +119,17 @@ GUIDES, BINARISE, FIRST = ('x0', 'xt', 'clean', 'none'), ('never', 'both', 'samp
 
 class PairedGenerator(PairGenerator):
     "Guider and generator, their schedule and codecs: generates images together with their masks."
-    steps = 256                         # sampler steps unless told otherwise (the paper)
+    steps = 256                         # sampler steps by default (the paper's)
     def __init__(self,
-        guider: GuidedNet,              # denoises what comes first, guided by the other
-        generator: GuidedNet,           # denoises the other, guided by the guider's estimate
+        guider: GuidedNet,              # denoises the first part, guided by the second
+        generator: GuidedNet,           # denoises the second part, guided by the guider's estimate
         codecs: dict,                   # 'mask' and 'image' -> `Pixels` or `PatchPCA`, both of one stride
         schedule: Schedule,             # of both
         size: int = 256,                # side of the images it was trained on, pixels
         first: str = 'mask',            # what the guider denoises, see `FIRST`
-        guide: str = 'x0',              # what the generator is shown, see `GUIDES`
-        binarise: str = 'never',        # whether the shown estimate is binarised, see `BINARISE`
-        weight: bool = None,            # weight pixels by the estimate; `None`: if the mask comes first
+        guide: str = 'x0',              # the guide of the generator, see `GUIDES`
+        binarise: str = 'never',        # when the estimate is binarised before it guides, see `BINARISE`
+        weight: bool = None,            # weight pixels by the estimate; `None`: if `first` is 'mask'
         clip: bool = True               # clip the estimate to [-1,1] before it guides
     ):
         super().__init__()
@@ -143,13 +143,13 @@ class PairedGenerator(PairGenerator):
         self.config = dict(first=first, guide=guide, binarise=binarise, weight=weight, clip=clip)
         self.guider, self.generator, self.codecs = guider, generator, nn.ModuleDict(codecs)
         self.schedule, self.size = schedule, size
-        self.trained = set()            # which of the two a learner has finished
+        self.trained = set()            # the networks whose training is finished
 
     @property
     def device(self) -> torch.device: return next(self.generator.parameters()).device
     @property
     def parts(self) -> tuple:
-        "('mask', 'image'), or swapped: what the guider and what the generator denoises."
+        "What guider and generator denoise: ('mask', 'image'), or swapped."
         return FIRST if self.config['first'] == 'mask' else FIRST[::-1]
     @property
     def grey(self) -> bool:
@@ -159,7 +159,7 @@ class PairedGenerator(PairGenerator):
         return in_channels == 1
     @property
     def stride(self) -> int:
-        "What the side of an image must be a multiple of."
+        "The side of an image must be a multiple of this number of pixels."
         levels = len(self.generator.net.config.block_out_channels)
         return self.codecs['mask'].stride*2**(levels - 1)
 
@@ -177,7 +177,7 @@ class PairedGenerator(PairGenerator):
         zt: Tensor,     # (B,K,h,w) its noised input
         t: Tensor       # (B,) timesteps
     ) -> Tensor:        # (B,K,h,w)
-        "The clean latent that an output stands for: x0^ or y0^."
+        "The clean latent that follows from an output: x0^ or y0^."
         return self.schedule.z0_from_eps(self.schedule.to_eps(out, zt, t), zt, t)
 
     def forward(self,
@@ -192,10 +192,10 @@ class PairedGenerator(PairGenerator):
 @patch
 def guidance(self: PairedGenerator,
              estimate: Tensor,      # (B,Kx,h,w) the guider's estimate x0^
-             xt: Tensor,            # (B,Kx,h,w) what it was made from
-             clean: Tensor = None   # (B,Kx,h,w) the truth: given in training, not at sampling
+             xt: Tensor,            # (B,Kx,h,w) the noised latent of the estimate
+             clean: Tensor = None   # (B,Kx,h,w) the clean latent; given in training, not at sampling
             ) -> Tensor:            # (B,Kx,h,w)
-    "What the generator is shown, by the settings `guide`, `binarise` and `clip`."
+    "The guide of the generator, by the settings `guide`, `binarise` and `clip`."
     guide, sampling = self.config['guide'], clean is None
     if guide == 'none': return torch.zeros_like(xt)
     if guide == 'xt': return xt
@@ -209,16 +209,16 @@ def guidance(self: PairedGenerator,
 # %% ../../nbs/api/33_generate.paired.ipynb #8199cacd
 @torch.no_grad()
 def denoise_pair(
-    pair: PairedGenerator,      # networks of any kind inside
-    x: Tensor,                  # (B,Kx,h,w) standard normal: where the first half starts
-    y: Tensor,                  # (B,Ky,h,w) standard normal: where the other starts
+    pair: PairedGenerator,      # its networks may be of any kind
+    x: Tensor,                  # (B,Kx,h,w) standard normal noise: the start of the first part
+    y: Tensor,                  # (B,Ky,h,w) standard normal noise: the start of the second part
     steps: int = 256,           # sampler steps
     sampler: str = 'ddim',      # ddim, dpm++ or unipc
-    order: str = 'guider',      # who goes first in a step: guider (the paper) or generator
+    order: str = 'guider',      # which network goes first in a step: guider (the paper) or generator
     eta: float = 0.,            # with ddim: share of fresh noise; 1 with as many steps as timesteps is DDPM
     seeds: list = None,         # with eta: one seed per pair
     callback: Callable = None   # called at every step with its number, t, x0^ and y0^
-) -> tuple:                     # x, y at the end
+) -> tuple:                     # the final x and y
     "The joint reverse process."
     sampler_x, sampler_y = pair.schedule.sampler(sampler), pair.schedule.sampler(sampler)
     for s in (sampler_x, sampler_y): s.set_timesteps(steps, device=x.device)
@@ -245,7 +245,7 @@ def denoise_pair(
 # %% ../../nbs/api/33_generate.paired.ipynb #f0b6deb5
 @dataclass
 class NoisedPair:
-    "A noised training batch of pairs: `learn.noised`. x is what comes first, y the other."
+    "A noised training batch of pairs: `learn.noised`. x is the first part, y the second."
     x0: Tensor              # (B,Kx,h,w) latents
     y0: Tensor              # (B,Ky,h,w) latents
     eps_x: Tensor           # (B,Kx,h,w) standard normal noise
@@ -253,7 +253,7 @@ class NoisedPair:
     t: Tensor               # (B,) timesteps
     xt: Tensor              # (B,Kx,h,w) noised latents
     yt: Tensor              # (B,Ky,h,w) noised latents
-    est: Tensor = None      # (B,Kx,h,w) the guider's estimate x0^, where it was asked for
+    est: Tensor = None      # (B,Kx,h,w) the guider's estimate x0^, if it is needed
 
 def noised_pair(
     pair: PairedGenerator,      # its codecs and schedule are used
@@ -262,7 +262,7 @@ def noised_pair(
     t: Tensor,                  # (B,) timesteps
     generator: torch.Generator  # of the two noises
 ) -> NoisedPair:
-    "Mask and image noised to the same time with independent noises."
+    "Mask and image noised to the same timestep with independent noises."
     pictures = {'mask': mask*2 - 1, 'image': image[:, :1] if pair.grey else image}
     x0, y0 = (pair.codecs[part].encode(pictures[part]) for part in pair.parts)
     eps_x, eps_y = (torch.randn(z.shape, generator=generator).to(z) for z in (x0, y0))
@@ -271,7 +271,7 @@ def noised_pair(
 
 # %% ../../nbs/api/33_generate.paired.ipynb #aa386f91
 class PairedDiffusionCB(Callback):
-    "Turns (image, mask) into what guider or generator is trained on; `learn.noised` holds the batch."
+    "Turns (image, mask) into a training batch of guider or generator; `learn.noised` holds the batch."
     order, name, keeps = ORDER['diffusion'], 'diffusion', ('rng',)
     def __init__(self,
         pair: PairedGenerator,  # both networks
@@ -332,7 +332,7 @@ def lesion_weight(self: PairedGenerator,
     return weight if codec.stride == 1 else F.avg_pool2d(weight, codec.stride)
 
 class LesionWeightCB(WeightedLossCB):
-    "The released code's pixel weight sigmoid(x0^); its column `L_w` is the difference to the plain loss."
+    "The released code's pixel weight sigmoid(x0^); its column `L_w` is the difference from the plain loss."
     name = 'L_w'
     def weights(self) -> Tensor:
         "(B,1,h,w)."
@@ -344,7 +344,7 @@ def paired_losses(
     pair: PairedGenerator,                          # trained or not
     image: Tensor,                                  # (N,3,H,W) in [-1,1]
     mask: Tensor,                                   # (N,1,H,W) in {0,1}
-    networks: tuple = ('guider', 'generator'),      # which are asked
+    networks: tuple = ('guider', 'generator'),      # the networks to measure
     ts: tuple = (100, 300, 500, 700, 900),          # timesteps
     seed: int = 0                                   # of the noises
 ) -> pd.DataFrame:                                  # network, image, t, mask (right or shuffled), loss
@@ -354,12 +354,13 @@ def paired_losses(
         t = torch.full((len(image),), timestep, device=image.device)
         n = noised_pair(pair, image, mask, t, torch.Generator().manual_seed(seed_of(seed, timestep)))
         estimate = pair.estimate(pair.guider(n.xt, t, n.yt), n.xt, t)
-        guide = pair.guidance(estimate, n.xt, n.x0)
-        questions = dict(guider=(n.xt, n.yt, n.eps_x), generator=(n.yt, guide, n.eps_y))
+        x0_guide = pair.guidance(estimate, n.xt, n.x0)
+        inputs = dict(guider=(n.xt, n.yt, n.eps_x), generator=(n.yt, x0_guide, n.eps_y))
         for network in networks:
-            net, (zt, right, eps) = getattr(pair, network), questions[network]
-            for name, shown in dict(right=right, shuffled=right.roll(1, 0)).items():
-                predicted = pair.schedule.to_eps(net(zt, t, shown).float(), zt, t)
+            net = getattr(pair, network)
+            zt, right, eps = inputs[network]
+            for name, guide in dict(right=right, shuffled=right.roll(1, 0)).items():
+                predicted = pair.schedule.to_eps(net(zt, t, guide).float(), zt, t)
                 losses = (predicted - eps).square().mean((1, 2, 3)).tolist()
                 rows += [(network, i, timestep, name, loss) for i, loss in enumerate(losses)]
     return pd.DataFrame(rows, columns=['network', 'image', 't', 'mask', 'loss'])
@@ -397,8 +398,9 @@ def _training_set(dls):
         raise MedsynError("the loaders give no pairs of image and mask, and PIG needs both: use pair_dls")
     every_image = (data[i][0] for i in range(len(data)))
     grey = all(bool((image[:1] == image).all()) for image in every_image)
-    at_most = range(0, len(data), -(-len(data)//2000))
-    images, masks = zip(*(data[i][:2] for i in at_most), strict=True)
+    step = math.ceil(len(data)/2000)
+    chosen = range(0, len(data), step)
+    images, masks = zip(*(data[i][:2] for i in chosen), strict=True)
     images = torch.stack([image.as_subclass(Tensor) for image in images]).float()/127.5 - 1
     masks = torch.stack([mask.as_subclass(Tensor) for mask in masks])[:, None].float()*2 - 1
     return images, masks, grey
@@ -411,9 +413,9 @@ def paired_generator(
     attend: tuple = None,       # sides of feature maps with attention
     prediction: str = None,     # epsilon or v_prediction
     first: str = 'mask',        # what the guider denoises: mask (the paper) or image
-    guide: str = 'x0',          # what the generator is shown: x0 (the paper), xt, clean or none
-    binarise: str = 'never',    # the shown estimate: never, both or sampling (as released)
-    weight: bool = None,        # weight pixels by the estimate, as released; `None`: if the mask comes first
+    guide: str = 'x0',          # the guide of the generator: x0 (the paper), xt, clean or none
+    binarise: str = 'never',    # binarise the estimate: never, both or sampling (as released)
+    weight: bool = None,        # weight pixels by the estimate, as released; `None`: if `first` is 'mask'
     clip: bool = True,          # clip the estimate to [-1,1] before it guides
     seed: int = 0               # of the initial weights
 ) -> PairedGenerator:           # untrained
@@ -475,7 +477,7 @@ def clean_mask(
     soft: np.ndarray,       # (H,W) generated mask, about [-1,1]
     least: float = .001,    # parts smaller than this share of the picture are removed
     most: float = .95       # masks that cover more than this share are refused
-) -> tuple:                 # mask uint8 (H,W) in {0,1}; a dict of what was done; why it is refused, or `None`
+) -> tuple:                 # mask uint8 (H,W) in {0,1}; counts of its parts; why it is refused, or `None`
     "Threshold a generated mask and remove its specks."
     foreground = np.asarray(soft) > 0
     labels, _ = ndimage.label(foreground)
@@ -504,7 +506,7 @@ def _check_sampling(pair, steps, sampler, eta, order, size):
     if not 1 <= steps <= pair.schedule.T:
         raise MedsynError(f"{steps} sampler steps: choose 1 to {pair.schedule.T}")
     if eta and sampler != 'ddim':
-        raise MedsynError(f"eta is {eta:g}, and {sampler} adds no noise of its own: use sampler='ddim'")
+        raise MedsynError(f"eta is {eta:g}, but {sampler} adds no noise: use sampler='ddim'")
 
 @torch.no_grad()
 def sample_pairs(
@@ -512,10 +514,10 @@ def sample_pairs(
     seeds: list,                # one seed per pair, or a number n for 0 to n-1
     steps: int = None,          # sampler steps; `None`: 256, the paper's
     sampler: str = 'ddim',      # ddim, dpm++ or unipc
-    size: int = None,           # side in pixels; `None`: the one it was trained at
-    bs: int = 8,                # pairs sampled together; does not change them
+    size: int = None,           # side in pixels; `None`: the size of its training images
+    bs: int = 8,                # pairs per batch; does not change the result
     eta: float = 0.,            # with ddim: share of fresh noise, see `denoise_pair`
-    order: str = 'guider',      # who goes first in a step: guider (the paper) or generator
+    order: str = 'guider',      # which network goes first in a step: guider (the paper) or generator
     callback: Callable = None,  # called at every step with its number, t, and x0^ and y0^ decoded, in a dict
     desc: str = 'sample'        # title of the progress bar
 ) -> tuple:                     # images (N,H,W,3) uint8, masks (N,H,W) float in about [-1,1]
@@ -593,7 +595,7 @@ def trajectory(
     every: int = 1,         # keep the estimates of each `every`-th step, and of the last
     **kwargs                # for `sample_pairs`: sampler, eta, order, size
 ) -> dict:                  # t (S,), masks (S,N,H,W) about [-1,1], images (S,N,H,W,3) uint8
-    "The estimates x0^ and y0^ along the way."
+    "The estimates x0^ and y0^ during sampling."
     kept = dict(t=[], masks=[], images=[])
     def keep(step, t, pictures):
         if step % every and step != steps - 1: return
@@ -608,7 +610,7 @@ def trajectory(
 def settling(
     path: dict          # from `trajectory`
 ) -> pd.DataFrame:      # t, mask (Dice), coarse and fine (shares of the image's low and high frequencies)
-    "How much of the end result is decided at each time."
+    "How much of the final result is decided at each timestep."
     masks, images = path['masks'] > 0, path['images'].astype(np.float32)
     coarse = ndimage.gaussian_filter(images, (0, 0, 2, 2, 0))
 

@@ -132,7 +132,7 @@ class RealAnchorCB(Callback):
                               " add PairedMixCB(s_max, w_max) to the callbacks")
         held_out = len(self.dls.valid.dataset)
         if held_out < 2:
-            raise MedsynError(f"{held_out} validation pairs are no anchor:"
+            raise MedsynError(f"{held_out} validation pairs are too few for an anchor:"
                               " hold out two or more training pairs")
         if 'kept_gates' not in dict(self.model.named_buffers()):
             logit = math.log(self.start/(1 - self.start))
@@ -152,7 +152,7 @@ class RealAnchorCB(Callback):
         self.learn.terms.update({name: torch.tensor(value) for name, value in columns.items()})
 
     def look_ahead(self) -> tuple:
-        "The forces on the two gates, from this step's gradients and a fresh anchor batch."
+        "The forces on the two gates, from this step's gradients and a new anchor batch."
         mixed, eta = self.mix.mixed, self.opt.hypers[-1]['lr']
         grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         seed = seed_of(self.dls.train.seed, 'anchor', self.train_iter)

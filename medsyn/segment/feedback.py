@@ -25,7 +25,7 @@ def soft_mask(out: Tensor,              # logits (B,1,H,W) or (B,2,H,W)
     "The approximate mask of Eq. 8-9; `MedsynError` for other shapes and temperatures."
     if not 0 < temperature <= 1:
         raise MedsynError(f"temperature {temperature}: choose one in (0, 1];"
-                          " 1 leaves the logits as they are, less sharpens the mask")
+                          " 1 keeps the logits, a lower value sharpens the mask")
     return (foreground(out)/temperature).sigmoid()[:, None]
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #3be01974
@@ -78,7 +78,7 @@ def feedback(generator: nn.Module,  # takes a mask; any class
     return torch.stack(losses).mean(), sum(grads)/len(grads)
 
 def pulled(value: Tensor,   # a scalar without a graph
-           mask: Tensor,    # what it was computed from, with a graph
+           mask: Tensor,    # the mask it was computed from, with a graph
            grad: Tensor     # its gradient with respect to the mask
           ) -> Tensor:      # the scalar, with that gradient
     "A scalar with a given value and gradient, to be added to a loss."
@@ -127,8 +127,8 @@ class GenerativeFeedbackCB(LossTermCB):
         height, width = self.x.shape[-2:]
         size = self.generator.backbone.size
         if (height, width) != (size, size) and not self.resize:
-            raise MedsynError(f"the generator draws {size}x{size} px and the segmenter sees {width}x{height}:"
-                              " train both at one size, or pass resize=True to judge at the generator's")
+            raise MedsynError(f"the generator samples {size}x{size} px, the segmenter gets {width}x{height}:"
+                              " train both at one size, or pass resize=True to judge at the generator's size")
 
     def after_loss(self):
         self.learn.terms.pop(self.name, None)

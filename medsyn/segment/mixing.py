@@ -41,14 +41,14 @@ def _manifest(folder):
 def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` wrote
                   pairs: list           # the real `Pair`s
                  ) -> dict:             # name of a real pair -> its synthetic `Pair`s
-    "The synthetic images sampled under each real image's mask; `MedsynError` if a mask was moved or differs."
+    "The synthetic images under each real image's mask; `MedsynError` if a mask was transformed or differs."
     folder, partners = Path(folder), defaultdict(list)
     real_pairs = {p.name: p for p in pairs}
     for row in track(_manifest(folder), 'partners'):
         image, mask = folder/row['file'], folder/row['mask']
         kind = row['transform']['kind']
         if kind != 'real':
-            raise MedsynError(f"{image} was sampled under a mask that was moved ({kind}):"
+            raise MedsynError(f"{image} was sampled under a transformed mask ({kind}):"
                               " run synthesize with masks='real'")
         real = real_pairs.get(row['source'])
         if real is None: continue
@@ -64,10 +64,10 @@ def check_partners(pairs: list,     # real training `Pair`s
                    partners: dict   # name of a real pair -> its synthetic `Pair`s
                   ) -> None:
     "Raise `MedsynError` if a real image has no partner; the message names the first one."
-    lacking = [p.name for p in pairs if not partners.get(p.name)]
-    if lacking:
-        raise MedsynError(f"{len(lacking)} of {len(pairs)} real images have no synthetic partner,"
-                          f" {lacking[0]!r} first: sample more with synthesize(..., masks='real'),"
+    alone = [p.name for p in pairs if not partners.get(p.name)]
+    if alone:
+        raise MedsynError(f"{len(alone)} of {len(pairs)} real images have no synthetic partner,"
+                          f" {alone[0]!r} first: sample more with synthesize(..., masks='real'),"
                           " or leave these images out")
 
 class PartnerDataset:
@@ -216,7 +216,7 @@ class PairedMixCB(LossTermCB):
 
     def before_batch(self):
         if len(self.yb) < 2:
-            raise MedsynError("the training batches bring no partners: make the loaders with partner_dls")
+            raise MedsynError("the training batches contain no partners: make the loaders with partner_dls")
         partner, *masks = self.yb
         self.learn.yb, self.mixed = tuple(masks), None
         self.strength, self.weight = self.levels()
@@ -229,7 +229,7 @@ class PairedMixCB(LossTermCB):
     def after_pred(self):
         if not self.mixed or self.passes == 2: return
         self.learn.pred, self.pred_mix = self.pred.chunk(2)
-        self.learn.xb = (self.mixed.real,)          # the other terms see the real batch, as in two passes
+        self.learn.xb = (self.mixed.real,)          # the other terms use the real batch, as in two passes
 
     def term(self):
         if self.passes == 1: return self.learn.loss_func(self.pred_mix, *self.yb)

@@ -31,7 +31,7 @@ from ..train import ORDER, SCHEDULES, LossTermCB
 
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #9093ae92
 def pyramid(encoder: str,   # smp's name of the encoder
-            levels: int,    # how many of the deepest maps the decoder reads
+            levels: int,    # how many of the deepest maps the decoder uses
             **kw            # smp's further options of the encoder
            ) -> tuple:      # the encoder with random weights, and the channels of these maps, shallow to deep
     "An encoder whose deepest map has 1/32 of the side; `MedsynError` for one without such a pyramid."
@@ -40,7 +40,7 @@ def pyramid(encoder: str,   # smp's name of the encoder
     if module.output_stride != 32 or min(channels) < 16:
         raise MedsynError(f"the encoder {encoder!r} has {channels} channels in its last {levels} maps and a"
                           f" stride of {module.output_stride}: choose one with 16 or more channels and a"
-                          " stride of 32, as resnet18")
+                          " stride of 32, such as resnet18")
     return module, channels
 
 def grow(x: Tensor,         # (B,C,h,w)
@@ -72,8 +72,8 @@ class SideTermCB(LossTermCB):
     def after_pred(self):       # before `precision` replaces the prediction
         side = getattr(self.learn.pred, 'side', {})
         if self.key not in side:
-            raise MedsynError(f"the network's output brings no {self.key!r} for the loss term {self.name}:"
-                              " take the callback out, or train the network that it belongs to")
+            raise MedsynError(f"the network's output has no {self.key!r} for the loss term {self.name}:"
+                              " remove the callback, or train the network that it belongs to")
         self.side = side[self.key]
 
     def after_batch(self): self.side = None
@@ -139,7 +139,7 @@ class SANet(nn.Module):
 
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #0b9bc753
 def exchange_colours(x: Tensor,         # (B,3,H,W) images in [0,1]
-                     partners: Tensor   # (B,) index of the image whose colours each one gets
+                     partners: Tensor   # (B,) index of the image whose colours are used
                     ) -> Tensor:        # (B,3,H,W) in [0,1]
     "Give each image its partner's mean and standard deviation per channel of CIE LAB."
     from kornia.color import lab_to_rgb, rgb_to_lab
@@ -152,8 +152,8 @@ class ColourExchangeCB(Callback):
     order, run_valid = ORDER['steps'] + 1, False
     def partners(self,
         n: int      # images in the batch
-    ) -> Tensor:    # (n,) nobody is their own partner, unless alone
-        "A random ring through the batch: each image's neighbour."
+    ) -> Tensor:    # (n,) no image is its own partner, unless n is 1
+        "A random cycle through the batch: the partner of each image."
         seed = seed_of(getattr(self.dls.train, 'seed', 0), 'colour', self.train_iter)
         ring = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         found = torch.empty_like(ring)
@@ -230,7 +230,7 @@ class GraphConvolution(nn.Module):
         return self.conv2(self.conv1(v.mT).mT - v).relu()
 
 class SimilarityAggregation(nn.Module):
-    "SAM: spreads what similar pixels of the deep map have in common, seen through a shallow map."
+    "SAM: exchanges information between similar pixels of the deep map, guided by a shallow map."
     def __init__(self,
         width: int = 32,    # channels of both maps
         states: int = 16,   # channels of a node's state
@@ -246,7 +246,7 @@ class SimilarityAggregation(nn.Module):
         x: Tensor,      # (B,width,h,w) deep map
         low: Tensor     # (B,width,h,w) shallow map
     ) -> Tensor:        # (B,nodes,hw), adds to 1 over the nodes
-        "To which node each pixel belongs, and how much."
+        "The share of each node in each pixel."
         projected, attention = self.conv_proj(x), low.softmax(1)[:, 1:2]
         anchors = F.adaptive_avg_pool2d(projected*attention, self.side + 2)[:, :, 1:-1, 1:-1]
         return (anchors.flatten(2).mT @ projected.flatten(2)).softmax(1)
@@ -299,12 +299,12 @@ class PolypPVT(nn.Module):
         return with_side(final, intermediate=intermediate) if self.training else intermediate + final
 
     def loss_terms(self) -> list:
-        "What `segment_learner` adds to the loss."
+        "The terms that `segment_learner` adds to the loss."
         return [IntermediateCB()]
 
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #0687344a
 class SelfMultiscale(nn.Module):
-    "SMIM: a map and its half, in exchange over three layers."
+    "SMIM: exchanges information between a map and its half, over three layers."
     def __init__(self,
         width: int = 32 # channels of the map
     ):
@@ -359,8 +359,8 @@ def pixel_contrast(z: Tensor,           # (N,D) unit vectors
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #5f0fbdf3
 def contrast_pixels(mask: Tensor,           # (B,H,W) bool: lesion
                     predicted: Tensor,      # (B,H,W) bool: predicted lesion
-                    generator: torch.Generator, # where the randomness comes from, on the CPU
-                    views: int = 100,       # pixels of an image's class at most; it needs more than that
+                    generator: torch.Generator, # source of the randomness, on the CPU
+                    views: int = 100,       # pixels per image and class; a smaller class is skipped
                     most: int = 1024        # pixels in all, at most
                    ) -> tuple:              # (N,) indices into the B*H*W pixels, and (N,) whether lesion
     "The pixels that are compared: per image and class equally many, half of them wrong where possible."
@@ -441,7 +441,7 @@ class CTNet(nn.Module):
         return with_side(out, embedding=self.contrasthead(x4)) if self.training else out
 
     def loss_terms(self) -> list:
-        "What `segment_learner` adds to the loss."
+        "The terms that `segment_learner` adds to the loss."
         return [ContrastCB()]
 
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #bc547102
@@ -477,11 +477,11 @@ class MultiScaleCB(Callback):
     order, run_valid = ORDER['steps'] + 2, False
     def __init__(self,
         rates: tuple = (.75, 1., 1.25), # sizes as shares of the images' own, above 0
-        shares: tuple = None,   # how often each is drawn, adding to 1; `None`: one after the other
-        stride: int = 32        # what the sides must be multiples of
+        shares: tuple = None,   # probability of each size, adding to 1; `None`: in turn
+        stride: int = 32        # the sides are multiples of it
     ):
-        drawn_wrongly = shares and (len(shares) != len(rates) or abs(sum(shares) - 1) > 1e-6)
-        if not rates or min(rates) <= 0 or drawn_wrongly:
+        wrong_shares = shares and (len(shares) != len(rates) or abs(sum(shares) - 1) > 1e-6)
+        if not rates or min(rates) <= 0 or wrong_shares:
             raise MedsynError(f"rates {rates} with shares {shares}: give rates above 0, and as many shares"
                               " that add to 1")
         self.rates, self.shares, self.stride = tuple(rates), shares, stride
@@ -520,7 +520,7 @@ SCHEDULES['halved'] = lambda lr: combine_scheds([.5, .25, .25], [SchedNo(lr/k, l
 
 def encoder_and_decoder(model: nn.Module    # a `Segmenter`
                        ) -> list:           # two lists of trainable parameters
-    "The parameters of the encoder, and all others: groups with learning rates of their own."
+    "The parameters of the encoder, and all others: groups with different learning rates."
     of_encoder = {id(p) for p in model.net.encoder.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [[p for p in trainable if id(p) in of_encoder], [p for p in trainable if id(p) not in of_encoder]]
@@ -562,7 +562,7 @@ PRESETS = dict(
     ctnet=Preset(epochs=32, **_transformers))
 
 def published(network: str,     # a key of `PRESETS`
-              size: int | tuple, # side, or (height, width), in pixels, of what the network will see
+              size: int | tuple, # side, or (height, width), in pixels, of the network's input
               preset: str = 'paper' # which settings; there is one set of each network
              ) -> Preset:       # its settings
     "The settings that a network was published with; `MedsynError` for another size than theirs."

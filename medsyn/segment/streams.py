@@ -57,11 +57,10 @@ class StreamDataset(PairDataset):
         super().__init__(items, size, cache)
         self.ignore = ignore or {}
         named = [p.name for p in items if isinstance(p, Pair)]
-        lacking = [name for name in named if ignore is not None and name not in ignore]
-        if lacking:
-            raise MedsynError(f"{len(lacking)} of {len(items)} pairs have no mask of ignored pixels,"
-                              f" {lacking[0]!r} first:"
-                              " compute them with implausible() on these very pairs")
+        missing = [name for name in named if ignore is not None and name not in ignore]
+        if missing:
+            raise MedsynError(f"{len(missing)} of {len(items)} pairs have no mask of ignored pixels,"
+                              f" {missing[0]!r} first: compute them with implausible() on the same pairs")
 
     def _resized(self, a, how):
         return np.array(Image.fromarray(a).resize(both_sides(self.size)[::-1], how))
@@ -87,7 +86,7 @@ class StreamDataset(PairDataset):
 
 # %% ../../nbs/api/56_segment.streams.ipynb #c84fc66b
 def colour_changes() -> nn.Module:  # (B,3,H,W) in [0,1] -> the same; draws from torch's global stream
-    "Strong changes of colour and texture, drawn anew for each image."
+    "Strong changes of colour and texture, chosen for each image separately."
     return nn.Sequential(
         K.ColorJitter(.5, .5, .5, .1, p=.8),
         K.RandomGrayscale(p=.1),
@@ -112,7 +111,7 @@ STREAM_SCHEDULES = dict(
 NORMS = dict(shared=contextlib.nullcontext, apart=frozen_stats)     # do running statistics follow the stream?
 
 class forever:
-    "The batches of a loader, epoch after epoch without end."
+    "The batches of a loader, in endless epochs."
     def __init__(self,
         loader: object  # any data loader with a batch; of a `SeededDL` the position can be kept
     ): self.loader, self.batches = loader, iter(())
@@ -124,7 +123,7 @@ class forever:
         return next(self.batches)
 
     def position(self) -> dict:
-        "Where the loader is."
+        "The position of the loader."
         if not hasattr(self.loader, 'position'):
             raise MedsynError(f"a second stream from a {type(self.loader).__name__} cannot resume:"
                               " give it pairs, or a SeededDL")
@@ -133,20 +132,20 @@ class forever:
     def resume_at(self,
         position: dict  # from `position`
     ):
-        "Go on there."
+        "Continue at this position."
         self.loader.resume_at(position)
         self.batches = iter(self.loader)
 
 # %% ../../nbs/api/56_segment.streams.ipynb #fc103288
 class SynthTermCB(LossTermCB):
-    "Adds `w` times the mean loss of a batch of synthetic pairs, from a loader of their own."
+    "Adds `w` times the mean loss of a batch of synthetic pairs, from a separate loader."
     name, stream, keeps = 'L_syn', 'synthetic', ('drawn', 'batches')
     def __init__(self,
         pairs: object,              # list of synthetic `Pair`s, or a loader of (image, mask) batches
         w: float = 1.,              # weight of the synthetic batch, 0 or more
         schedule: str = 'fixed',    # a key of `STREAM_SCHEDULES`
         switch: float = .5,         # with `first`: fraction of the run after which only the real loss counts
-        norm: str = 'apart',        # a key of `NORMS`: whose statistics prediction will use
+        norm: str = 'apart',        # a key of `NORMS`: apart or shared running statistics
         augment: str = 'colour',    # colour: strong photometric changes besides the real augmentation; none
         ignore: dict = None,        # name of a pair -> bool (H,W), see `implausible`
         bs: int = None,             # batch size of the stream; `None`: that of the real stream
@@ -166,7 +165,7 @@ class SynthTermCB(LossTermCB):
         self.batches, self.drawn = None, 0
 
     def dataset(self):
-        "What the loader of the stream reads."
+        "The data set of the stream."
         return StreamDataset(self.pairs, self.dls.size, self.ignore).load()
 
     def loader(self, dataset, stream):
@@ -194,8 +193,8 @@ class SynthTermCB(LossTermCB):
     def weights(self):
         "Weights of the real and of the synthetic loss in this step."
         if self.w == 0: return 1., 0.
-        of_real, of_synthetic = STREAM_SCHEDULES[self.schedule](share_done(self.learn), self.switch)
-        return of_real, self.w*of_synthetic
+        real, synthetic = STREAM_SCHEDULES[self.schedule](share_done(self.learn), self.switch)
+        return real, self.w*synthetic
 
     def term(self):
         self.drawn += 1
@@ -206,9 +205,9 @@ class SynthTermCB(LossTermCB):
         return self.learn.loss_func(*leave_out(out, y))
 
     def after_loss(self):
-        of_real, self.weight = self.weights()
+        real_weight, self.weight = self.weights()
         self.learn.terms[f'w{self.name[1:]}'] = torch.tensor(self.weight)
-        if of_real != 1: self.learn.loss_grad = self.learn.loss_grad + (of_real - 1)*self.learn.loss
+        if real_weight != 1: self.learn.loss_grad = self.learn.loss_grad + (real_weight - 1)*self.learn.loss
         if self.weight > 0: super().after_loss()
         else: self.learn.terms[self.name] = torch.tensor(float('nan'))
 
@@ -323,8 +322,7 @@ def check_teacher(teacher: Segmenter,   # trained on real pairs alone
     dice, chance = float(np.mean(dices or [0])), float(np.mean(chances or [0]))
     if dice <= chance:
         raise MedsynError(f"the teacher's Dice on {len(pairs)} real pairs is {dice:.2f}, and marking"
-                          " whole images"
-                          f" gives {chance:.2f}: train the teacher longer before asking it")
+                          f" whole images gives {chance:.2f}: train the teacher longer before using it")
     return dice
 
 def implausible(teacher: Segmenter,     # trained on real pairs alone
@@ -333,7 +331,7 @@ def implausible(teacher: Segmenter,     # trained on real pairs alone
                 real: list = None       # real `Pair`s for the mean losses, better held out; `None`: `pairs`
                ) -> dict:               # name of a pair -> bool (H,W), True where the pixel is to be ignored
     "Pixels that a real-only teacher finds implausible; `MedsynError` if no lesion pixel is left."
-    if factor <= 0: raise MedsynError(f"factor {factor}: the tolerance must be over 0, FreeMask's is 1.25")
+    if factor <= 0: raise MedsynError(f"factor {factor}: the tolerance must be above 0; FreeMask's is 1.25")
     if real: check_teacher(teacher, real)
     bars = factor*np.array(class_losses(teacher, real or pairs))
     out, left = {}, 0
@@ -342,8 +340,8 @@ def implausible(teacher: Segmenter,     # trained on real pairs alone
         left += int((mask.astype(bool) & ~out[p.name]).sum())
     if not left:
         raise MedsynError(f"the filter leaves no lesion pixel in {len(pairs)} synthetic pairs (factor"
-                          f" {factor}): raise the"
-                          " factor, give held-out pairs as real=, or train the generator longer")
+                          f" {factor}): raise the factor, give held-out pairs as real=, or train the"
+                          " generator longer")
     return out
 
 # %% ../../nbs/api/56_segment.streams.ipynb #9a9bedd9
@@ -363,11 +361,10 @@ def read_ignored(folder: Path,  # what `save_ignored` wrote
                 ) -> dict:      # name of a pair -> bool (H,W)
     "Read the masks of ignored pixels; `MedsynError` if a pair has none."
     files = {p.name: Path(folder)/f'{p.name}.png' for p in pairs}
-    lacking = [name for name, f in files.items() if not f.is_file()]
-    if lacking:
-        raise MedsynError(f"{folder} lacks {len(lacking)} of {len(pairs)} masks of ignored pixels,"
-                          f" {lacking[0]!r} first:"
-                          " compute them with implausible() on these very pairs")
+    missing = [name for name, f in files.items() if not f.is_file()]
+    if missing:
+        raise MedsynError(f"{folder} lacks {len(missing)} of {len(pairs)} masks of ignored pixels,"
+                          f" {missing[0]!r} first: compute them with implausible() on the same pairs")
     return {name: np.asarray(Image.open(f)) > 0 for name, f in files.items()}
 
 # %% ../../nbs/api/56_segment.streams.ipynb #b65fe455
@@ -377,9 +374,9 @@ def hardness(teacher: Segmenter,    # trained on real pairs alone
             ) -> dict:              # name of a pair -> weight, mean 1
     "Weights that grow with the rank of the teacher's loss."
     if most < 1:
-        raise MedsynError(f"most={most}: the hardest mask weighs at least as much as the easiest, give 1"
+        raise MedsynError(f"most={most}: the hardest mask has at least the weight of the easiest: give 1"
                           " or more")
-    balanced = lambda loss, mask: np.mean([loss[mask == k].mean() for k in np.unique(mask)])
+    def balanced(loss, mask): return np.mean([loss[mask == k].mean() for k in np.unique(mask)])
     losses = np.array([balanced(*maps) for maps in _loss_maps(teacher, pairs, 'hardness')])
     ranks = np.argsort(np.argsort(losses, kind='stable'), kind='stable')
     weights = 1 + (most - 1)*ranks/max(len(pairs) - 1, 1)
