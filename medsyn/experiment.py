@@ -45,7 +45,7 @@ from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_ima
                                pairs_hash, random_stream, read_image, read_pair, reading, same_images,
                                save_list, split_pairs)
 from .diffusion.backbone import Backbone
-from .diffusion.learner import PairGenerator, pretrain_backbone
+from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
@@ -787,9 +787,11 @@ def make_backbone(
         forget(out/'state')
         if is_main() and not (out/'README.md').exists(): describe(out, split, frames)
         return Backbone.from_pretrained(out)
-    learn = pretrain_backbone(dls, backbone, steps, lr, seed, cbs, out/'state', save_every)
+    watch = [WatchCB(out, 'pretrain'), *cbs]
+    learn = pretrain_backbone(dls, backbone, steps, lr, seed, watch, out/'state', save_every)
     made = _finish([learn], backbone, out)
     if is_main(): describe(out, split, frames)
+    wait()
     return made
 
 def _split_frames(frames):
@@ -818,14 +820,25 @@ def sampler_of(split: Split,    # the labelled pairs
                size: int,       # side in pixels
                n: int = 4,      # images
                steps: int = 20  # sampler steps
-              ) -> Callable:    # (generator) -> uint8 (n,size,size,3), for `watch.WatchCB`
-    "Samples under the masks of held-out pairs; the same noise every time, so that pictures can be compared."
-    images, masks = _with_lesion(split.held or split.train, size, n, seed_of(0, 'watch'))
+              ) -> Callable:    # (generator) -> uint8 (n,H,size,3), for `watch.WatchCB`
+    """Samples from the same noise every time, each above its mask.
+
+    The mask is that of a held-out pair, or the one that was sampled with the image."""
+    held = [p for p in split.held if read_pair(p, size)[1].any()]
+    images, masks = _with_lesion(held or split.train, size, n, seed_of(0, 'watch'))
     real = torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1
     def draw(generator):
+        if isinstance(generator, PairGenerator):
+            return _above_its_mask(*generator.sample_pairs(n, steps, 'dpm++'))
         shown = real if generator.needs_image else None
-        return sample(generator, masks, steps, sampler='dpm++', images=shown, desc='watch')
+        sampled = sample(generator, masks, steps, sampler='dpm++', images=shown, desc='watch')
+        return _above_its_mask(sampled, masks) if generator.needs_mask else sampled
     return draw
+
+def _above_its_mask(images, soft):
+    "Sampled images, each with its mask below: (N,2H,W,3)."
+    masks = (soft > 0).astype(np.uint8)*255
+    return np.concatenate([images, np.repeat(masks[..., None], 3, axis=3)], axis=1)
 
 def _check_method(method, backbone, steps):
     "The method's entry in the catalog; `MedsynError` if it lacks a backbone or has one too many."
@@ -880,8 +893,9 @@ def make_generator(
         return load_generator(out)
     learners = make()
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        watch = WatchCB(out, name, sampler_of(split, size) if pictures and backbone else None, pictures)
-        fit_cbs = [watch, *parallel_cbs(), *cbs]
+        can_sample = isinstance(learn.model, (Denoiser, PairGenerator))     # the guider of a pair cannot
+        draw = sampler_of(split, size) if pictures and can_sample else None
+        fit_cbs = [WatchCB(out, name, draw, pictures), *parallel_cbs(), *cbs]
         fit_resumable(learn, steps, out/'state'/name, save_every, fit_cbs, schedule=entry.schedule,
                       desc=f'train {name}')
     model = learners[-1].model
@@ -1051,7 +1065,7 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
     with pace.stage('train', len(METHODS[method].networks) or 1) as stage:
         generator = make_generator(split, backbone, out/'generator', method, stage.n, bs, size=size, seed=seed,
-                                   source=source, unlabelled=learns_from, cbs=stage.cbs)
+                                   source=source, unlabelled=learns_from, pictures=4, cbs=stage.cbs)
     o['train_steps'], generator = stage.n, generator.to(default_device())
     with pace.stage('synth') as stage:
         drawn = synthesize(generator, split.train, out/'synthetic', stage.n, steps=sample_steps,

@@ -23,7 +23,7 @@ from .data.masks import transform_mask
 from .data.pairs import Pair, read_image, read_mask
 from .diffusion.learner import PairGenerator
 from .diffusion.sample import defaults_of
-from .evaluate.gallery import RealSet
+from .evaluate.gallery import RealSet, novelty_text, obedience_text
 from .evaluate.overlap import score
 from .review import append_line, json_lines, reviewer_name
 from .segment.learner import predict
@@ -71,15 +71,17 @@ def uploaded_image(data: bytes, # the content of an image file
 def edit_mask(mask: np.ndarray, # uint8 (H,W) in {0,1} with a lesion
               dx: float = 0.,   # shift to the right as a share of the width
               dy: float = 0.,   # shift downwards as a share of the height
-              scale: float = 1.,# about the lesion's centre; above 1 enlarges
-              angle: float = 0.,# turn about the lesion's centre, degrees, counter-clockwise
+              scale: float = 1.,# about the lesion's centre, 0.01 to 20; over 1 enlarges
+              angle: float = 0.,# turn about the lesion's centre, -360 to 360 degrees, counter-clockwise
               bend: float = 0., # largest displacement in radii of the lesion, 0 or more
               seed: int = 0     # of the bending
              ) -> np.ndarray:   # uint8 (H,W) in {0,1}
     "A mask moved, scaled, turned and bent; `MedsynError` if the lesion leaves the picture."
-    if not (0 < scale <= 20 and abs(dx) <= 1 and abs(dy) <= 1 and 0 <= bend <= 2):
-        raise MedsynError(f"shift {dx:g}, {dy:g}, scale {scale:g}, bend {bend:g}: give shifts from -1 to 1,"
-                          " a scale above 0 and up to 20, and a bend from 0 to 2")
+    if not (.01 <= scale <= 20 and abs(dx) <= 1 and abs(dy) <= 1 and abs(angle) <= 360 and 0 <= bend <= 2):
+        raise MedsynError(f"shift {dx:g}, {dy:g}, scale {scale:g}, angle {angle:g}, bend {bend:g}: give"
+                          " shifts from -1 to 1, a scale from 0.01 to 20, at most a full turn, and a bend"
+                          " from 0 to 2")
+    if seed < 0: raise MedsynError(f"seed {seed} of the bending: give a whole number from 0")
     moved, _ = transform_mask(mask, scale=scale, dx=dx, dy=dy)
     if moved.any() and (angle % 360 or bend): moved = _turned(moved, angle, bend, seed)
     if not moved.any(): raise MedsynError("the lesion leaves the picture: move or scale it less")
@@ -106,7 +108,15 @@ class Painted:
     image: np.ndarray   # uint8 (H,W,3)
     mask: np.ndarray    # uint8 (H,W) in {0,1}
     about: dict         # how it was made, for the manifest
-    verdicts: dict      # obedience; nearest, distance, rank, close; what was not measured is missing
+    verdicts: dict      # obedience; real, distance, rank, close; what was not measured is missing
+
+    @property
+    def text(self) -> str:
+        "The seed, and what the judges say."
+        parts = [f"seed {self.about['seed']}"]
+        if 'obedience' in self.verdicts: parts.append(obedience_text(self.verdicts['obedience']))
+        if 'distance' in self.verdicts: parts.append(novelty_text(self.verdicts))
+        return '; '.join(parts)
 
 class Painter:
     "A generator that samples under painted masks, and the judges of its images."
@@ -134,6 +144,8 @@ class Painter:
         pick(sampler, ('ddim', 'dpm++', 'unipc'), 'sampler')
         if not 1 <= len(seeds) <= 16 or not 1 <= steps <= 1000:
             raise MedsynError(f"{len(seeds)} seeds and {steps} steps: give 1 to 16 seeds and 1 to 1000 steps")
+        if not all(0 <= seed < 2**63 for seed in seeds):
+            raise MedsynError(f"seeds {min(seeds)} to {max(seeds)}: give whole numbers from 0, below 2**63")
         if guidance is not None and not 0 <= guidance <= 50:
             raise MedsynError(f"guidance {guidance:g}: give a number from 0 to 50; 1 is no guidance")
         if self.generator.needs_image and into is None:

@@ -45,7 +45,7 @@ class Results:
         try: scores = pd.read_csv(self.folder/'scores.csv', dtype={'testset': str, 'name': str})
         except (OSError, ValueError) as e:
             raise MedsynError(f"{folder} holds no scores.csv: give the folder that medsyn compare"
-                              " writes") from e
+                              " writes, or wait until it has scored every run") from e
         self.scores = scores
         self.arms = list(dict.fromkeys(scores.arm))
         self.baseline = baseline_of(self.arms)

@@ -2,6 +2,7 @@
 
 The tests with a browser need Chromium (Debian: apt-get install chromium) and the package playwright;
 without them they are skipped. MEDSYN_BROWSER names another program."""
+import asyncio
 import base64
 import io
 import json
@@ -20,7 +21,8 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from medsyn.app import make_app, open_site, view
+from medsyn import paint
+from medsyn.app import MOST_SENT, make_app, view
 from medsyn.core import MedsynError
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, read_pair
@@ -28,6 +30,7 @@ from medsyn.diffusion.backbone import Backbone
 from medsyn.evaluate import gallery
 from medsyn.experiment import Run, _save_tests, report, save_prediction
 from medsyn.generate.control import ControlGenerator
+from medsyn.pages.review import open_site
 from medsyn.review import add_review, kappa, pair_content, read_reviews
 from medsyn.synth import png_bytes
 
@@ -96,9 +99,9 @@ def client_of(site, who='Ada'):
 
 # Without a browser ---------------------------------------------------------------------------------
 
-PATHS = ['/', '/score', '/paint', '/training', '/results', '/static/app.js', '/thumbnail/x', '/picture/x',
-         '/nearest/x', '/details/x', '/score/picture/x', '/training/state', '/training/figure',
-         '/training/picture', '/results/case/x', '/results/picture/x', '/nowhere']
+PATHS = ['/', '/score', '/paint', '/training', '/results', '/static/app.js', '/measuring',
+         '/thumbnail/x', '/picture/x', '/nearest/x', '/details/x', '/score/picture/x', '/training/state',
+         '/training/figure', '/training/picture', '/results/case/x', '/results/picture/x', '/nowhere']
 PICTURES = ['/thumbnail', '/picture', '/nearest', '/details', '/score/picture', '/results/case',
             '/results/picture']
 SENT = ['/review', '/score', '/paint/mask', '/paint/into', '/paint/edit', '/paint/sample', '/paint/add']
@@ -146,6 +149,33 @@ def test_paths_outside_the_folder_are_refused(places, id):
     answer = client.get('/training/picture', params=dict(name='train', stem='../../../../etc/passwd'))
     assert answer.status_code == 400 and 'no samples of this name' in answer.json()['error']
 
+def test_links_that_leave_the_folder_are_refused(copied, tmp_path):
+    "A pair, or a picture of samples, that is a link to a file elsewhere: a sentence, and not the file."
+    (tmp_path/'private').mkdir()
+    names = {}
+    for kind in ('images', 'masks'):
+        file = sorted((copied/'made'/kind).iterdir())[0]
+        names[kind] = file.name
+        shutil.move(file, tmp_path/'private'/f'{kind}.png')
+        file.symlink_to(tmp_path/'private'/f'{kind}.png')
+    shutil.copytree(copied/'run', tmp_path/'run2')
+    (tmp_path/'run2'/'live'/'train-000007.png').symlink_to(tmp_path/'private'/'images.png')
+    client = client_of(site_of(copied, run=tmp_path/'run2'))
+    [id] = [id for id, p in site_of(copied).gallery.pairs.items() if p.image.name == names['images']]
+    assert client.get('/').status_code == 200                       # the other pictures are shown
+    for path in ('/thumbnail', '/picture', '/nearest', '/details'):
+        answer = client.get(f'{path}/{id}')
+        assert answer.status_code == 400 and 'leaves the folder' in answer.json()['error'], path
+    refused = client.post('/review', json=dict(id=id, verdict='keep'))
+    assert 'leaves the folder' in refused.json()['error'] and not len(read_reviews(copied/'made'))
+    assert client.get('/score?n=9').status_code == 400
+    answer = client.get('/training/picture', params=dict(name='train', stem='train-000007'))
+    assert answer.status_code == 400 and 'no samples of this name' in answer.json()['error']
+    listed = tmp_path/'list.csv'                                    # a list may name files anywhere
+    listed.write_text(f'name,image,mask\na,{tmp_path}/private/images.png,{tmp_path}/private/masks.png\n')
+    opened = open_site(listed)
+    assert client_of(opened).get(f'/picture/{next(iter(opened.gallery.pairs))}').status_code == 200
+
 @pytest.mark.parametrize('query, words', [
     ('sort=obedience', '--segmenter'), ('sort=nam', 'did you mean'), ('state=kept', 'did you mean'),
     ('page=1e9', 'is no number'), ('size=<b>', 'unknown size')])
@@ -181,7 +211,7 @@ def test_a_wrong_upload_is_refused(places, data, words):
 
 def test_damaged_requests_are_refused(places):
     client = client_of(site_of(places))
-    for content in (b'', b'[1]', b'{"mask": ', b'\xff'):
+    for content in (b'', b'[1]', b'{"mask": ', b'\xff', b'['*1_000_000, b'{"a":'*100_000):
         assert 'damaged' in client.post('/paint/edit', content=content).json()['error']
     big = client.post('/paint/mask', content=b'x'*41_000_000)
     assert 'over 40 MB' in big.json()['error']
@@ -189,6 +219,45 @@ def test_damaged_requests_are_refused(places):
     for wrong in (None, 'nan', 'x', '1e999'):
         sent = dict(mask=mask, dx=wrong, dy=0, scale=1, angle=0, bend=0, seed=0)
         assert 'dx' in client.post('/paint/edit', json=sent).json()['error']
+
+@pytest.mark.parametrize('path, field, value', [
+    ('edit', 'scale', 1e-300), ('edit', 'scale', 1e300), ('edit', 'angle', 1e300), ('edit', 'bend', -1),
+    ('edit', 'seed', -1), ('edit', 'seed', 1e300), ('sample', 'seed', -1), ('sample', 'seed', 1e300),
+    ('sample', 'count', 1e300), ('sample', 'count', -1), ('sample', 'steps', 0), ('sample', 'steps', 1e300),
+    ('sample', 'guidance', -1), ('sample', 'sampler', '<b>'), ('sample', 'into', 'x')])
+def test_absurd_numbers_are_one_sentence(places, path, field, value):
+    "No number that a page can send ends in a failure of the server."
+    mask = address_of(png_bytes(np.eye(SIZE, dtype=np.uint8)*255))
+    fine = dict(edit=dict(dx=0, dy=0, scale=1, angle=0, bend=0, seed=0),
+                sample=dict(seed=0, count=1, steps=1, guidance=1, sampler='ddim'))[path]
+    answer = client_of(site_of(places)).post(f'/paint/{path}', json=dict(fine, mask=mask, **{field: value}))
+    assert answer.status_code == 400 and answer.json()['error'], answer.text
+    assert len(answer.json()['error']) < 300
+
+def send(site, headers, part=b'x'*1_000_000):
+    "POST an endless body to the application itself; the answer's status, and how much of it was read."
+    read, answered = [0], []
+    async def receive():
+        read[0] += len(part)
+        return dict(type='http.request', body=part, more_body=True)
+    async def take(message): answered.append(message)
+    named = {'host': 'testserver', 'x-medsyn': '1', **headers}
+    scope = dict(type='http', method='POST', path='/paint/mask', raw_path=b'/paint/mask', scheme='http',
+                 query_string=b'', http_version='1.1', server=('testserver', 80), client=('test', 1),
+                 root_path='', headers=[(k.encode(), v.encode()) for k, v in named.items()])
+    asyncio.run(make_app(site, ['testserver'])(scope, receive, take))
+    return answered[0]['status'], read[0]
+
+def test_an_endless_request_is_not_read_to_its_end(places):
+    "Without the token nothing is read; with it, at most one part over the limit; nothing if it is announced."
+    site = site_of(places)
+    client = client_of(site)
+    cookie = dict(cookie='; '.join(f'{k}={v}' for k, v in client.cookies.items()))
+    assert send(site, {}) == (403, 0)
+    status, read = send(site, cookie)
+    assert status == 400 and MOST_SENT < read <= MOST_SENT + 1_000_000
+    for length in (str(10**12), '9'*40, '-1', 'many'):
+        assert send(site, {**cookie, 'content-length': length}) == (400, 0), length
 
 def test_the_sheet_does_not_tell(copied):
     "Address, size, type and length of the answers are no hint at the set; the scores are written with it."
@@ -229,7 +298,7 @@ def test_5000_pairs_are_paged_and_nothing_is_made_twice(tmp_path, monkeypatch):
     page = client.get('/').text
     ids = re.findall(r'data-id="(\w+)"', page)
     assert len(ids) == gallery.PAGE and '5000 of 5000 pairs, page 1 of 84' in page and len(page) < 60_000
-    for _ in range(3):
+    for _ in range(2):
         for id in ids: assert client.get(f'/thumbnail/{id}').headers['content-type'] == 'image/jpeg'
     assert len(read) == gallery.PAGE
     again = client_of(open_site(tmp_path/'many'))
@@ -237,6 +306,110 @@ def test_5000_pairs_are_paged_and_nothing_is_made_twice(tmp_path, monkeypatch):
     assert len(read) == gallery.PAGE                            # another server finds them
     last = client.get('/?page=83').text
     assert len(re.findall('class="tile', last)) == 5000 - 83*gallery.PAGE
+
+def test_a_measurement_does_not_hold_up_the_page(tmp_path, monkeypatch):
+    "The first sort by size answers at once, says how far it is, and measures nothing but the masks, once."
+    folder = many(tmp_path, 600)
+    monkeypatch.setattr('medsyn.pages.review.RealSet', lambda pairs: pytest.fail('real images are opened'))
+    client = client_of(open_site(folder, real=tmp_path/'few', segmenter=tmp_path/'few'))
+    go_on, measure, asked = threading.Event(), gallery.mask_measures, []
+    def slowly(pairs):
+        asked.append(len(pairs))
+        if len(asked) == 2: go_on.wait(60)
+        return measure(pairs)
+    monkeypatch.setattr(gallery, 'mask_measures', slowly)
+    first = client.get('/?sort=size')                               # the thread stands in its second part
+    assert len(re.findall('class="tile', first.text)) == gallery.PAGE
+    assert 'Measuring lesion sizes: ' in first.text and 'of 600 pairs. Until then' in first.text
+    part = 'Measuring lesion sizes: 250 of 600 pairs'
+    while client.get('/measuring?sort=size').json()['text'] != part: pass
+    assert 'Measuring' not in client.get('/?sort=name').text        # and this page needs none of it
+    go_on.set()
+    while client.get('/measuring?sort=size').json()['text']: pass
+    page = client.get('/?sort=size').text
+    assert 'Measuring' not in page and sum(asked) == 600
+    share = {p.name: read_pair(p)[1].mean() for p in find_pairs(tmp_path/'few')}
+    shown = [share[f'{int(name) % 8:04d}'] for name in re.findall(r'data-name="(\d+)"', page)]
+    assert shown == sorted(shown) and len(shown) == gallery.PAGE
+    again = client_of(open_site(folder))                            # another server reads the table
+    assert 'Measuring' not in again.get('/?sort=size').text and sum(asked) == 600
+
+def test_a_measurement_that_fails_is_one_sentence(places):
+    "The segmenter cannot be opened: the page says so, each time that it is asked."
+    client = client_of(site_of(places, segmenter=places/'run'))
+    for _ in range(2):
+        answer = client.get('/?sort=obedience')
+        while answer.status_code == 200: answer = client.get('/?sort=obedience')
+        assert answer.status_code == 400 and 'config.json' in answer.text
+
+# Obedience -----------------------------------------------------------------------------------------
+
+class RedJudge(torch.nn.Module):
+    "A segmenter that is always right here: a lesion is what is redder than green by a half."
+    config = {}
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(40.))
+    def forward(self, x): return self.weight*(x[:, :1] - x[:, 1:2] - .5)
+
+def red_discs(columns):
+    "Grey pictures with a red disc at each column, and the masks of these discs."
+    rows, across = np.mgrid[:SIZE, :SIZE]
+    masks = np.stack([(np.hypot(rows - 16, across - c) < 6).astype(np.uint8) for c in columns])
+    images = np.where(masks[..., None] > 0, np.array([230, 20, 20]), 128).astype(np.uint8)
+    return images, masks
+
+@pytest.fixture
+def judged(copied):
+    "A site with six pairs, of which every second has its mask on the wrong side, and a judge that knows."
+    shutil.rmtree(copied/'made')
+    images, masks = red_discs([8, 24, 9, 23, 10, 22])
+    for kind in ('images', 'masks'): (copied/'made'/kind).mkdir(parents=True)
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        shown = mask if i % 2 == 0 else mask[:, ::-1]
+        (copied/'made'/'images'/f'{i}.png').write_bytes(png_bytes(image))
+        (copied/'made'/'masks'/f'{i}.png').write_bytes(png_bytes(np.ascontiguousarray(shown)*255))
+    site = site_of(copied, segmenter=copied/'run')
+    site.__dict__['_judge'] = RedJudge().eval()         # where `open_site` would have opened a network
+    return site
+
+RIGHT, WRONG = 'the lesion is found where the mask is', 'the lesion is not found where the mask is'
+
+def test_the_gallery_tells_right_masks_from_wrong_ones(judged):
+    "Sorted by obedience the wrong ones come first; the sentence beside a picture says which it is."
+    client = client_of(judged)
+    table = judged.gallery.measures(['obedience'])
+    dice = dict(zip(table.name, table.obedience, strict=True))
+    assert all(dice[f'{i}'] == 1 for i in (0, 2, 4)) and all(dice[f'{i}'] == 0 for i in (1, 3, 5))
+    shown = re.findall(r'data-name="(\d)"', client.get('/?sort=obedience').text)
+    assert sorted(shown[:3]) == ['1', '3', '5'] and sorted(shown[3:]) == ['0', '2', '4']
+    best = re.findall(r'data-name="(\d)"', client.get('/?sort=obedience&down=1').text)
+    assert sorted(best[:3]) == ['0', '2', '4']
+    for id, pair in judged.gallery.pairs.items():
+        caption = client.get(f'/details/{id}').json()['caption']
+        right = int(pair.name) % 2 == 0
+        assert ('obedience 1.00 (Dice): ' + RIGHT if right else 'obedience 0.00 (Dice): ' + WRONG) in caption
+
+def test_the_painter_tells_right_images_from_wrong_ones(judged, monkeypatch):
+    "A generator that obeys for even seeds and mirrors the mask for odd ones; the verdicts alternate too."
+    def sampled(generator, drafts, strength, settings):
+        red = np.array([230, 20, 20], np.uint8)
+        images = []
+        for draft in drafts:
+            lesion = draft.mask if draft.seed % 2 == 0 else draft.mask[:, ::-1]
+            images.append(np.where(lesion[..., None] > 0, red, np.uint8(128)))
+        return np.stack(images)
+    monkeypatch.setattr(paint, 'render', sampled)
+    client = client_of(judged)
+    mask = red_discs([8])[1][0]
+    sent = dict(mask=address_of(png_bytes(mask*255)), seed=4, count=4, steps=2, guidance=1, sampler='ddim')
+    found = client.post('/paint/sample', json=sent).json()['images']
+    assert [one['text'].split('; ')[1] for one in found] == 2*[f'obedience 1.00 (Dice): {RIGHT}',
+                                                               f'obedience 0.00 (Dice): {WRONG}']
+    assert [one['text'].split('; ')[0] for one in found] == ['seed 4', 'seed 5', 'seed 6', 'seed 7']
+    client.post('/paint/add', json=dict(id=found[1]['id']))         # the verdict goes with the pair
+    row = json.loads((judged.folder/'painted.jsonl').read_text())
+    assert (row['seed'], row['verdicts']['obedience']) == (5, 0)
 
 def test_compare_takes_reviewed_pairs(copied):
     "Two reviewers: the arm has what both keep."
@@ -463,12 +636,21 @@ def test_painting_by_keyboard_and_refused_files(chromium, served, tmp_path):
 def test_a_training_is_watched_while_it_runs(chromium, served, places):
     page = opened(chromium, served, '/training')
     assert 'running, 30 of 60 steps' in page.inner_text('#progress')
+    page.wait_for_selector('#samples li')
     assert page.locator('#samples img').count() == 1
     first = page.get_attribute('#curves', 'src')
     write_log(places/'run', 60, 60)
     page.wait_for_selector('#progress:has-text("finished, 60 of 60 steps")')
     page.wait_for_selector('#samples li:nth-child(2)')
     assert page.get_attribute('#curves', 'src') != first and 'margin' in page.inner_text('#progress')
+    until(page, "[...document.querySelectorAll('#samples img')].every(o => o.naturalWidth >= 300)")
+    table = pd.DataFrame(dict(step=[1], loss=[.5]))                 # the next stage begins: the page follows
+    table.to_csv(places/'run'/'live'/'next.log.csv', index=False)
+    (places/'run'/'live'/'next.json').write_text(json.dumps(dict(done=1, total=9)))
+    page.wait_for_selector('#run-name:has-text("next")')
+    assert 'running, 1 of 9 steps' in page.inner_text('#progress')
+    assert page.locator('#samples li').count() == 0
+    assert page.locator('#name option').all_inner_texts() == ['the latest', 'train', 'next']
     until(page, "document.getElementById('curves').naturalWidth > 100")
 
 @in_browser

@@ -1,0 +1,102 @@
+"Every stage can be watched: what `medsyn view` reads each time that a run writes, and afterwards."
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medsyn import cli, experiment
+from medsyn.data.lesions import lesion_folder
+from medsyn.data.pairs import find_pairs
+from medsyn.pages.review import Site
+from medsyn.pages.runs import training_curves, training_page, training_picture, training_state
+from medsyn.watch import WatchCB, read_run
+
+SMALL = ['--encoder', 'mobilenetv3_small_050', '--size', '32', '--steps', '3', '--bs', '4']
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    return find_pairs(lesion_folder(tmp_path_factory.mktemp('pairs'), 14, size=32, seed=0))
+
+@pytest.fixture
+def looks(tmp_path, monkeypatch):
+    "What the page shows whenever a run below `tmp_path/out` has written: name -> list of `RunView`."
+    seen, write = {}, WatchCB.write
+    def writing(self):
+        write(self)
+        view = read_run(tmp_path/'out')
+        latest = training_state(Site(tmp_path, run=tmp_path/'out'), '')['name']
+        seen.setdefault(latest, []).append(view[latest])
+    monkeypatch.setattr(WatchCB, 'write', writing)
+    return seen
+
+def check_shown(out, looks, name, steps, pictures=0):
+    "A training was shown from its first step on, with a table that grew, and is shown when it is done."
+    first, last = looks[name][0], looks[name][-1]
+    assert (first.done, first.total, first.finished, len(first.log)) == (1, steps, False, 1)
+    assert first.text.startswith(f'running, 1 of {steps} steps; loss ')
+    assert (last.done, len(last.log)) == (steps, steps)
+    site = Site(out, run=out)
+    state = training_state(site, name)
+    assert state['finished'] and len(state['pictures']) == pictures
+    assert f'finished, {steps} of {steps} steps' in training_page(site, dict(name=name))
+    assert training_curves(site, name).startswith(b'\x89PNG')
+    for stem in state['pictures']: assert training_picture(site, name, stem).startswith(b'\x89PNG')
+
+def test_quickstart(tmp_path, looks):
+    "Backbone, generator with samples, and each run of the comparison; then the folders on their own."
+    out = tmp_path/'out'
+    experiment.quickstart(out, n_train=12, n_test=4, size=32, pretrain_steps=3, train_steps=4,
+                          segment_steps=3, n_synth=3, sample_steps=1, channels=(16, 32), seeds=(0,))
+    check_shown(out, looks, 'backbone/pretrain', 3)
+    check_shown(out, looks, 'generator/control', 4, pictures=4)
+    runs = [f'results/{arm}_unet_0' for arm in ('real', 'real-twice', 'synthetic')]
+    for name in runs: check_shown(out, looks, name, 3)
+    assert list(looks) == ['backbone/pretrain', 'generator/control', *runs]
+    assert list(read_run(out/'backbone')) == ['pretrain'] and list(read_run(out/'generator')) == ['control']
+    assert sorted(read_run(out/'results')) == [name.removeprefix('results/') for name in sorted(runs)]
+    shutil.rmtree(out/'generator'/'live')                           # without it the finished tables remain
+    assert read_run(out/'generator')['train'].finished
+
+def test_train_of_pairs_leaves_samples_with_their_masks(tmp_path, pairs, looks):
+    "Both networks of PIG are shown; the second samples images, each above the mask sampled with it."
+    out, settings = tmp_path/'out', dict(channels=(16, 32), layers=1, attend=())
+    made = experiment.make_generator(pairs, None, out, 'paired', steps=2, bs=4, size=32, settings=settings,
+                                     pictures=2)
+    check_shown(out, looks, 'guider', 2)
+    check_shown(out, looks, 'generator', 2, pictures=2)
+    shown = np.asarray(Image.open(read_run(out)['generator'].pictures[-1]))
+    assert shown.shape == (64, 4*32, 3)
+    images, soft = made.sample_pairs(4, 20, 'dpm++')
+    assert (shown[:32] == np.concatenate(list(images), 1)).all()    # of the averaged weights that are saved
+    assert (shown[32:] == np.concatenate(list((soft > 0)*255), 1)[..., None]).all()
+
+def test_samples_change_no_weight(tmp_path, pairs):
+    "With and without pictures the trained pair is the same, bit for bit."
+    settings = dict(channels=(16, 32), layers=1, attend=())
+    states = [experiment.make_generator(pairs, None, tmp_path/f'{n}', 'paired', steps=2, bs=4, size=32,
+                                        settings=settings, pictures=n).state_dict() for n in (0, 2)]
+    assert all((states[0][k] == states[1][k]).all() for k in states[0])
+
+def test_pretrain_and_segment_by_command(tmp_path, pairs, looks):
+    data = str(pairs[0].image.parent.parent)
+    command = ['--out', str(tmp_path/'out'), '--size', '32', '--bs', '4']
+    assert cli.main(['pretrain', data, *command, '--steps', '3', '--channels', '16', '32']) == 0
+    check_shown(tmp_path/'out', looks, 'pretrain', 3)
+    shutil.rmtree(tmp_path/'out')
+    assert cli.main(['segment', data, '--out', str(tmp_path/'out'), *SMALL]) == 0
+    check_shown(tmp_path/'out', looks, 'train', 3)
+
+def test_a_run_that_was_killed_is_not_called_running(tmp_path, pairs, looks, monkeypatch):
+    "Nobody writes any more: after two minutes the page says so."
+    write = WatchCB.write
+    def write_and_die(self):
+        write(self)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(WatchCB, 'write', write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.make_backbone(pairs, tmp_path/'out', size=32, steps=5, bs=4, channels=(16, 32))
+    view = read_run(tmp_path/'out')['pretrain']
+    assert view.text.startswith('running, 1 of 5 steps')
+    monkeypatch.setattr('medsyn.watch.time.time', lambda: view.written + 600)
+    assert 'nothing written for 10 minutes, it may have been stopped, 1 of 5 steps' in view.text
