@@ -19,7 +19,7 @@ KINDS = ('segmenter', 'generator', 'backbone', 'synthetic set')
 
 def kind_of(folder: Path    # a saved folder
            ) -> str:        # one of `KINDS`
-    "What a folder holds; `MedsynError` if it is none of them."
+    "The kind of a folder; `MedsynError` if it is none of them."
     folder = Path(folder)
     if (folder/'manifest.jsonl').is_file(): return 'synthetic set'
     if (folder/'generator.json').is_file(): return 'generator'

@@ -84,7 +84,7 @@ def _nifti_values(nib, path):
         raise MedsynError(f"volume {path} has the shape {image.shape}: "
                           "save one three-dimensional volume, without time or channels")
     if image.get_data_dtype().fields or image.get_data_dtype().kind not in 'iufb':
-        raise MedsynError(f"volume {path} holds {image.get_data_dtype()}: save it as plain numbers")
+        raise MedsynError(f"volume {path} has the type {image.get_data_dtype()}: save it as plain numbers")
     try: values = np.asanyarray(image.dataobj).reshape((*shape, 1)[:3])
     except Exception as e:
         raise MedsynError(f"volume {path} is cut short or damaged ({str(e).strip()[:200]}): "
@@ -111,7 +111,7 @@ def _read_nifti(path):
 _SEGMENTATION = '1.2.840.10008.5.1.4.1.1.66.4'  # Segmentation Storage
 
 def _dataset(pydicom, path):
-    "A DICOM file that holds pixels."
+    "Read a DICOM file; `MedsynError` if it has no pixels."
     try: dataset = pydicom.dcmread(path)
     except Exception as e:
         raise MedsynError(f"DICOM file {path} cannot be read ({str(e).strip()[:200]}): "
@@ -121,7 +121,7 @@ def _dataset(pydicom, path):
                           "slices of its images: convert it to NIfTI (segimage2itkimage of dcmqi does it) and "
                           "give that as the mask")
     if 'PixelData' not in dataset:
-        raise MedsynError(f"DICOM file {path} holds no picture: move it out of the folder")
+        raise MedsynError(f"DICOM file {path} has no picture: move it out of the folder")
     if str(dataset.get('BurnedInAnnotation', '')).upper() == 'YES':
         raise MedsynError(f"DICOM file {path} says that text is burnt into its picture, often a name: "
                           "use a de-identified copy, or set BurnedInAnnotation to NO if you have checked it")

@@ -224,7 +224,7 @@ class RealAgainCB(SynthTermCB):
 
     def dataset(self):
         real = self.dls.train.dataset
-        return getattr(real, 'real', real)      # a data set of partners holds the real one
+        return getattr(real, 'real', real)      # a data set of partners contains the real one
 
 # %% ../../nbs/api/56_segment.streams.ipynb #6011e16d
 class CopyPasteCB(Callback):
