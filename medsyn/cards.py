@@ -121,8 +121,8 @@ _LIMITS = {
                  " of lesion, and its probabilities are not calibrated.",
     'generator': "Its pictures carry the biases of its training images. A generator can repeat training"
                  " images: measure the novelty of every set (`medsyn score SET --real REAL`).",
-    'backbone': "It knows its training images and no others; alone it takes no mask. What is sampled from it can"
-                " repeat training images.",
+    'backbone': "It knows its training images and no others; alone it takes no mask. What is sampled from it"
+                " can repeat training images.",
     'synthetic set': "Not for diagnosis, for prevalence, or as a test set. The masks are what the generator"
                      " was asked for; how well they are obeyed is stated above if it was measured."}
 _TASK = {'segmenter': 'image-segmentation', 'generator': 'text-to-image',
@@ -154,7 +154,8 @@ def card_text(folder: str | Path,   # a saved folder
     sentences = facts['measured'] or ['Nothing was measured yet' + _HOW_TO_MEASURE.get(kind, '.')]
     measured = '\n'.join(f'- {s}' for s in sentences)
     title = {'segmenter': 'A segmentation network', 'generator': 'A generator of medical images',
-             'backbone': 'A backbone for generators of medical images', 'synthetic set': 'Synthetic image-mask pairs'}[kind]
+             'backbone': 'A backbone for generators of medical images',
+             'synthetic set': 'Synthetic image-mask pairs'}[kind]
     licence_text = ("The licence of the training data decides; it was not stated." if licence == 'other'
                     else f"{licence}, as stated by the publisher.")
     return (f"---\n{_header(kind, licence, facts['settings'])}\n---\n\n# {title}\n\n"

@@ -60,7 +60,8 @@ def sides(text: str # of the command line: 64, or 64x96
     "The side of a square, or height and width."
     found = re.fullmatch(r'(\d+)(?:[x,](\d+))?', text.strip().lower())
     if not found or '0' in (found[1], found[2]):
-        raise ArgumentTypeError(f"{text!r} is no size: give the side as 64, or height and width as 64x96, in pixels")
+        raise ArgumentTypeError(f"{text!r} is no size: give the side in pixels as 64, or"
+                                " height and width as 64x96")
     height, width = int(found[1]), int(found[2] or found[1])
     return height if height == width else (height, width)
 
@@ -69,8 +70,8 @@ def side(text: str  # of the command line: 64
     "The side of a square, for what makes square images."
     size = sides(text)
     if isinstance(size, int): return size
-    raise ArgumentTypeError(f"{text} is not square, and this command works on squares: give one side, as {min(size)}"
-                            " (segment and compare take HEIGHTxWIDTH; predict returns every size)")
+    raise ArgumentTypeError(f"{text} is not square, and this command works on squares: give one side, as"
+                            f" {min(size)} (segment and compare take HEIGHTxWIDTH)")
 
 def _option(tree, comments, argument, default):
     "One parameter as an `Option`."
@@ -269,7 +270,8 @@ def _pairs_or_images(folder, how):
     print(f'{folder} holds {len(images)} images without masks')
     return [], images
 
-@command('experiment.make_generator', READING, leave='pairs source settings cbs', late='unlabelled prompt set',
+@command('experiment.make_generator', READING, leave='pairs source settings cbs',
+         late='unlabelled prompt set',
          rare='probe page axis prompt',
          example='medsyn train data --backbone backbone --out generator --method siamese --set w_c=1')
 def train(

@@ -220,7 +220,8 @@ def _is_here(repo, patterns, revision):
     "Whether the files are in the Hub's cache; of a pattern, whether its `config.json` is."
     import huggingface_hub
     files = [str(Path(p).with_name('config.json')) if '*' in p else p for p in patterns]
-    return all(isinstance(huggingface_hub.try_to_load_from_cache(repo, f, revision=revision), str) for f in files)
+    found = [huggingface_hub.try_to_load_from_cache(repo, f, revision=revision) for f in files]
+    return all(isinstance(path, str) for path in found)
 
 def announce_download(
     what: str,              # in words: "the 'imagenet' weights of resnet18"
@@ -235,11 +236,13 @@ def announce_download(
     where = f'https://huggingface.co/{repo}'
     failure = f"cannot fetch {what} from {where}"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise MedsynError(f"{failure}, downloads are switched off (HF_HUB_OFFLINE): {instead}, or allow them once")
+        raise MedsynError(f"{failure}, downloads are switched off (HF_HUB_OFFLINE):"
+                          f" {instead}, or allow them once")
     try:
         found = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=20)
     except Exception as e:
-        raise MedsynError(f"{failure} ({type(e).__name__}): check the name and the network, or {instead}") from e
+        raise MedsynError(f"{failure} ({type(e).__name__}):"
+                          f" check the name and the network, or {instead}") from e
     sizes = [f.size for f in found.siblings if any(fnmatch(f.rfilename, p) for p in patterns)]
     size = f', {sum(sizes)/2**20:.1f} MiB' if sizes and all(sizes) else ', of unknown size'
     print(f'downloading {what} from {where}{size}', file=sys.stderr, flush=True)

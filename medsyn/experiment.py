@@ -41,7 +41,8 @@ from .core import (MedsynError, content_hash, default_device, file_hash, hardwar
                          open_run, os_errors, pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .cards import write_card
 from .data.lesions import lesion_folder
-from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_images, find_pairs, image_dls, pair_dls,
+from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_images, find_pairs,
+                               image_dls, pair_dls,
                                pairs_hash, random_stream, read_image, read_pair, reading, same_images,
                                save_list, split_pairs)
 from .diffusion.backbone import Backbone
@@ -384,8 +385,9 @@ def _one_each(what, given, segmenters):
     if len(values) == 1: return values*len(segmenters)
     if len(values) == len(segmenters): return values
     names = ', '.join(map(str, segmenters))
-    raise MedsynError(f"{len(values)} values of {what} for {len(segmenters)} network{'s'[:len(segmenters) != 1]}"
-                      f" ({names}): give one for all, or one for each in their order")
+    networks = f"{len(segmenters)} network{'s'[:len(segmenters) != 1]}"
+    raise MedsynError(f"{len(values)} values of {what} for {networks} ({names}):"
+                      " give one for all, or one for each in their order")
 
 # %% ../nbs/api/70_experiment.ipynb #4a6984e6
 METRICS_SHOWN = ('dice@0.5', 'iou@0.5', 'dice@256', 'iou@256')
@@ -544,7 +546,7 @@ def compare(
     loss: str = 'bce_dice',      # bce_dice, cross_entropy or structure_loss
     metrics: Sequence[str] = METRICS_SHOWN,  # per-image scores, names in `evaluate.overlap.METRICS`
     encoder: Sequence[str] = None,  # of the networks: one for all, or one each (default: each network's own)
-    encoder_weights: Sequence[str] = None,  # names (imagenet) or paths: one for all, or one each (default: none)
+    encoder_weights: Sequence[str] = None,  # names (imagenet) or paths, as many (default: from scratch)
     augment: str = 'strong',     # of the real pairs: strong, full, flip or none
     ema: float = None,           # decay of averaged weights, in (0,1) (default: no averaging)
     unlabelled: Sequence = (),   # image files without masks, for the arms that use them
@@ -1064,8 +1066,9 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
         o['pretrain_steps'] = stage.n
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
     with pace.stage('train', len(METHODS[method].networks) or 1) as stage:
-        generator = make_generator(split, backbone, out/'generator', method, stage.n, bs, size=size, seed=seed,
-                                   source=source, unlabelled=learns_from, pictures=4, cbs=stage.cbs)
+        generator = make_generator(split, backbone, out/'generator', method, stage.n, bs, size=size,
+                                   seed=seed, source=source, unlabelled=learns_from, pictures=4,
+                                   cbs=stage.cbs)
     o['train_steps'], generator = stage.n, generator.to(default_device())
     with pace.stage('synth') as stage:
         drawn = synthesize(generator, split.train, out/'synthetic', stage.n, steps=sample_steps,
@@ -1075,6 +1078,7 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
     arms = {'real': 'real', 'real-twice': 'real-twice', 'synthetic': drawn}
     with pace.stage('segment') as stage:
         for o['seeds'] in pace.rounds(seeds):
-            compare(split, {'test': test}, arms, out/'results', seeds=o['seeds'], size=size, steps=stage.n, bs=8)
+            compare(split, {'test': test}, arms, out/'results', seeds=o['seeds'], size=size,
+                    steps=stage.n, bs=8)
     write_atomic(out/'commands.sh', commands(train, test, out, dict(o, segment_steps=stage.n)))
     return out

@@ -107,7 +107,7 @@ def measure_quickstart(
     channels: Sequence[int],        # U-Net channels per level
     sample_steps: int,              # of the sampler
     steps: int = 6                  # of each measurement
-) -> dict:                          # stage -> seconds a step; drawing: of a synthetic pair; scoring: of an image
+) -> dict:                          # stage -> seconds a step; drawing: of a pair; scoring: of an image
     "Train each network for a few steps on this machine."
     dls, cost, backbone = generator_dls(split, size, bs, 0, 'flip'), {}, None
     if METHODS[method].backbone:
@@ -162,7 +162,7 @@ ENDING = .03            # share of the minutes for what follows the last run
 @dataclass
 class Pace:
     "Decides the lengths of a quickstart's stages one by one, by the time that is left and the present speed."
-    state: dict             # minutes, counts, n_seeds, cost, memory; and what was decided, of a run that resumes
+    state: dict             # minutes, counts, n_seeds, cost, memory; and what was decided before
     file: Path = None       # where it is kept; `None`: nowhere
     most: dict = None       # stage -> steps beyond which it does not go; `None`: `MOST`
     clock: Callable = time.monotonic    # seconds
@@ -177,7 +177,8 @@ class Pace:
         drawing, self.scoring = cost.pop('drawing'), cost.pop('scoring')*counts['n_test']
         minutes = max(self.state['minutes'] - self.elapsed/60, .01)
         if 'plan' not in self.state:
-            plan = divide_minutes(cost, drawing, minutes, self.n_arms*self.state['n_seeds'], counts['n_train'],
+            n_runs = self.n_arms*self.state['n_seeds']
+            plan = divide_minutes(cost, drawing, minutes, n_runs, counts['n_train'],
                                   self.state['memory'], self.most, self.scoring)
             self.state['plan'] = asdict(plan)
         self.plan = QuickPlan(**self.state['plan'])
@@ -229,7 +230,8 @@ class Pace:
             seconds = max(self.allowed(name), 0.)
             runs = self.n_arms*self.state['n_seeds'] if name == 'segment' else 1
             n = int(seconds/runs/self.cost('drawing' if name == 'synth' else name))
-            least, most = (4, self.state['counts']['n_train']) if name == 'synth' else (LEAST_STEPS, self.most[name])
+            least, most = LEAST_STEPS, self.most.get(name)
+            if name == 'synth': least, most = 4, self.state['counts']['n_train']
             self.state['lengths'][name] = max(min(n, most), least)
             self.save()
         return self.state['lengths'][name]
@@ -279,7 +281,8 @@ class Pace:
             taken = self.clock() - began
             if taken > .1*planned: longest = taken          # else it was done before an interruption
         if len(done) != len(seeds):
-            print(f'segment   {len(done)} seeds instead of {len(seeds)}: {max(self.left, 0)/60:.1f} minutes were left')
+            left = max(self.left, 0)/60
+            print(f'segment   {len(done)} seeds instead of {len(seeds)}: {left:.1f} minutes were left')
         self.state['seeds'] = done
 
 # %% ../nbs/api/74_minutes.ipynb #4213932d

@@ -72,9 +72,11 @@ class FuzzCount:
     def verdict(self):
         "What is printed, and whether the run fails: only a run of the whole file owes the number of cases."
         n, missing = self.counts, self.all_tests() - self.tests
-        text = (f"fuzz: cases tried {n['cases']}, refusals {n['refusals']}, silent misreadings: {n['misread']}")
+        text = (f"fuzz: cases tried {n['cases']}, refusals {n['refusals']},"
+                f" silent misreadings: {n['misread']}")
         if missing:
-            text += f" (by {len(self.tests)} of {len(self.all_tests())} tests; {LEAST_CASES} are asked of all of them)"
+            text += (f" (by {len(self.tests)} of {len(self.all_tests())} tests;"
+                     f" {LEAST_CASES} are asked of all of them)")
         too_few = not missing and n['cases'] < LEAST_CASES
         if too_few: text += f': FAILED, fewer than {LEAST_CASES}'
         return Verdict(text, bool(too_few or n['misread']))

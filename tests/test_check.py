@@ -542,14 +542,16 @@ def test_a_dicom_segmentation_is_refused_with_the_remedy(tmp_path):
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = '1.2.840.10008.5.1.4.1.1.66.4'
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = '1.2.3'
     dataset.Modality, dataset.Rows, dataset.Columns, dataset.NumberOfFrames = 'SEG', 32, 32, 1
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, 'MONOCHROME2', 0
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, 'MONOCHROME2'
+    dataset.PixelRepresentation = 0
     dataset.BitsAllocated = dataset.BitsStored = 8
     dataset.HighBit, dataset.PixelData = 7, bytes(32*32)
     folder = lesion_folder(tmp_path/'data', 8, size=32, seed=0)
     (folder/'masks'/'0003.png').unlink()
     dataset.save_as(folder/'masks'/'0003.dcm', enforce_file_format=True)
     pair = next(p for p in find_pairs(folder) if p.name == '0003')
-    with pytest.raises(MedsynError, match='0003.dcm is a segmentation object.*convert it to NIfTI'): read_mask(pair)
+    said = '0003.dcm is a segmentation object.*convert it to NIfTI'
+    with pytest.raises(MedsynError, match=said): read_mask(pair)
     row = check_pairs(folder).query("file == 'masks/0003.dcm'").iloc[0]
     assert 'DICOM SEG' in row.problem and 'convert it to NIfTI' in row.remedy
 

@@ -345,7 +345,8 @@ def test_sizes_that_are_not_square(made, tmp_path, capsys):
     assert {Image.open(f).size for f in (tmp_path/'p'/'masks').iterdir()} == {(32, 32)}
     compare = f'compare {made}/train --tests {made}/test --out {tmp_path}/c {small} --seeds 0'
     assert medsyn(f'{compare} --size 32x64 --arms real stream:{made}/syn') == 0
-    assert '32x64' in exits(capsys, f'train {made}/train --backbone {made}/bb --out {tmp_path}/g --size 32x64')
+    train = f'train {made}/train --backbone {made}/bb --out {tmp_path}/g'
+    assert '32x64' in exits(capsys, f'{train} --size 32x64')
     assert 'give one side, as 32' in exits(capsys, f'synth {made}/gen --out {tmp_path}/s --size 32x64')
     assert "'64xx' is no size" in exits(capsys, f'{segment} --size 64xx')
 
@@ -364,7 +365,8 @@ def test_encoders_of_several_networks(made, tmp_path, capsys):
 
 def test_a_backbone_has_a_card(made):
     card = (made/'bb'/'README.md').read_text()
-    assert card.startswith('---') and 'A backbone for generators' in card and 'over the last 1 of 2 steps' in card
+    assert card.startswith('---') and 'A backbone for generators' in card
+    assert 'over the last 1 of 2 steps' in card
     assert 'training: `14`' in card and str(made) not in card
 
 def test_minutes_and_steps_exclude_each_other(made, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """Folders and files as they turn up: each is read rightly, or refused with a sentence that names the file.
 
-Every case knows its truth before medsyn sees it. The end of the run prints how many cases were tried, how many
-were refused, and how many were misread in silence: 0. Fewer than 2,000 fail a run of the whole file, also of one
-that several workers share: see conftest.py."""
+Every case knows its truth before medsyn sees it. The end of the run prints how many cases were tried, how
+many were refused, and how many were misread in silence: 0. Fewer than 2,000 fail a run of the whole file,
+also of one that several workers share: see conftest.py."""
 import io
 import json
 import os
@@ -451,7 +451,8 @@ def network(tmp_path_factory):
     from medsyn.segment.models import Segmenter, segmenter
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('network')/'model'
-    segmenter('unet', 'mobilenetv3_small_050', size=32, decoder_channels=(16, 8, 8, 8, 8)).save_pretrained(folder)
+    small = dict(size=32, decoder_channels=(16, 8, 8, 8, 8))
+    segmenter('unet', 'mobilenetv3_small_050', **small).save_pretrained(folder)
     return Segmenter.from_pretrained(folder)
 
 @tried(40)
@@ -466,7 +467,8 @@ def test_predictions_of_a_network(place, network, case):
     how = reading(**case.options)
     real, module.Segmenter = module.Segmenter, type('Opened', (), dict(
         from_pretrained=staticmethod(lambda folder: network)))
-    try: out = outcome(lambda: module.predict_images('model', root/'in', root/'out', how=how), f'x.{case.ending}')
+    call = lambda: module.predict_images('model', root/'in', root/'out', how=how)
+    try: out = outcome(call, f'x.{case.ending}')
     finally: module.Segmenter = real
     must((out is None) == (case.truth is None), f'a {case.ending} was passed over, or a good one refused')
     if out is None: return

@@ -1,4 +1,4 @@
-"A quickstart that is given minutes ends near them, on machines that keep their speed and on those that do not."
+"A quickstart that is given minutes ends near them, on machines that keep their speed and on others."
 import contextlib
 import math
 from functools import partial
@@ -76,7 +76,8 @@ def run(minutes, slowness):
 def slower_at(share): return lambda t: 2. if t > share else 1.
 def faster_at(share): return lambda t: 1/3 if t > share else 1.
 
-@pytest.mark.parametrize('slowness', [lambda t: 1., slower_at(.5), slower_at(.2), slower_at(.8), slower_at(.9),
+@pytest.mark.parametrize('slowness', [lambda t: 1., slower_at(.5), slower_at(.2), slower_at(.8),
+                                      slower_at(.9),
                                       faster_at(0.), faster_at(.5), faster_at(.85),
                                       lambda t: 1 + .8*math.sin(40*t)],
                          ids=['steady', 'slow at 50%', 'slow at 20%', 'slow at 80%', 'slow at 90%', 'fast',
@@ -109,13 +110,14 @@ def test_too_few_minutes_and_another_plan(tmp_path, monkeypatch):
     lesion_folder(tmp_path/'data', 16, size=32, seed=0)
     monkeypatch.setattr(module, 'measure_quickstart', lambda *a: COST)
     monkeypatch.setattr(module, 'quickstart', lambda *a, **k: exec("raise KeyboardInterrupt"))
-    with contextlib.suppress(KeyboardInterrupt): quickstart_in(10, str(tmp_path/'data'), tmp_path/'q', size=32)
+    with contextlib.suppress(KeyboardInterrupt):
+        quickstart_in(10, str(tmp_path/'data'), tmp_path/'q', size=32)
     assert load_json(tmp_path/'.q.plan.json')['minutes'] == 10
     with pytest.raises(MedsynError, match='a run of 10 minutes, now 12'):
         quickstart_in(12, str(tmp_path/'data'), tmp_path/'q', size=32)
 
 def test_a_run_resumes_with_its_own_plan(tmp_path, monkeypatch, capsys):
-    "Stopped after the backbone, the same call keeps what was decided and what was used; then it does nothing."
+    "Stopped after the backbone, the same call keeps what was decided and used; then it does nothing."
     data, machine = str(lesion_folder(tmp_path/'data', 16, size=32, seed=0)), Machine(20, slower_at(.5))
     measured, lengths = [], []
     monkeypatch.setattr(module, 'measure_quickstart', lambda *a: measured.append(1) or COST)

@@ -283,8 +283,8 @@ def _unknown_type(path):
                     "move it into one of them, or out of the folder")
     if _is_volume(path):
         return _row(path, f"a volume of a kind that is not read ({path.suffix.lower()})",
-                    "convert it to NIfTI (SimpleITK: WriteImage(ReadImage('a.mha'), 'a.nii.gz')), or move it out "
-                    "of the folder")
+                    "convert it to NIfTI (SimpleITK: WriteImage(ReadImage('a.mha'), 'a.nii.gz')), or move it "
+                    "out of the folder")
     return _row(path, f"file type {path.suffix or 'without ending'} is not read",
                 "convert it to PNG, or move it out of the folder")
 
@@ -311,9 +311,10 @@ def _pair_up(prefix, images, masks, other, unite=False):
         if len(of_image) > 1: rows.append(_twice('images', key, of_image))
         if len(of_mask) > 1: rows.append(_twice('masks', key, of_mask))
         if not of_mask:
-            remedy = "add a mask called {}.{}, or remove the image"
-            rows += [_row(p, "unpaired image: it has no mask",
-                          remedy.format(Path(key).name, 'nii.gz' if is_volume(p) else 'png')) for p in of_image]
+            for p in of_image:
+                ending = 'nii.gz' if is_volume(p) else 'png'
+                remedy = f"add a mask called {Path(key).name}.{ending}, or remove the image"
+                rows.append(_row(p, "unpaired image: it has no mask", remedy))
         if not of_image:
             remedy = "add the image of the same name, or remove the mask"
             rows += [_row(p, "unpaired mask: it has no image", remedy) for p in of_mask]
@@ -424,7 +425,8 @@ def find_pairs(path: str | Path,  # folder in one of the known layouts, or a lis
         first = '; '.join(f"{_short(r['file'], path)}: {r['problem']}" for r in rows[:3])
         more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ''
         raise MedsynError(f"{len(rows)} file(s) in {path} do not pair up ({first}{more}): "
-                          "mend them, or leave them out in a copy: medsyn clean --leave-out (Python: strict=False)")
+                          "mend them, or leave them out in a copy: medsyn clean --leave-out"
+                          " (Python: strict=False)")
     if where: pairs = _where(path, pairs, where)
     if not pairs: raise _no_pairs(Path(path), where)
     if reviewed: pairs = _kept(path, pairs)
@@ -679,7 +681,8 @@ def _as_deep(values, what):
 def _one_page(im, path, what, page):
     if page is not None or _pages(im) == 1: return
     if im.format == 'volume':
-        raise MedsynError(f"{what} {path} is a volume of {_pages(im)} slices: choose one with --page (page=), "
+        raise MedsynError(f"{what} {path} is a volume of {_pages(im)} slices: "
+                          "choose one with --page (page=), "
                           "or write them all as pictures with medsyn convert")
     raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with --page (page=), "
                       "or save the frame you mean as PNG")
@@ -821,7 +824,8 @@ def _cause(plane, values, unusual, jpeg):
     if unusual == 'colour' or n <= 20 and near_ends < .98 or n < 5 and top < 20:
         listed = ', '.join(_value_text(v, unusual) for v in values[:6].tolist())
         return (f"several classes ({listed}{', ...' if n > 6 else ''})",
-                'choose the foreground with --label (label=), one or several, or save it as 255 and the rest as 0')
+                'choose the foreground with --label (label=), one or several, '
+                'or save it as 255 and the rest as 0')
     if near_ends > .8: return 'a soft edge, as smooth resizing or an earlier JPEG leaves it', _THRESHOLD
     return ('a grey picture: a photograph, or a probability map',
             'is this the mask? if it is, threshold it and save it as PNG')
@@ -968,9 +972,9 @@ def _refuse_two_kinds(present, wanted):
     plain = [file for file in present.get('255', ()) if n_values[file] == 1]
     if 255 in wanted or not plain: return
     label = ' '.join(map(str, wanted))
-    raise MedsynError(f"{len(plain)} of the masks hold 0 and 255 alone ({plain[0]} first), and label {label} would"
-                      f" read them as empty: choose --label {label} 255 to take both, or save them with the"
-                      " values of the others")
+    raise MedsynError(f"{len(plain)} of the masks hold 0 and 255 alone ({plain[0]} first), and label {label}"
+                      f" would read them as empty: choose --label {label} 255 to take both, or save them with"
+                      " the values of the others")
 
 def refuse_classes(pairs: list,                     # of `Pair`
                    label: int | str | list = None   # value(s) of the foreground; `None`: each pair's own
@@ -1229,7 +1233,8 @@ def clean_masks(path: str | Path,               # folder in a known layout
     for p in track(pairs, 'cleaning'):
         try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
         except MedsynError as e:
-            if not leave_out: raise MedsynError(f'{e}; or leave out what cannot be mended: --leave-out') from e
+            advice = 'or leave out what cannot be mended: --leave-out'
+            if not leave_out: raise MedsynError(f'{e}; {advice}') from e
             rows.append(dict(name=p.name, changes=f'left out: {e}'))
             continue
         write_atomic(out/'images'/f'{p.name}.png', png_of(image))

@@ -32,8 +32,8 @@ def refuse_unread(path: str | Path  # a file
     "`MedsynError` for volumes of another kind, by their ending."
     ending = Path(path).suffix.lower()
     if ending in UNREAD:
-        raise MedsynError(f"{path} is a volume of a kind that is not read ({ending}): convert it to NIfTI, with "
-                          "SimpleITK for instance: WriteImage(ReadImage('a.mha'), 'a.nii.gz')")
+        raise MedsynError(f"{path} is a volume of a kind that is not read ({ending}): convert it to NIfTI, "
+                          "with SimpleITK for instance: WriteImage(ReadImage('a.mha'), 'a.nii.gz')")
 
 def stem_of(path: str | Path    # a file
            ) -> str:            # its name without the ending (`.nii.gz` is one ending)
@@ -118,8 +118,8 @@ def _dataset(pydicom, path):
                           "copy or export it again") from e
     if str(dataset.get('Modality', '')) == 'SEG' or str(dataset.get('SOPClassUID', '')) == _SEGMENTATION:
         raise MedsynError(f"DICOM file {path} is a segmentation object (DICOM SEG), whose frames are not the "
-                          "slices of its images: convert it to NIfTI (segimage2itkimage of dcmqi does it) and "
-                          "give that as the mask")
+                          "slices of its images: convert it to NIfTI (segimage2itkimage of dcmqi does it) "
+                          "and give that as the mask")
     if 'PixelData' not in dataset:
         raise MedsynError(f"DICOM file {path} has no picture: move it out of the folder")
     if str(dataset.get('BurnedInAnnotation', '')).upper() == 'YES':

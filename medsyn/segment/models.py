@@ -232,7 +232,8 @@ def _timm_names(encoder, state):
 
 def _announce(encoder, weights):
     "Say what will be downloaded; `MedsynError` for an unknown name, and offline."
-    what, instead = f'the {weights!r} weights of {encoder}', 'give encoder_weights the path of a file, or none'
+    what = f'the {weights!r} weights of {encoder}'
+    instead = 'give encoder_weights the path of a file, or none'
     if not encoder.startswith('tu-'):
         published = smp.encoders.encoders[encoder]['pretrained_settings']
         source = published[pick(weights, published, f'encoder_weights of {encoder}')]
