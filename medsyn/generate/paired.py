@@ -271,7 +271,7 @@ def noised_pair(
 
 # %% ../../nbs/api/33_generate.paired.ipynb #aa386f91
 class PairedDiffusionCB(Callback):
-    "Turns (image, mask) into a training batch of guider or generator; `learn.noised` holds the batch."
+    "Turns (image, mask) into a training batch of guider or generator; it is in `learn.noised`."
     order, name, keeps = ORDER['diffusion'], 'diffusion', ('rng',)
     def __init__(self,
         pair: PairedGenerator,  # both networks
@@ -424,20 +424,23 @@ def paired_generator(
     given = dict(channels=channels, layers=layers, attend=attend, prediction=prediction)
     net = {**scale, **{name: value for name, value in given.items() if value is not None}}
     images, masks, grey = _training_set(dls)
-    k = 1 if grey else 3
-    codecs = {'mask': Pixels(1), 'image': Pixels(k)}
+    image_channels = 1 if grey else 3
+    codecs = {'mask': Pixels(1), 'image': Pixels(image_channels)}
     if net['latent']:
-        codecs = {'mask': PatchPCA(4, 1, 4).fit(masks), 'image': PatchPCA(4, k, 8).fit(images[:, :k])}
+        codecs['mask'] = PatchPCA(4, 1, 4).fit(masks)
+        codecs['image'] = PatchPCA(4, image_channels, 8).fit(images[:, :image_channels])
 
     stride = codecs['mask'].stride
     multiple = stride*2**(len(net['channels']) - 1)
     if dls.size % multiple:
         raise MedsynError(f"images of {dls.size} px do not fit these networks: "
                           f"use a multiple of {multiple} px")
-    a, b = (codecs[part].channels for part in (FIRST[::-1] if first == 'image' else FIRST))
+    parts = FIRST[::-1] if first == 'image' else FIRST
+    first_channels, second_channels = (codecs[part].channels for part in parts)
     shape = dict(side=dls.size//stride, channels=net['channels'], layers=net['layers'], attend=net['attend'])
     with seeded(seed_of(seed, 'paired')):
-        guider, generator = guided_net(a, b, **shape), guided_net(b, a, **shape)
+        guider = guided_net(first_channels, second_channels, **shape)
+        generator = guided_net(second_channels, first_channels, **shape)
     schedule = Schedule(1024, 1e-4, 0.02, 'linear', net['prediction'])
     settings = dict(first=first, guide=guide, binarise=binarise, weight=weight, clip=clip)
     return PairedGenerator(guider, generator, codecs, schedule, dls.size, **settings)
