@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MedsynError', 'pick', 'os_errors', 'write_atomic', 'save_json', 'load_json', 'file_hash', 'content_hash',
-           'seed_of', 'versions', 'seeded', 'default_device', 'hardware', 'open_run', 'track']
+           'seed_of', 'versions', 'seeded', 'default_device', 'hardware', 'open_run', 'track', 'announce_download']
 
 # %% ../nbs/api/00_core.ipynb #b57a18d3
 import contextlib
@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -213,3 +214,36 @@ def track(it: list = None,      # what to iterate over, or `None` for a bar that
     "A progress bar with time left on standard error; it appears after two seconds."
     from tqdm.auto import tqdm
     return tqdm(it, desc=desc, total=total, delay=2, leave=False, file=sys.stderr, dynamic_ncols=True)
+
+# %% ../nbs/api/00_core.ipynb #466c164e
+def _is_here(repo, patterns, revision):
+    "Whether the files are in the Hub's cache; of a pattern, whether its `config.json` is."
+    import huggingface_hub
+    files = [str(Path(p).with_name('config.json')) if '*' in p else p for p in patterns]
+    found = [huggingface_hub.try_to_load_from_cache(repo, f, revision=revision) for f in files]
+    return all(isinstance(path, str) for path in found)
+
+def announce_download(
+    what: str,              # in words: "the 'imagenet' weights of resnet18"
+    repo: str,              # on the Hugging Face Hub: owner/name
+    patterns: tuple = ('model.safetensors',),   # of the files that are needed
+    revision: str = None,   # `None`: the newest
+    instead: str = 'give the path of a file'    # what to do without a network
+) -> bool:                  # whether something has to be fetched
+    "Say what will be downloaded, from where, and how large it is; `MedsynError` if it cannot be reached."
+    import huggingface_hub
+    if _is_here(repo, patterns, revision): return False
+    where = f'https://huggingface.co/{repo}'
+    failure = f"cannot fetch {what} from {where}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise MedsynError(f"{failure}, downloads are switched off (HF_HUB_OFFLINE):"
+                          f" {instead}, or allow them once")
+    try:
+        found = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=20)
+    except Exception as e:
+        raise MedsynError(f"{failure} ({type(e).__name__}):"
+                          f" check the name and the network, or {instead}") from e
+    sizes = [f.size for f in found.siblings if any(fnmatch(f.rfilename, p) for p in patterns)]
+    size = f', {sum(sizes)/2**20:.1f} MiB' if sizes and all(sizes) else ', of unknown size'
+    print(f'downloading {what} from {where}{size}', file=sys.stderr, flush=True)
+    return True

@@ -8,7 +8,7 @@ __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS',
            'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'prediction_file',
            'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'images_of',
            'generator_dls', 'make_backbone', 'sampler_of', 'make_generator', 'describe', 'draws_pairs', 'picture',
-           'commands', 'quickstart']
+           'commands', 'Stage', 'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -41,7 +41,8 @@ from .core import (MedsynError, content_hash, default_device, file_hash, hardwar
                          open_run, os_errors, pick, save_json, seed_of, seeded, track, versions, write_atomic)
 from .cards import write_card
 from .data.lesions import lesion_folder
-from .data.pairs import (Frame, Pair, PairDataset, Reading, find_images, find_pairs, image_dls, pair_dls,
+from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_images, find_pairs,
+                               image_dls, pair_dls,
                                pairs_hash, random_stream, read_image, read_pair, reading, same_images,
                                save_list, split_pairs)
 from .diffusion.backbone import Backbone
@@ -155,17 +156,17 @@ def _segmenter_dls(split, arm, size, bs, seed, augment, device):
 def train_segmenter(
     pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
     arm: 'Arm | str',                    # what is added: an arm, or its short form
-    network: str = 'unet',               # a key of `segment.models.NETWORKS`
+    network: str = 'unet',               # unet, segformer, sanet, polyp_pvt or ctnet
     encoder: str = None,                 # of segmentation-models-pytorch or timm (default: the network's own)
-    encoder_weights: str = None,         # `None`: from scratch; a name (imagenet) or a path
+    encoder_weights: str = None,         # a name (imagenet) or a path (default: from scratch)
     seed: int = 0,                       # of weights, order and augmentation
-    size: int | tuple = 96,              # side, or (height, width), of what the network sees, in pixels
+    size: int | tuple = 96,              # pixels that the network sees: side, or height and width
     steps: int = 1200,                   # optimiser steps
     bs: int = 16,                        # real images per step
     lr: float = 1e-3,                    # peak of the one-cycle schedule
     loss: str = 'bce_dice',              # bce_dice, cross_entropy or structure_loss
     device: str = None,                  # `None`: the accelerator if there is one
-    augment: str = 'strong',             # a key of `data.pairs.AUGMENT`
+    augment: str = 'strong',             # of the real pairs: strong, full, flip or none
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
@@ -362,7 +363,9 @@ def baseline_of(arms: Iterable,         # names of arms
 def _networks(segmenters, encoder, encoder_weights, size, preset=None):
     "Name of a network -> keywords of `train_segmenter`; a wrong name or size shows here."
     networks = {}
-    for given in segmenters:
+    encoders = _one_each('encoder', encoder, segmenters)
+    weights = _one_each('encoder_weights', encoder_weights, segmenters)
+    for given, encoder, encoder_weights in zip(segmenters, encoders, weights, strict=True):
         name = given if isinstance(given, str) else '-'.join(map(str, given.values()))
         own = dict(network=given) if isinstance(given, str) else given
         common = dict(network='unet', encoder=encoder, encoder_weights=encoder_weights)
@@ -370,8 +373,21 @@ def _networks(segmenters, encoder, encoder_weights, size, preset=None):
         if chosen.get('preset'): published(chosen['network'], size, chosen['preset'])
         chosen['encoder'] = chosen['encoder'] or own_encoder(chosen['network'])
         segmenter(chosen['network'], chosen['encoder'], size=size)
+        if name in networks:
+            name = f"{name}-{chosen['encoder']}"        # one network on two encoders
+            if name in networks: raise MedsynError(f"the network {name} was given twice: give it once")
         networks[name] = chosen
     return networks
+
+def _one_each(what, given, segmenters):
+    "A value for each network; `MedsynError` for another number of them."
+    values = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(values) == 1: return values*len(segmenters)
+    if len(values) == len(segmenters): return values
+    names = ', '.join(map(str, segmenters))
+    networks = f"{len(segmenters)} network{'s'[:len(segmenters) != 1]}"
+    raise MedsynError(f"{len(values)} values of {what} for {networks} ({names}):"
+                      " give one for all, or one for each in their order")
 
 # %% ../nbs/api/70_experiment.ipynb #4a6984e6
 METRICS_SHOWN = ('dice@0.5', 'iou@0.5', 'dice@256', 'iou@256')
@@ -465,14 +481,14 @@ def prediction_file(folder: str | Path, # a run's predictions: runs/RUN.predicti
     return Path(folder)/f'{content_hash(f"{testset}/{name}")}.png'
 
 def save_prediction(folder: Path,       # a run's predictions
-                    size: int,          # side in pixels at which the network works
+                    size: int | tuple,  # side, or (height, width), in pixels at which the network works
                     testset: str,       # name of a test set
                     pair: Pair,         # the test pair
                     p: np.ndarray       # (H,W) probability in [0,1]
                    ) -> Path:           # a PNG file: the probability in 0..255, at most `size` pixels wide
     "Keep a prediction, small, for people to look at."
     height, width = p.shape
-    scale = min(1, size/max(height, width))
+    scale = min(1, max(both_sides(size))/max(height, width))
     shape = max(round(width*scale), 1), max(round(height*scale), 1)
     small = Image.fromarray((p*255).round().astype(np.uint8)).resize(shape, Image.Resampling.BILINEAR)
     return save_png(np.asarray(small), prediction_file(folder, testset, pair.name))
@@ -523,14 +539,14 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),  # one run each; three or more for a claim
     baseline: str = None,        # the arm the others are compared with (default real, or the first)
     metric: str = 'dice@0.5',    # what the intervals are about
-    size: int = 96,              # side in pixels at which the networks see the images
+    size: int | tuple = 96,      # pixels that the networks see: side, or height and width
     steps: int = 1200,           # optimiser steps, the same for every arm
     bs: int = 16,                # real images per step
     lr: float = 1e-3,            # peak learning rate
     loss: str = 'bce_dice',      # bce_dice, cross_entropy or structure_loss
     metrics: Sequence[str] = METRICS_SHOWN,  # per-image scores, names in `evaluate.overlap.METRICS`
-    encoder: str = None,         # of the networks given by name (default: each network's own)
-    encoder_weights: str = None,  # a name (imagenet) or a path (default: from scratch)
+    encoder: Sequence[str] = None,  # of the networks: one for all, or one each (default: each network's own)
+    encoder_weights: Sequence[str] = None,  # names (imagenet) or paths, as many (default: from scratch)
     augment: str = 'strong',     # of the real pairs: strong, full, flip or none
     ema: float = None,           # decay of averaged weights, in (0,1) (default: no averaging)
     unlabelled: Sequence = (),   # image files without masks, for the arms that use them
@@ -545,6 +561,7 @@ def compare(
     """Train every arm with every network and seed, score it image by image, and say what differs.
 
     `MedsynError` before any training for what cannot be compared."""
+    size = tuple(size) if isinstance(size, list) else size
     started, request = time.time(), {k: v for k, v in locals().items() if k not in ('out', 'jobs')}
     if jobs > 1 and count() > 1:
         raise MedsynError("jobs and a launcher both divide the runs: use one of them")
@@ -747,7 +764,8 @@ def make_backbone(
     prompt: str = None,           # the prompt it will know (default "A photo of a polyp.")
     seed: int = 0,                # of weights, order and noise
     unlabelled: Sequence = (),    # (further) images without masks to learn from
-    save_every: float = 10        # minutes between saved states of the training; 0: after every step
+    save_every: float = 10,       # minutes between saved states of the training; 0: after every step
+    cbs: Sequence = ()            # further callbacks of the fit, as `minutes.PaceCB`
 ) -> Backbone:                    # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
@@ -769,10 +787,14 @@ def make_backbone(
     with main_first(): out = open_run(out, config, 'pretrain')
     if (out/'backbone.json').exists():
         forget(out/'state')
+        if is_main() and not (out/'README.md').exists(): describe(out, split, frames)
         return Backbone.from_pretrained(out)
-    watch = WatchCB(out, 'pretrain')
-    learn = pretrain_backbone(dls, backbone, steps, lr, seed, [watch], out/'state', save_every)
-    return _finish([learn], backbone, out)
+    watch = [WatchCB(out, 'pretrain'), *cbs]
+    learn = pretrain_backbone(dls, backbone, steps, lr, seed, watch, out/'state', save_every)
+    made = _finish([learn], backbone, out)
+    if is_main(): describe(out, split, frames)
+    wait()
+    return made
 
 def _split_frames(frames):
     "Images to learn from, and a tenth that is held out."
@@ -846,7 +868,8 @@ def make_generator(
     settings: dict = None,     # the method's own settings; its paper's values are the defaults
     unlabelled: Sequence = (),  # images without masks, for a method that learns from them (concat)
     save_every: float = 10,    # minutes between saved states of the training; 0: after every step
-    pictures: int = 0          # how often in a run samples are written to live/, for medsyn view
+    pictures: int = 0,         # how often in a run samples are written to live/, for medsyn view
+    cbs: Sequence = ()         # further callbacks of every fit, as `minutes.PaceCB`
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
     entry = _check_method(method, backbone, steps)
@@ -874,8 +897,8 @@ def make_generator(
     for learn, name in zip(learners, entry.networks or (method,), strict=True):
         can_sample = isinstance(learn.model, (Denoiser, PairGenerator))     # the guider of a pair cannot
         draw = sampler_of(split, size) if pictures and can_sample else None
-        cbs = [WatchCB(out, name, draw, pictures), *parallel_cbs()]
-        fit_resumable(learn, steps, out/'state'/name, save_every, cbs, schedule=entry.schedule,
+        fit_cbs = [WatchCB(out, name, draw, pictures), *parallel_cbs(), *cbs]
+        fit_resumable(learn, steps, out/'state'/name, save_every, fit_cbs, schedule=entry.schedule,
                       desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
@@ -968,6 +991,32 @@ def commands(train: list,   # training pairs
         f" --out {again}/results --size {o['size']} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 
 # %% ../nbs/api/70_experiment.ipynb #e1e65279
+@dataclass
+class Stage:
+    "What a stage of a quickstart may take."
+    n: int                                      # optimiser steps, or synthetic pairs
+    cbs: list = field(default_factory=list)     # further callbacks of its fits
+
+class FixedStages:
+    "The lengths of a quickstart's stages, given beforehand; `minutes.Pace` decides them one by one."
+    def __init__(self,
+        **lengths   # pretrain, train, synth, segment: steps, and pairs
+    ): self.lengths = lengths
+
+    @contextlib.contextmanager
+    def stage(self,
+        name: str,          # one of the lengths
+        networks: int = 1   # that are fitted in it, one after another
+    ):                      # yields a `Stage`
+        "Around the work of a stage."
+        yield Stage(self.lengths[name])
+
+    def rounds(self,
+        seeds: Sequence # that were asked for
+    ):                  # yields lists of seeds, each with those before it
+        "The seeds that are run, round by round."
+        yield list(seeds)
+
 def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
                data: str = None, # folder of pairs (default: rendered lesions)
                method: str = 'control', # a name that `medsyn catalog` lists
@@ -985,7 +1034,8 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm
                seed: int = 0,   # of everything else
                unlabelled: Sequence = (), # image files without masks: the backbone learns from them
-               how: Reading = None # with which choices the folder is read, see `data.pairs.reading`
+               how: Reading = None, # with which choices the folder is read, see `data.pairs.reading`
+               pace: object = None # decides the lengths of the stages, see `minutes.Pace`; `None`: as given
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."
     out, given = Path(out), data is not None
@@ -1002,24 +1052,33 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
     if choices := how.chosen(): request['reading'] = choices
     out = open_run(out, request, 'quickstart')
     train, test = _data(out, data, o['n_train'], n_test, size, seed, how)
-    o['n_synth'] = n_synth or len(train)
-    write_atomic(out/'commands.sh', commands(train, test, out, o))
+    pace = pace or FixedStages(pretrain=o['pretrain_steps'], train=o['train_steps'],
+                               segment=o['segment_steps'], synth=n_synth or len(train))
 
     split = split_once(train)
     check_unlabelled(frames, [*split.held, *test], 'held-out or test')
     learns_from = frames if 'unlabelled' in settings_of(method) else []
     backbone, source = None, ''
     if METHODS[method].backbone:
-        backbone = make_backbone(split, out/'backbone', size, o['pretrain_steps'], bs, channels=channels,
-                                 seed=seed, unlabelled=frames)
+        with pace.stage('pretrain') as stage:
+            backbone = make_backbone(split, out/'backbone', size, stage.n, bs, channels=channels, seed=seed,
+                                     unlabelled=frames, cbs=stage.cbs)
+        o['pretrain_steps'] = stage.n
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
-    generator = make_generator(split, backbone, out/'generator', method, o['train_steps'], bs, size=size,
-                               seed=seed, source=source, unlabelled=learns_from, pictures=4)
-    generator = generator.to(default_device())
-    drawn = synthesize(generator, split.train, out/'synthetic', o['n_synth'], steps=sample_steps,
-                       sampler=sampler, bs=16, seed=seed)
+    with pace.stage('train', len(METHODS[method].networks) or 1) as stage:
+        generator = make_generator(split, backbone, out/'generator', method, stage.n, bs, size=size,
+                                   seed=seed, source=source, unlabelled=learns_from, pictures=4,
+                                   cbs=stage.cbs)
+    o['train_steps'], generator = stage.n, generator.to(default_device())
+    with pace.stage('synth') as stage:
+        drawn = synthesize(generator, split.train, out/'synthetic', stage.n, steps=sample_steps,
+                           sampler=sampler, bs=16, seed=seed)
+    o['n_synth'] = stage.n
     picture(out, generator, split.train, drawn, sample_steps, sampler, seed)
     arms = {'real': 'real', 'real-twice': 'real-twice', 'synthetic': drawn}
-    compare(split, {'test': test}, arms, out/'results', seeds=seeds, size=size,
-            steps=o['segment_steps'], bs=8)
+    with pace.stage('segment') as stage:
+        for o['seeds'] in pace.rounds(seeds):
+            compare(split, {'test': test}, arms, out/'results', seeds=o['seeds'], size=size,
+                    steps=stage.n, bs=8)
+    write_atomic(out/'commands.sh', commands(train, test, out, dict(o, segment_steps=stage.n)))
     return out

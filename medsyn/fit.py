@@ -26,7 +26,7 @@ from .core import (MedsynError, default_device, file_hash, hardware, load_json, 
                          pick, save_json, seed_of, track, write_atomic)
 from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read_image, read_mask,
                                split_pairs)
-from .data.volumes import is_volume, open_volume, save_masks, stem_of
+from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, stem_of
 from .diffusion.backbone import Backbone
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
                                draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
@@ -481,6 +481,7 @@ def _items_of(images, how):
     "Name -> `_Item`; `MedsynError` if two would overwrite each other."
     by_path = isinstance(images, (str, Path))
     single = by_path and Path(images).is_file() and Path(images).suffix.lower() != '.csv'
+    if single: refuse_unread(images)
     if by_path and not single: sources = find_images(images, how)
     else: sources = [Frame(Path(f), how) for f in ([images] if single else unlabelled_images(images))]
     items = {}

@@ -218,7 +218,8 @@ class StateCB(Callback):
         "What must be equal for a state to belong to this training."
         train = self.dls.train
         shapes = [f'{name} {tuple(v.shape)}' for name, v in _own_tensors(self.model).items()]
-        return dict(steps=self.learn.steps.total, images=len(train.dataset), batch=train.bs, seed=train.seed,
+        planned = self.learn.steps.planned()
+        return dict(steps=planned, images=len(train.dataset), batch=train.bs, seed=train.seed,
                     network=content_hash('\n'.join(shapes)))
 
     def keepers(self) -> dict:

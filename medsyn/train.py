@@ -41,6 +41,7 @@ _ORDER = dict(
     share_of_steps=(59, "tells the schedule what share of the steps is done"),
     schedule=(60, "fastai's ParamScheduler: sets the learning rate before the batch"),
     log=(65, "keeps the losses and the learning rate of the finished step"),
+    pace=(67, "makes the fit shorter where its time runs out: before what is done at the last step"),
     eval=(70, "evaluates the finished step"),
     state=(80, "saves the finished step, and restores after every other callback has begun"),
     stop=(90, "ends the fit: after the log and the evaluations"))
@@ -49,7 +50,7 @@ ORDER = {name: number for name, (number, reason) in _ORDER.items()}
 # %% ../nbs/api/02_train.ipynb #7350fef0
 class StepsCB(Callback):
     "Counts the optimiser steps of every fit: `done` of `total`."
-    order, run_valid, name, keeps = ORDER['steps'], False, 'steps', ('done',)
+    order, run_valid, name, keeps = ORDER['steps'], False, 'steps', ('done', 'total')
     def __init__(self): self.done, self.total = 0, 0
 
     def before_fit(self): self.done, self.total = 0, self.planned()
@@ -69,7 +70,7 @@ class _StopCB(Callback):
 
     def before_validate(self): raise CancelValidException()
     def after_batch(self):
-        if self.learn.steps.done >= self.steps: raise CancelFitException()
+        if self.learn.steps.done >= self.learn.steps.total: raise CancelFitException()
 
 def share_done(learn: Learner   # a learner in a fit
               ) -> float:       # 0 at the first step, towards 1 at the last

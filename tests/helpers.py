@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+from collections import Counter, namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,3 +49,34 @@ def imported(path, package='medsyn'):
             mod = '.'.join(o for o in (base, n.module or '') if o)
             out |= {mod, *(f'{mod}.{a.name}' for a in n.names)}
     return {o.removeprefix(package + '.') for o in out if o.startswith(package + '.')}
+
+LEAST_CASES = 2000
+Verdict = namedtuple('Verdict', 'text failed')
+
+class FuzzCount:
+    "The cases of tests/test_fuzz.py over all processes of a run."
+    file = ROOT/'tests'/'test_fuzz.py'
+    def __init__(self): self.tests, self.counts = set(), Counter()
+
+    def add(self, nodeid, counts):
+        "What one test reports: cases, refusals, misread."
+        if counts is None: return
+        self.tests.add(nodeid.split('::')[-1].split('[')[0])
+        self.counts.update(counts)
+
+    def all_tests(self):
+        "The names of the tests of the file."
+        tree = ast.parse(self.file.read_text())
+        return {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')}
+
+    def verdict(self):
+        "What is printed, and whether the run fails: only a run of the whole file owes the number of cases."
+        n, missing = self.counts, self.all_tests() - self.tests
+        text = (f"fuzz: cases tried {n['cases']}, refusals {n['refusals']},"
+                f" silent misreadings: {n['misread']}")
+        if missing:
+            text += (f" (by {len(self.tests)} of {len(self.all_tests())} tests;"
+                     f" {LEAST_CASES} are asked of all of them)")
+        too_few = not missing and n['cases'] < LEAST_CASES
+        if too_few: text += f': FAILED, fewer than {LEAST_CASES}'
+        return Verdict(text, bool(too_few or n['misread']))

@@ -9,9 +9,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medsyn.core import MedsynError
-from medsyn.data.lesions import draw_lesions
+from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_images, find_pairs,
-                               fitting_size, pair_dls, pairs_hash, read_image, read_pair, reading, save_list)
+                               fitting_size, pair_dls, pairs_hash, read_image, read_mask, read_pair, reading,
+                               save_list)
 
 N = 24
 
@@ -40,7 +41,7 @@ class Spoiler:
         self.picture(14).save(self.images/'14.tif')
         self.fault('duplicate stem', self.images/'14.tif', "2 images are called '14'")
         (self.images/'scan.nrrd').write_bytes(b'NRRD')
-        self.fault('unknown type', self.images/'scan.nrrd', 'file type .nrrd is not read')
+        self.fault('unknown type', self.images/'scan.nrrd', 'a volume of a kind that is not read (.nrrd)')
 
     def spoil_masks(self):
         "Masks that are not two-valued, or unusual."
@@ -449,7 +450,7 @@ def test_several_pages_need_a_choice(tmp_path):
     folder_of(tmp_path/'a', {}, {'a.png': mask_of(255)})
     pages[0].save(tmp_path/'a'/'images'/'a.tif', save_all=True, append_images=pages[1:])
     pair, = find_pairs(tmp_path/'a')
-    with pytest.raises(MedsynError, match='holds 3 frames: choose one with page='): read_pair(pair)
+    with pytest.raises(MedsynError, match='holds 3 frames: choose one with --page'): read_pair(pair)
     assert (read_pair(pair, page=2)[0] == np.asarray(pages[2])).all()
     table = clean_masks(tmp_path/'a', tmp_path/'clean', page=1)
     assert (read_pair(*find_pairs(tmp_path/'clean'))[0] == np.asarray(pages[1])).all()
@@ -509,3 +510,61 @@ def test_training_on_sizes_that_are_not_square(tmp_path):
         dls = pair_dls(find_pairs(tmp_path/'a'), size, bs=4, fit='pad', augment=augment, device='cpu')
         x, y = dls.one_batch()
         assert x.shape == (4, 3, *size) and y.shape == (4, *size)
+
+# Volumes that are not read ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('ending', ['.nrrd', '.mha', '.mhd'])
+def test_other_volumes_are_refused_with_the_remedy(tmp_path, ending):
+    "In a folder of pairs, alone, in a list, and as the one file to predict."
+    from medsyn.fit import predict_images
+    folder = lesion_folder(tmp_path/'data', 8, size=32, seed=0)
+    stray = folder/'masks'/f'scan{ending}'
+    stray.write_bytes(b'NRRD0004')
+    table = check_pairs(folder)
+    row = table[table.file == f'masks/scan{ending}'].iloc[0]
+    assert 'of a kind that is not read' in row.problem and 'convert it to NIfTI' in row.remedy
+    alone = tmp_path/'alone'
+    alone.mkdir()
+    stray.rename(alone/stray.name)
+    said = rf'scan{ending}.*not read.*convert it to NIfTI'
+    with pytest.raises(MedsynError, match=said): find_pairs(alone)
+    with pytest.raises(MedsynError, match=said): check_pairs(alone)
+    for images in (alone, alone/stray.name):
+        with pytest.raises(MedsynError, match=said): predict_images('nowhere', images, tmp_path/'p')
+    assert not (tmp_path/'p').exists()
+
+def test_a_dicom_segmentation_is_refused_with_the_remedy(tmp_path):
+    pydicom = pytest.importorskip('pydicom')
+    from pydicom.dataset import FileMetaDataset
+    dataset = pydicom.Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = '1.2.840.10008.5.1.4.1.1.66.4'
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = '1.2.3'
+    dataset.Modality, dataset.Rows, dataset.Columns, dataset.NumberOfFrames = 'SEG', 32, 32, 1
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, 'MONOCHROME2'
+    dataset.PixelRepresentation = 0
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelData = 7, bytes(32*32)
+    folder = lesion_folder(tmp_path/'data', 8, size=32, seed=0)
+    (folder/'masks'/'0003.png').unlink()
+    dataset.save_as(folder/'masks'/'0003.dcm', enforce_file_format=True)
+    pair = next(p for p in find_pairs(folder) if p.name == '0003')
+    said = '0003.dcm is a segmentation object.*convert it to NIfTI'
+    with pytest.raises(MedsynError, match=said): read_mask(pair)
+    row = check_pairs(folder).query("file == 'masks/0003.dcm'").iloc[0]
+    assert 'DICOM SEG' in row.problem and 'convert it to NIfTI' in row.remedy
+
+def test_a_label_does_not_empty_masks_that_know_no_classes(tmp_path):
+    "Masks of 0 and 255 beside one of classes 1 and 2: label 1 would read the former as empty."
+    folder = lesion_folder(tmp_path/'data', 9, size=32, seed=0)
+    classes = np.zeros((32, 32), np.uint8)
+    classes[4:9, 4:9], classes[20:25, 20:25] = 1, 2
+    Image.fromarray(classes).save(folder/'masks'/'0002.png')
+    said = '8 of the masks hold 0 and 255 alone.*0000.png first.*choose --label 1 255 to take both'
+    with pytest.raises(MedsynError, match=said): clean_masks(folder, tmp_path/'no', label=1)
+    assert not (tmp_path/'no').exists()
+    assert check_pairs(folder, label=1).problem.str.contains('hold 0 and 255 alone').any()
+    clean_masks(folder, tmp_path/'clean', label=[1, 255])
+    areas = {p.name: int(read_mask(p).sum()) for p in find_pairs(tmp_path/'clean')}
+    assert areas['0002'] == 25 and all(areas.values())

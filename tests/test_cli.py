@@ -327,6 +327,53 @@ def test_a_deep_set_with_classes_from_check_to_prediction(tmp_path, capsys):
     assert medsyn(f'score {tmp_path}/m --tests {folder} {choices}') == 0
     assert '95% interval over 10 images' in (tmp_path/'m'/'README.md').read_text()
 
+def exits(capsys, line):
+    "A command that its parser refuses: status 2; returns what it says."
+    with pytest.raises(SystemExit) as e: medsyn(line)
+    assert e.value.code == 2
+    return capsys.readouterr().err
+
+def test_sizes_that_are_not_square(made, tmp_path, capsys):
+    "--size 32x64 where a network takes it, to the prediction at the image's own size; else one sentence."
+    small = '--steps 1 --bs 4 --encoder mobilenetv3_small_050'
+    segment = f'segment {made}/train {small} --out {tmp_path}/m'
+    assert 'multiples of 32: resize 40 to 32 or 64' in fails(capsys, f'{segment} --size 40x64')
+    assert not (tmp_path/'m').exists()
+    assert medsyn(f'{segment} --size 32x64') == 0
+    assert json.loads((tmp_path/'m'/'config.json').read_text())['size'] == [32, 64]
+    assert medsyn(f'predict {tmp_path}/m {made}/test/images --out {tmp_path}/p') == 0
+    assert {Image.open(f).size for f in (tmp_path/'p'/'masks').iterdir()} == {(32, 32)}
+    compare = f'compare {made}/train --tests {made}/test --out {tmp_path}/c {small} --seeds 0'
+    assert medsyn(f'{compare} --size 32x64 --arms real stream:{made}/syn') == 0
+    train = f'train {made}/train --backbone {made}/bb --out {tmp_path}/g'
+    assert '32x64' in exits(capsys, f'{train} --size 32x64')
+    assert 'give one side, as 32' in exits(capsys, f'synth {made}/gen --out {tmp_path}/s --size 32x64')
+    assert "'64xx' is no size" in exits(capsys, f'{segment} --size 64xx')
+
+def test_encoders_of_several_networks(made, tmp_path, capsys):
+    line = f'compare {made}/train --tests {made}/test --out {tmp_path}/c --size 32 --network unet segformer'
+    e = fails(capsys, f'{line} --encoder resnet18 resnet34 resnet50')
+    assert '3 values of encoder for 2 networks (unet, segformer): give one for all' in e
+    assert 'unknown encoder' in fails(capsys, f'{line} --encoder resnet18 resnet99')
+    assert '2 values of encoder_weights for 1 network' in fails(
+        capsys, f'{line.replace(" segformer", "")} --encoder-weights imagenet imagenet')
+    assert not (tmp_path/'c').exists()
+    from medsyn.experiment import _networks
+    two = _networks(['unet', 'unet'], ['resnet18', 'mobilenetv3_small_050'], None, 32)
+    assert [n['encoder'] for n in two.values()] == ['resnet18', 'mobilenetv3_small_050']
+    assert {*two} == {'unet', 'unet-mobilenetv3_small_050'}
+
+def test_a_backbone_has_a_card(made):
+    card = (made/'bb'/'README.md').read_text()
+    assert card.startswith('---') and 'A backbone for generators' in card
+    assert 'over the last 1 of 2 steps' in card
+    assert 'training: `14`' in card and str(made) not in card
+
+def test_minutes_and_steps_exclude_each_other(made, tmp_path, capsys):
+    line = f'quickstart --data {made}/train --out {tmp_path}/q --minutes 5'
+    assert 'leave --train-steps out' in fails(capsys, f'{line} --train-steps 9')
+    assert 'leave --n-synth out' in fails(capsys, f'{line} --n-synth 9')
+
 def test_masks_alone_and_healthy_images(made, tmp_path):
     "Masks without images lend lesions to images without masks; outside the border these stay as they are."
     shutil.copytree(made/'train'/'masks', tmp_path/'alone')

@@ -145,7 +145,7 @@ def test_one_pass_equals_the_classes_of_torchmetrics(weights):
     assert t['IS'] == pytest.approx(float(isc.compute()[0]), rel=1e-3)
 
 
-def test_weights_that_do_not_fit(tmp_path, weights):
+def test_weights_that_do_not_fit(tmp_path, weights, trusts_pickles):
     save_file({'conv1.weight': torch.zeros(3)}, tmp_path/'a.safetensors')
     with pytest.raises(MedsynError, match="a.safetensors does not fit FID's Inception"):
         as_extractor(tmp_path/'a.safetensors')

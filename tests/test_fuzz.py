@@ -1,7 +1,8 @@
 """Folders and files as they turn up: each is read rightly, or refused with a sentence that names the file.
 
-Every case knows its truth before medsyn sees it. The last test prints how many cases were tried, how many
-were refused, and how many were misread in silence: 0."""
+Every case knows its truth before medsyn sees it. The end of the run prints how many cases were tried, how
+many were refused, and how many were misread in silence: 0. Fewer than 2,000 fail a run of the whole file,
+also of one that several workers share: see conftest.py."""
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import FuzzCount
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,16 +26,22 @@ from PIL.PngImagePlugin import PngInfo
 
 from medsyn.core import MedsynError
 from medsyn.data.pairs import (check_pairs, clean_masks, find_pairs, pair_dls, read_image, read_mask,
-                               read_pair)
+                               read_pair, reading)
 
 warnings.filterwarnings('ignore')
 COUNT = Counter()
-LEAST_CASES = 2000
 
 def tried(n):
     "Settings of a test with `n` cases; the same cases in every run."
     return settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck))
+
+@pytest.fixture(autouse=True)
+def _counted(record_property):
+    "Report what a test adds to the count; the report reaches the main process from any worker."
+    before = Counter(COUNT)
+    yield
+    record_property('fuzz', {k: COUNT[k] - before[k] for k in ('cases', 'refusals', 'misread')})
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -437,6 +445,39 @@ def test_predictions(place, fit, factor, h, w, bad, seed):
     must(mask.shape == bright.shape and (factor > 1 or np.array_equal(mask, bright)), f'{fit}: other pixels')
     must(abs(mask.mean() - bright.mean()) < .35, f'{fit}: another area')
 
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+    "A real network with random weights, saved; it is opened once."
+    from medsyn.segment.models import Segmenter, segmenter
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('network')/'model'
+    small = dict(size=32, decoder_channels=(16, 8, 8, 8, 8))
+    segmenter('unet', 'mobilenetv3_small_050', **small).save_pretrained(folder)
+    return Segmenter.from_pretrained(folder)
+
+@tried(40)
+@given(case=image_files())
+def test_predictions_of_a_network(place, network, case):
+    "Any picture file through a real network: the mask of its true pixels at its own size, or a refusal."
+    from medsyn import fit as module
+    from medsyn.segment.learner import predict
+    root = place()
+    (root/'in').mkdir()
+    (root/'in'/f'x.{case.ending}').write_bytes(case.data)
+    how = reading(**case.options)
+    real, module.Segmenter = module.Segmenter, type('Opened', (), dict(
+        from_pretrained=staticmethod(lambda folder: network)))
+    call = lambda: module.predict_images('model', root/'in', root/'out', how=how)
+    try: out = outcome(call, f'x.{case.ending}')
+    finally: module.Segmenter = real
+    must((out is None) == (case.truth is None), f'a {case.ending} was passed over, or a good one refused')
+    if out is None: return
+    found = np.asarray(Image.open(out/'probabilities'/'x.png'))
+    must(found.shape == case.truth.shape[:2], f'{case.ending}: a mask of another size')
+    if case.tolerance == 0:
+        expected = predict(network, [np.ascontiguousarray(case.truth)])[0]*255
+        must(abs(found - expected).max() <= 1, f'{case.ending}: the prediction of other pixels')
+
 # Hostile files --------------------------------------------------------------------------------------
 
 NO_JSON = ['', '{', '[]', 'null', '3', '"x"', '['*100_000, '\ufeff{}', '{"a": NaN}']
@@ -494,10 +535,16 @@ def test_no_network(tmp_path, monkeypatch):
                      segment_steps=1, sample_steps=1, channels=(16, 32), seeds=(0,))
     assert (out/'results'/'table.md').exists()
 
-def test_it_was_tried_often_enough(capsys):
-    "Stands last: the count of this file."
-    with capsys.disabled():
-        print(f"\nfuzz: cases tried {COUNT['cases']}, refusals {COUNT['refusals']}, "
-              f"silent misreadings: {COUNT['misread']}")
-    assert COUNT['misread'] == 0
-    if COUNT['cases'] < LEAST_CASES: pytest.skip('only a part of this file was run')
+def test_the_count_of_several_workers():
+    "Too few cases fail a run of the whole file, and only that."
+    count = FuzzCount()
+    count.add('tests/test_fuzz.py::test_images', dict(cases=900, refusals=200, misread=0))
+    part = count.verdict()
+    assert not part.failed and 'cases tried 900' in part.text and 'by 1 of' in part.text
+    for name in count.all_tests() - {'test_images'}:
+        count.add(f'tests/test_fuzz.py::{name}[0]', dict(cases=1, refusals=0, misread=0))
+    assert count.verdict().failed and 'FAILED, fewer than 2000' in count.verdict().text
+    count.add('tests/test_fuzz.py::test_masks', dict(cases=1100, refusals=0, misread=0))
+    assert not count.verdict().failed
+    count.add('tests/test_fuzz.py::test_masks', dict(cases=0, refusals=0, misread=1))
+    assert count.verdict().failed

@@ -197,7 +197,7 @@ def test_report_on_a_comparison_without_an_arm_called_real(made, tmp_path):
         report(made/'syn', made/'train', tmp_path/'no', baseline='real', **settings)
     assert not (tmp_path/'no').exists()
 
-def test_what_the_report_refuses(made, tmp_path, capsys):
+def test_what_the_report_refuses(made, tmp_path, capsys, trusts_pickles):
     out = tmp_path/'r'
     (tmp_path/'empty').mkdir(); (tmp_path/'one').mkdir(); (tmp_path/'mixed').mkdir()
     files = sorted((made/'syn'/'images').iterdir()); shutil.copy(files[0], tmp_path/'one')

@@ -70,7 +70,7 @@ def test_wrong_sizes_and_batches():
         segmenter().train()(torch.rand(1, 3, 32, 32))
 
 
-def test_pretrained_encoder_from_a_path(tmp_path):
+def test_pretrained_encoder_from_a_path(tmp_path, trusts_pickles):
     import timm
     torch.manual_seed(1)
     whole = timm.create_model('resnet18', num_classes=7)
@@ -177,6 +177,43 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
         segmenter(encoder_weights='imagenet')
 
 
+def test_a_download_is_announced_before_it_starts(monkeypatch, capsys):
+    "What, from where, how large; nothing if it is here; offline one sentence. No network is touched."
+    import huggingface_hub
+    from medsyn.diffusion.backbone import Backbone
+    from medsyn.segment import models
+    asked, started = [], []
+    class FakeApi:
+        def model_info(self, repo, **kw):
+            asked.append(repo)
+            files = dict.fromkeys(('model.safetensors', 'unet/a.safetensors', 'pytorch_model.bin'), 3*2**20)
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=k, size=v) for k, v in files.items()])
+    def fetched(name, weights):
+        started.append(capsys.readouterr().err)
+        return whole
+    whole = models.smp.encoders.get_encoder('resnet18', weights=None)
+    monkeypatch.setattr(huggingface_hub, 'HfApi', FakeApi)
+    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *a, **k: None)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(models.smp.encoders, 'get_encoder', fetched)
+    monkeypatch.setattr(models, 'normalisation', lambda *a: ([.5]*3, [.5]*3))
+    segmenter('unet', 'resnet18', 'imagenet')
+    assert started == ["downloading the 'imagenet' weights of resnet18 from"
+                       " https://huggingface.co/smp-hub/resnet18.imagenet, 3.0 MiB\n"]
+    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *a, **k: '/here')
+    segmenter('unet', 'resnet18', 'imagenet')
+    assert started[1] == '' and asked == ['smp-hub/resnet18.imagenet']
+    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *a, **k: None)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(MedsynError, match='cannot fetch the backbone owner/name from https.*switched off'):
+        Backbone.from_pretrained('owner/name')
+    def unreachable(self, repo, **kw): raise ConnectionError('no route\nto the host')
+    monkeypatch.setattr(FakeApi, 'model_info', unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    with pytest.raises(MedsynError, match='check the name and the network, or give a folder') as e:
+        Backbone.from_pretrained('owner/name')
+    assert '\n' not in str(e.value)
+
 def test_files_of_others_are_refused(tmp_path):
     m = segmenter(**TINY)
     m.save_pretrained(tmp_path/'a')
@@ -197,7 +234,7 @@ def test_files_of_others_are_refused(tmp_path):
     with pytest.raises(MedsynError, match='do not exist'): Segmenter.from_pretrained(tmp_path/'a')
 
 
-def test_pickled_code_never_runs(tmp_path):
+def test_pickled_code_never_runs(tmp_path, trusts_pickles):
     class Evil:
         def __reduce__(self): return (os.system, (f'touch {tmp_path}/ran',))
     torch.save({'conv1.weight': Evil()}, tmp_path/'w.pth')

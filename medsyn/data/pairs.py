@@ -39,7 +39,8 @@ from torch import Tensor
 
 from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
                          write_atomic)
-from .volumes import AXES, Volume, is_volume, open_volume, same_place, stem_of
+from .volumes import (AXES, DICOM, NIFTI, UNREAD, Volume, is_volume, open_volume, refuse_unread,
+                                 same_place, stem_of)
 from ..review import kept_contents, pair_content
 
 # %% ../../nbs/api/11_data.pairs.ipynb #3a75a316
@@ -150,7 +151,7 @@ def _role(folder):
 
 # %% ../../nbs/api/11_data.pairs.ipynb #4ef99fd4
 IMAGE_TYPES = set('.jpg .jpeg .png .tif .tiff .bmp .gif .webp'.split())
-VOLUME_TYPES = ('.nii', '.nii.gz', '.dcm', '.dicom', '.nrrd', '.mha', '.mhd')     # the first four are read
+VOLUME_TYPES = (*NIFTI, *DICOM, *UNREAD)        # the last ones are named and refused
 _NOTES = set('.csv .json .jsonl .txt .md .xml .html .htm .pdf .ini .db .yaml .yml .xlsx '
              '.zip .tar .gz'.split())
 
@@ -280,9 +281,12 @@ def _unknown_type(path):
     if is_volume(path):
         return _row(path, "a volume beside the folders of images and masks",
                     "move it into one of them, or out of the folder")
-    kind = "NIfTI or PNG" if _is_volume(path) else "PNG"
+    if _is_volume(path):
+        return _row(path, f"a volume of a kind that is not read ({path.suffix.lower()})",
+                    "convert it to NIfTI (SimpleITK: WriteImage(ReadImage('a.mha'), 'a.nii.gz')), or move it "
+                    "out of the folder")
     return _row(path, f"file type {path.suffix or 'without ending'} is not read",
-                f"convert it to {kind}, or move it out of the folder")
+                "convert it to PNG, or move it out of the folder")
 
 def _twice(kind, key, paths):
     "The row for several images or masks of one name."
@@ -307,8 +311,10 @@ def _pair_up(prefix, images, masks, other, unite=False):
         if len(of_image) > 1: rows.append(_twice('images', key, of_image))
         if len(of_mask) > 1: rows.append(_twice('masks', key, of_mask))
         if not of_mask:
-            remedy = f"add a mask called {Path(key).name}.png, or remove the image"
-            rows += [_row(p, "unpaired image: it has no mask", remedy) for p in of_image]
+            for p in of_image:
+                ending = 'nii.gz' if is_volume(p) else 'png'
+                remedy = f"add a mask called {Path(key).name}.{ending}, or remove the image"
+                rows.append(_row(p, "unpaired image: it has no mask", remedy))
         if not of_image:
             remedy = "add the image of the same name, or remove the mask"
             rows += [_row(p, "unpaired mask: it has no image", remedy) for p in of_mask]
@@ -360,6 +366,7 @@ def _no_pairs(path, where=None):
     others = [p for p in sorted(path.rglob('*')) if p.is_file()]
     volumes = [p for p in others if _is_volume(p)]
     if volumes and not where:
+        refuse_unread(next((p for p in volumes if not is_volume(p)), volumes[0]))
         first = _short(volumes[0], path)
         return MedsynError(f"no image/mask pairs in {path}, but {len(volumes)} volume(s) ({first}): "
                            "put images into images/ and masks of the same names into masks/, then run medsyn "
@@ -418,7 +425,8 @@ def find_pairs(path: str | Path,  # folder in one of the known layouts, or a lis
         first = '; '.join(f"{_short(r['file'], path)}: {r['problem']}" for r in rows[:3])
         more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ''
         raise MedsynError(f"{len(rows)} file(s) in {path} do not pair up ({first}{more}): "
-                          "mend them, or pass strict=False to leave them out")
+                          "mend them, or leave them out in a copy: medsyn clean --leave-out"
+                          " (Python: strict=False)")
     if where: pairs = _where(path, pairs, where)
     if not pairs: raise _no_pairs(Path(path), where)
     if reviewed: pairs = _kept(path, pairs)
@@ -623,6 +631,7 @@ def _refuse_missing_rows(im, path):
 def _open(path, what, page=None, axis='axial'):
     "An opened and decoded picture, or a `MedsynError` that says what is wrong with the file."
     if is_volume(path): return _open_slice(path, what, page, axis)
+    refuse_unread(path)
     try:
         im = Image.open(path)
         if page is not None and 0 <= page < _pages(im): im.seek(page)
@@ -672,9 +681,10 @@ def _as_deep(values, what):
 def _one_page(im, path, what, page):
     if page is not None or _pages(im) == 1: return
     if im.format == 'volume':
-        raise MedsynError(f"{what} {path} is a volume of {_pages(im)} slices: choose one with page=, "
+        raise MedsynError(f"{what} {path} is a volume of {_pages(im)} slices: "
+                          "choose one with --page (page=), "
                           "or write them all as pictures with medsyn convert")
-    raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with page=, "
+    raise MedsynError(f"{what} {path} holds {_pages(im)} frames: choose one with --page (page=), "
                       "or save the frame you mean as PNG")
 
 _TURNS = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
@@ -742,7 +752,7 @@ def _eight_bits(im, path, window, page=None):
     if window is None:
         lo, hi = getattr(im, 'suggested', None) or auto_window(values)
         raise MedsynError(f"image {path} has more than 8 bits per channel: choose what you want to see with "
-                          f"window=(lo, hi), for example ({lo:.6g}, {hi:.6g}), or window='auto' for the "
+                          f"--window {lo:.6g} {hi:.6g} or others (window=), or --window auto for the "
                           "percentiles 0.5 and 99.5 of each file")
     shown = through_window(values, _window_of(values, window))
     return Image.fromarray(255 - shown if im.inverted else shown).convert('RGB')
@@ -814,7 +824,8 @@ def _cause(plane, values, unusual, jpeg):
     if unusual == 'colour' or n <= 20 and near_ends < .98 or n < 5 and top < 20:
         listed = ', '.join(_value_text(v, unusual) for v in values[:6].tolist())
         return (f"several classes ({listed}{', ...' if n > 6 else ''})",
-                'choose the foreground with label= (one or several), or save it as 255 and the rest as 0')
+                'choose the foreground with --label (label=), one or several, '
+                'or save it as 255 and the rest as 0')
     if near_ends > .8: return 'a soft edge, as smooth resizing or an earlier JPEG leaves it', _THRESHOLD
     return ('a grey picture: a photograph, or a probability map',
             'is this the mask? if it is, threshold it and save it as PNG')
@@ -955,6 +966,16 @@ def _classes(pairs):
     counts = ', '.join(f"{value} in {n} file{'s'*(n > 1)}" for value, n in sorted(single.items())[:6])
     return f"the masks hold several classes ({counts}{', ...' if len(single) > 6 else ''})"
 
+def _refuse_two_kinds(present, wanted):
+    "`MedsynError` if a label leaves those masks empty that know no classes, only 0 and 255."
+    n_values = Counter(file for files in present.values() for file in files)
+    plain = [file for file in present.get('255', ()) if n_values[file] == 1]
+    if 255 in wanted or not plain: return
+    label = ' '.join(map(str, wanted))
+    raise MedsynError(f"{len(plain)} of the masks hold 0 and 255 alone ({plain[0]} first), and label {label}"
+                      f" would read them as empty: choose --label {label} 255 to take both, or save them with"
+                      " the values of the others")
+
 def refuse_classes(pairs: list,                     # of `Pair`
                    label: int | str | list = None   # value(s) of the foreground; `None`: each pair's own
                   ):
@@ -967,7 +988,7 @@ def refuse_classes(pairs: list,                     # of `Pair`
     if not labelled: return
     present = foreground_values(labelled)
     wanted = _label_values(label if label is not None else labelled[0].reading.label)
-    if {*wanted} & {*_label_values(list(present))}: return
+    if {*wanted} & {*_label_values(list(present))}: return _refuse_two_kinds(present, wanted)
     found = ', '.join(f'{v} in {len(f)}' for v, f in sorted(present.items())[:6]) or 'nothing but 0'
     raise MedsynError(f"label {label if label is not None else labelled[0].reading.label} is in none of the "
                       f"{len(labelled)} masks, as {labelled[0].mask} (they hold {found}): choose another")
@@ -1032,6 +1053,8 @@ def _check_image(path, stride, how):
 # %% ../../nbs/api/11_data.pairs.ipynb #7d917418
 def _blame(e, path): return 'unreadable: ' + str(e).split(f'{path} ', 1)[-1].rsplit(': ', 1)[0]
 
+def _remedy_of(e): return str(e).rpartition(': ')[2]
+
 def _check_mask(path, how):
     "Problems of one mask file, and the picture."
     im = _open_mask(path, how)
@@ -1060,11 +1083,11 @@ def _check_one(pair, stride, how):
     try:
         image, of_image = _check_image(pair.image, stride, how)
         rows += of_image
-    except MedsynError as e: rows.append(_row(pair.image, _blame(e, pair.image), 'copy or export it again'))
+    except MedsynError as e: rows.append(_row(pair.image, _blame(e, pair.image), _remedy_of(e)))
     try:
         mask, of_mask = _check_mask(pair.mask, how)
         rows += of_mask
-    except MedsynError as e: rows.append(_row(pair.mask, _blame(e, pair.mask), 'copy or export it again'))
+    except MedsynError as e: rows.append(_row(pair.mask, _blame(e, pair.mask), _remedy_of(e)))
     if image and mask: rows += _check_fit(pair, image, mask)
     return rows, _fingerprint(image) if image and image.mode not in _DEEP else None
 
@@ -1210,7 +1233,8 @@ def clean_masks(path: str | Path,               # folder in a known layout
     for p in track(pairs, 'cleaning'):
         try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
         except MedsynError as e:
-            if not leave_out: raise
+            advice = 'or leave out what cannot be mended: --leave-out'
+            if not leave_out: raise MedsynError(f'{e}; {advice}') from e
             rows.append(dict(name=p.name, changes=f'left out: {e}'))
             continue
         write_atomic(out/'images'/f'{p.name}.png', png_of(image))

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core import MedsynError, load_json, os_errors, save_json, seeded
+from ..core import MedsynError, announce_download, load_json, os_errors, save_json, seeded
 from .schedule import Schedule
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #f7b7e188
@@ -457,6 +457,9 @@ def from_pretrained(cls,
     if not p.is_dir() and not may_be_hub_id:
         raise MedsynError(f"{path} is not a folder: give one that medsyn pretrain made, "
                           "a Stable-Diffusion-1.x folder, or a hub id like owner/name")
+    if not p.is_dir():
+        parts = 'unet/*.safetensors', 'vae/*.safetensors', 'text_encoder/*.safetensors'
+        announce_download(f'the backbone {path}', str(path), parts, instead='give a folder that holds it')
     saved = load_json(p/'backbone.json') if (p/'backbone.json').exists() else {}
     unet = load_part(UNet2DConditionModel, path, 'unet', use_safetensors=True)
     schedule = Schedule.from_diffusers(load_part(DDIMScheduler, path, 'scheduler').config)

@@ -27,7 +27,8 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchvision.models.inception import Inception3, InceptionE
 
 from ..core import (
-    MedsynError, content_hash, default_device, file_hash, load_json, pick, track, versions, write_atomic)
+    MedsynError, announce_download, content_hash, default_device, file_hash, load_json, pick, track, versions,
+    write_atomic)
 from ..data.pairs import Pair, read_image
 from ..segment.models import Segmenter, fit_weights, read_weights
 
@@ -284,6 +285,8 @@ def clip_extractor(path: str | Path # folder in transformers' layout, or a hub i
     "A CLIP's image embeddings; `MedsynError` if it cannot be opened or is no CLIP."
     from transformers import CLIPImageProcessor
     path, where = str(path), 'folder' if Path(path).is_dir() else 'hub id'
+    if where == 'hub id':
+        announce_download(f'the CLIP {path}', path, instead='give a folder with config.json and weights')
     try: model = _open_clip(path)
     except MedsynError: raise
     except Exception as e:

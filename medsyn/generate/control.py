@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from ..core import MedsynError, seed_of, seeded
+from ..core import MedsynError, announce_download, seed_of, seeded
 from ..diffusion.backbone import Backbone, Trunk, head, load_part
 from ..diffusion.backbone import trunk as unet_trunk
 from ..diffusion.learner import Cond, Denoiser, MaskGenerator, denoising_learner
@@ -139,6 +139,9 @@ class DepthEstimator(nn.Module):
     ):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+        is_hub_id = not Path(path).exists() and str(path).count('/') == 1
+        if is_hub_id:
+            announce_download(f'the depth estimator {path}', str(path), instead='give a folder that holds it')
         try:
             self.net = AutoModelForDepthEstimation.from_pretrained(path)
             self.prepare = AutoImageProcessor.from_pretrained(path)

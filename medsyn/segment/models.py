@@ -10,6 +10,7 @@ __all__ = ['TRUST', 'NETWORKS', 'OWN_ENCODERS', 'encoder_name', 'read_weights', 
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ..core import MedsynError, load_json, pick, save_json, write_atomic
+from ..core import MedsynError, announce_download, load_json, pick, save_json, write_atomic
 from ..data.pairs import FITS, both_sides
 
 # %% ../../nbs/api/50_segment.models.ipynb #4a1aa42f
@@ -229,6 +230,21 @@ def _timm_names(encoder, state):
     renamed = {name: by_flat_name[flat(name)] for name in encoder.state_dict() if flat(name) in by_flat_name}
     return renamed | state
 
+def _announce(encoder, weights):
+    "Say what will be downloaded; `MedsynError` for an unknown name, and offline."
+    what = f'the {weights!r} weights of {encoder}'
+    instead = 'give encoder_weights the path of a file, or none'
+    if not encoder.startswith('tu-'):
+        published = smp.encoders.encoders[encoder]['pretrained_settings']
+        source = published[pick(weights, published, f'encoder_weights of {encoder}')]
+        announce_download(what, source['repo_id'], revision=source['revision'], instead=instead)
+        return
+    known = timm.get_pretrained_cfg(encoder.removeprefix('tu-'))
+    if known is None or not known.has_weights:
+        raise MedsynError(f"cannot fetch {what}: timm has none; {instead}")
+    if known.hf_hub_id: announce_download(f'{what} ({known.tag or "timm"})', known.hf_hub_id, instead=instead)
+    else: print(f'downloading {what} from {known.url}', file=sys.stderr, flush=True)
+
 def _load_encoder(net, encoder, weights):
     "Put pretrained weights into `net.encoder`: from a file, or by smp's or timm's own name."
     weights = str(weights)
@@ -236,9 +252,7 @@ def _load_encoder(net, encoder, weights):
         state = _timm_names(net.encoder, read_weights(weights))
         fit_weights(net.encoder, state, weights, f'encoder {encoder}')
         return
-    if not encoder.startswith('tu-'):
-        published = smp.encoders.encoders[encoder]['pretrained_settings']
-        pick(weights, published, f'encoder_weights of {encoder}')
+    _announce(encoder, weights)
     try: pretrained = smp.encoders.get_encoder(encoder, weights=weights)
     except MedsynError: raise
     except Exception as e:
@@ -313,7 +327,7 @@ def from_pretrained(cls: Segmenter,
                     path: str | Path    # a folder that `save_pretrained` wrote
                    ) -> Segmenter:      # in evaluation mode
     "Open a folder that `save_pretrained` wrote, in evaluation mode; `MedsynError` if it holds anything else."
-    path, advice = Path(path), "give the folder that save_pretrained wrote"
+    path, advice = Path(path), "give the folder of medsyn segment, or the model of medsyn fit"
     if not path.is_dir(): raise MedsynError(f"{path} is not a folder: {advice}")
     config = load_json(path/'config.json')
     kind = config.pop('kind', None) if isinstance(config, dict) else None

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core import MedsynError, pick, seed_of, track, write_atomic
-from ..data.pairs import Pair, PairDataset, SeededDL, random_stream, read_image, read_mask, read_pair
+from ..data.pairs import (Pair, PairDataset, SeededDL, both_sides, random_stream, read_image, read_mask,
+                               read_pair)
 from ..data.paste import move, paste, random_moves
 from .learner import predict
 from .mixing import frozen_stats
@@ -49,7 +50,7 @@ class StreamDataset(PairDataset):
     "A `PairDataset` in which pixels without a known label carry the label `IGNORE`."
     def __init__(self,
                  items: list,           # of `Pair`, or image files without a mask
-                 size: int,             # side in pixels
+                 size: int | tuple,     # side, or (height, width), in pixels
                  ignore: dict = None,   # name of a pair -> bool (H,W), True where a pixel is ignored
                  cache: bool = True     # keep the decoded pictures in memory if they fit
                 ):
@@ -62,10 +63,10 @@ class StreamDataset(PairDataset):
                               f" {missing[0]!r} first: compute them with implausible() on the same pairs")
 
     def _resized(self, a, how):
-        return np.array(Image.fromarray(a).resize((self.size, self.size), how))
+        return np.array(Image.fromarray(a).resize(both_sides(self.size)[::-1], how))
 
     def _read(self, item):
-        "Image (size,size,3) and labels (size,size)."
+        "Image (H,W,3) and labels (H,W)."
         if not isinstance(item, Pair):
             image = self._resized(read_image(item), Image.Resampling.BILINEAR)
             return image, np.full(image.shape[:2], IGNORE, np.uint8)
