@@ -629,7 +629,7 @@ def test_painting_by_keyboard_and_refused_files(chromium, served, tmp_path):
         page.set_input_files('#mask-file', tmp_path/name)
         page.wait_for_selector(f'#message:has-text("{words}")')
     page.set_input_files('#into-file', tmp_path/'text.png')
-    page.wait_for_selector('#message:has-text("the picture is no image")')
+    page.wait_for_selector('#message:has-text("the picture is not an image")')
     assert label() == before
 
 @in_browser

@@ -13,6 +13,7 @@ import io
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -196,6 +197,7 @@ class Measurement:
     def now(self) -> pd.DataFrame:
         "The table; whoever asks waits for it."
         with self._lock:
+            self._since = time.monotonic()
             if self.table is None: self.table = self._make(self._count)
         return self.table
 
@@ -212,7 +214,11 @@ class Measurement:
             raise error
         return self.table is not None
 
-    def _count(self, done): self.done = done
+    def _count(self, done):
+        "Note how far it is; a background thread then rests as long as it worked: pages need the processor."
+        self.done = done
+        if threading.current_thread() is self._thread: time.sleep(min(time.monotonic() - self._since, .5))
+        self._since = time.monotonic()
 
     def _run(self):
         try: self.now()

@@ -92,9 +92,10 @@ header { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: center;
 header ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; margin: 0; padding: 0 }
 header a[aria-current] { font-weight: 700; text-decoration: none; color: inherit }
 .skip { position: absolute; left: -99rem } .skip:focus { left: 1rem }
-main { padding: .5rem 1rem 2rem; max-width: 90rem; margin: auto }
+main { padding: .5rem 1rem 4rem; max-width: 90rem; margin: auto }
 h1 { font-size: 1.4rem; margin: .25rem 0 } h2 { font-size: 1.1rem; margin: 1rem 0 .25rem }
-#message, #status { position: sticky; top: 0; z-index: 2; padding: .25rem .75rem; background: var(--ground) }
+#message, #status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 2; margin: 0; padding: .6rem 1rem;
+  background: var(--ground); border-top: 1px solid var(--line) }
 #message, .refused { border-left: 4px solid #c22 } #status { border-left: 4px solid var(--accent) }
 .refused { padding: .25rem .75rem }
 #status:empty, #message:empty { display: none }
@@ -104,6 +105,7 @@ h1 { font-size: 1.4rem; margin: .25rem 0 } h2 { font-size: 1.1rem; margin: 1rem 
 select { max-width: 100% }
 .who { display: flex; gap: .4rem; align-items: center } label { font-size: .85rem }
 button, input, select { font: inherit; padding: .25rem .5rem; min-height: 2rem }
+input[type=checkbox] { min-height: 0; vertical-align: middle }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px }
 fieldset { border: 1px solid var(--line); margin: .4rem 0; min-width: 0 }
 .review { display: grid; grid-template-columns: minmax(18rem, 26rem) 1fr; gap: 1rem; align-items: start }
@@ -112,6 +114,7 @@ figure { margin: 0 0 .5rem } figure img { max-width: 100%; height: auto; display
 .beside { display: flex; gap: .5rem; align-items: start } .beside figure:first-child { flex: 1 1 0 }
 .beside #large { width: 100% } #nearest-figure { flex: 0 0 32% } #nearest { width: 100% }
 figcaption { font-size: .85rem; overflow-wrap: anywhere }
+aside .bar { gap: .3rem } aside .bar button { padding: .25rem .4rem }
 #caption { margin: .25rem 0; overflow-wrap: anywhere }
 .grid { list-style: none; display: grid; gap: .4rem; margin: 0; padding: 3px;
   grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) }

@@ -149,7 +149,7 @@ def tile(gallery: Gallery,  # opened
     return Li(Button(picture, badge, type='button', cls=f'tile {state}', data_id=id, data_name=name,
                      aria_label=f'{name}, {state}'))
 
-WAIT = 1.   # seconds that a page waits for a measurement before it shows what there is
+WAIT = .3   # seconds that a page waits for a measurement before it shows what there is
 
 def _query(query):
     "What the address asks of the gallery, as `browse` and `parts_needed` take it."
