@@ -199,7 +199,8 @@ def test_a_wrong_review_is_refused_and_not_written(copied, sent, words):
 def address_of(data): return 'data:x;base64,' + base64.b64encode(data).decode()
 
 @pytest.mark.parametrize('data, words', [
-    (b'not an image', 'no image'), (b'', '0 bytes'), (png_bytes(np.ones((16, 16), np.uint8)*255), '16x16 px'),
+    (b'not an image', 'not an image'), (b'', '0 bytes'),
+    (png_bytes(np.ones((16, 16), np.uint8)*255), '16x16 px'),
     (png_bytes(np.zeros((SIZE, SIZE), np.uint8)), 'empty'),
     (png_bytes(np.arange(SIZE*SIZE).reshape(SIZE, SIZE).astype(np.uint8)), 'the mask')])
 def test_a_wrong_upload_is_refused(places, data, words):
