@@ -146,10 +146,13 @@ def test_random_and_other_weights_get_imagenets(tmp_path):
 
 def test_published_weights_bring_smps_values(monkeypatch):
     import segmentation_models_pytorch as smp
+
+    from medsyn.segment import models
     values = dict(mean=[.1, .2, .3], std=[.4, .5, .6])
     def random_encoder(encoder, weights): return smp.Unet(encoder, encoder_weights=None).encoder
     monkeypatch.setattr(smp.encoders, 'get_preprocessing_params', lambda encoder, weights: values)
     monkeypatch.setattr(smp.encoders, 'get_encoder', random_encoder)
+    monkeypatch.setattr(models, 'announce_download', lambda *args, **kwargs: None)
     model = segmenter('unet', 'resnet18', encoder_weights='imagenet')
     assert model.config['mean'] == [.1, .2, .3]
     assert model.std.flatten().tolist() == pytest.approx([.4, .5, .6])
