@@ -502,7 +502,7 @@ def enter(browser, address, token, who='Ada', width=1280, path='/'):
     page = context.new_page()
     page.on('dialog', lambda dialog: pytest.fail(f'the page asks: {dialog.message}'))
     page.on('pageerror', lambda error: pytest.fail(f'the script fails: {error}'))
-    page.goto(f'{origin}{path}?token={token}')
+    page.goto(f'{origin}{path}{"&" if "?" in path else "?"}token={token}')
     return page
 
 @pytest.fixture(scope='module')
@@ -588,6 +588,20 @@ def test_two_reviewers_at_once(chromium, copied):
         row = pages[0].locator('tbody tr').inner_text().split('\t')
     found = kappa(read_reviews(copied/'made'), 'Ada', 'Ben')
     assert found['n'] == 6 and row[:4] == ['Ada', 'Ben', '6', f"{found['agree']:.2f}"]
+
+@in_browser
+def test_scoring_by_keyboard(chromium, copied):
+    "Each digit scores one picture and shows the next one; 0 is 10; at the end the means are shown."
+    keys = '7310'
+    with Served(site_of(copied)) as server:
+        page = opened(chromium, server, '/score?n=2')
+        for i, key in enumerate(keys):
+            assert page.inner_text('#progress') == f'{i} of 4 scored.'
+            until(page, "document.getElementById('item').naturalWidth === 320")
+            page.keyboard.press(key)
+            page.wait_for_selector(f'#progress:has-text("{i + 1} of 4 scored")')
+        assert 'Mean scores' in page.inner_text('main') and page.locator('#item').count() == 0
+    assert list(read_reviews(copied/'made').score) == [7, 3, 1, 10]
 
 @in_browser
 def test_a_stroke_becomes_images_and_one_joins_the_set(chromium, copied):
