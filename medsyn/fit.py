@@ -30,8 +30,8 @@ from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, ste
 from .diffusion.backbone import Backbone
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
                                draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
-                               read_scores, report, run_log, score_run, share_runs, split_once, train_segmenter,
-                               unlabelled_images)
+                               read_scores, report, run_log, score_run, share_runs, split_once,
+                               train_segmenter, unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
 from .resume import forget
 from .segment.catalog import Arm
