@@ -178,8 +178,8 @@ def test_links_that_leave_the_folder_are_refused(copied, tmp_path):
 
 @pytest.mark.parametrize('query, words', [
     ('sort=obedience', '--segmenter'), ('sort=nam', 'did you mean'), ('state=kept', 'did you mean'),
-    ('page=1e9', 'is no number'), ('size=<b>', 'unknown size'), ('to=.5', '--segmenter'), ('to=<b>', 'is no number'),
-    ('from=.9&to=.1', 'the smaller one first'), ('from=nan', 'from 0 to 1')])
+    ('page=1e9', 'is no number'), ('size=<b>', 'unknown size'), ('to=.5', '--segmenter'),
+    ('to=<b>', 'is no number'), ('from=.9&to=.1', 'the smaller one first'), ('from=nan', 'from 0 to 1')])
 def test_a_wrong_address_is_one_sentence(places, query, words):
     answer = client_of(site_of(places)).get('/?' + query)
     assert answer.status_code == 400 and words in answer.text and '<b>' not in answer.text
@@ -654,7 +654,7 @@ def test_painting_by_keyboard_and_refused_files(chromium, served, tmp_path):
 
 @in_browser
 def test_a_training_is_watched_while_it_runs(chromium, served, places):
-    write_log(places/'run', 30, 60)                                 # just now, however long ago the fixture was
+    write_log(places/'run', 30, 60)         # just now, however long ago the fixture was made
     page = opened(chromium, served, '/training')
     assert 'running, 30 of 60 steps' in page.inner_text('#progress')
     page.wait_for_selector('#samples li')
