@@ -230,7 +230,8 @@ def _in_minutes(minutes, unlabelled, kw):
     if kw['data'] is None:
         raise MedsynError("--minutes plans a run on your own pictures: give their folder with --data")
     decided = 'pretrain_steps', 'train_steps', 'segment_steps', 'n_synth'
-    given = {k: v for k, v in kw.items() if k not in decided}
+    given = {k: v for k, v in kw.items() if k not in (*decided, 'bs')}
+    if kw['bs']: given['bs'] = kw['bs']
     for name in decided:
         if kw[name] is not None:
             option = name.replace('_', '-')

@@ -1023,13 +1023,13 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                n_train: int = None, # training pairs (default 50 rendered ones, at most 200 of a folder)
                n_test: int = 100, # test pairs; of a folder at most a quarter
                size: int = 64,  # side in pixels
-               pretrain_steps: int = None, # default 260, with a folder 600
-               train_steps: int = None, # default 220, with a folder 480
-               segment_steps: int = None, # default 60, with a folder 110
+               pretrain_steps: int = None, # default 180, with a folder 600
+               train_steps: int = None, # default 160, with a folder 480
+               segment_steps: int = None, # default 30, with a folder 110
                n_synth: int = None, # synthetic pairs (default: as many as training pairs)
                sample_steps: int = 20, # sampler steps
                sampler: str = 'dpm++', # ddim, dpm++ or unipc
-               bs: int = 16,    # batch size
+               bs: int = None,  # batch size (default 8, with a folder 16)
                channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm
                seed: int = 0,   # of everything else
@@ -1039,11 +1039,12 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."
     out, given = Path(out), data is not None
+    bs = bs or (16 if given else 8)
     o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test,
              size=size, n_synth=n_synth, bs=bs, channels=list(channels),
-             pretrain_steps=pretrain_steps or (600 if given else 260),
-             train_steps=train_steps or (480 if given else 220),
-             segment_steps=segment_steps or (110 if given else 60),
+             pretrain_steps=pretrain_steps or (600 if given else 180),
+             train_steps=train_steps or (480 if given else 160),
+             segment_steps=segment_steps or (110 if given else 30),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
     frames, how = unlabelled_images(unlabelled), how or Reading()
     if given: find_pairs(data)              # a wrong folder shows before anything is written

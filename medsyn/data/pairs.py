@@ -1445,24 +1445,23 @@ class StrongAugment(ItemTransform):
     def encodes(self, batch):
         image = batch[0].as_subclass(Tensor)
         geometry, colour = _strong(*image.shape[-2:])
-        moved = geometry(image)
-        draws = geometry._params
-        colour(moved)
-        colour_draws = colour._params
+        draws, colour_draws = (t.forward_parameters(image.shape) for t in (geometry, colour))
+        is_picture = [isinstance(part, (TensorImage, TensorMask)) for part in batch]
+        moved = [_warped(part, geometry, draws) if is_one else None
+                 for part, is_one in zip(batch, is_picture, strict=True)]
 
         # samples that would lose their lesion
         keep = torch.zeros(len(image), dtype=torch.bool, device=image.device)
-        for part in batch:
-            if isinstance(part, TensorMask):
-                keep |= _has_lesion(part) & ~_has_lesion(_warped(part, geometry, draws))
+        for part, new in zip(batch, moved, strict=True):
+            if isinstance(part, TensorMask): keep |= _has_lesion(part) & ~_has_lesion(new)
 
-        def augmented(part):
-            if not isinstance(part, (TensorImage, TensorMask)): return part
+        def augmented(part, new):
+            if new is None: return part
             chosen = keep.reshape(-1, *[1]*(part.ndim - 1))
-            new = torch.where(chosen, part.as_subclass(Tensor), _warped(part, geometry, draws))
+            new = torch.where(chosen, part.as_subclass(Tensor), new)
             if isinstance(part, TensorMask): return TensorMask(new)
             return TensorImage(colour(new, params=colour_draws, data_keys=['image']).clamp(0, 1))
-        return tuple(augmented(part) for part in batch)
+        return tuple(augmented(part, new) for part, new in zip(batch, moved, strict=True))
 
 def batch_transforms(augment: str | bool    # 'strong', 'full' or True, 'flip', 'none' or False
                     ) -> list:              # fastai transforms of a batch
