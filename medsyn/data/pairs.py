@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FITS', 'IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'VOLUME_TYPES', 'FOREIGN', 'AUGMENT', 'Reading',
            'reading', 'Pair', 'Frame', 'save_list', 'read_table', 'find_pairs', 'read_with', 'pairs_hash',
-           'find_images', 'find_masks', 'both_sides', 'Geometry', 'fitting_size', 'auto_window', 'through_window',
-           'show_slice', 'read_image', 'read_mask', 'read_pair', 'foreground_values', 'refuse_classes', 'same_images',
-           'check_pairs', 'png_of', 'clean_masks', 'group_of', 'split_pairs', 'PairDataset', 'random_stream',
-           'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls', 'ImageDataset', 'image_dls']
+           'find_images', 'find_masks', 'both_sides', 'plain_size', 'size_text', 'check_stride', 'Geometry',
+           'fitting_size', 'auto_window', 'through_window', 'show_slice', 'read_image', 'read_mask', 'read_pair',
+           'foreground_values', 'refuse_classes', 'same_images', 'check_pairs', 'png_of', 'clean_masks', 'group_of',
+           'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls',
+           'ImageDataset', 'image_dls']
 
 # %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
@@ -523,6 +524,30 @@ def both_sides(size: int | tuple    # side, or (height, width), in pixels
     if len(sides) != 2 or min(sides) < 1:
         raise MedsynError(f"size={size!r} is no size: give the side, or (height, width), in pixels")
     return int(sides[0]), int(sides[1])
+
+def plain_size(size: int | tuple | list # side, or (height, width), in pixels
+              ) -> int | tuple:         # the side of a square, else (height, width)
+    "A size in its shortest form, also from what JSON makes of it."
+    height, width = both_sides(size)
+    return height if height == width else (height, width)
+
+def size_text(size: int | tuple # side, or (height, width), in pixels
+             ) -> str:          # 64, or 64x96, as --size takes it
+    "A size for people."
+    height, width = both_sides(size)
+    return f'{height}' if height == width else f'{height}x{width}'
+
+def check_stride(size: int | tuple,         # side, or (height, width), in pixels
+                 stride: int,               # both must be multiples of it
+                 what: str = 'this network' # who asks
+                ):
+    "`MedsynError` unless both sides are multiples of a network's stride."
+    sides = both_sides(size)
+    if all(side % stride == 0 for side in sides): return
+    smaller = [side if side % stride == 0 else max(side//stride, 1)*stride for side in sides]
+    larger = [side if side % stride == 0 else low + stride for side, low in zip(sides, smaller, strict=True)]
+    raise MedsynError(f"images of {size_text(size)} px do not fit {what}, whose stride is {stride}: "
+                      f"use {size_text(smaller)} or {size_text(larger)} px")
 
 def _resized(picture, sides, smooth):
     "An array (H,W) or (H,W,3) at another size: bilinear (antialiased) or nearest."
