@@ -60,7 +60,7 @@ def os_errors(path: str | Path  # the file or folder that is being written
         raise MedsynError(f"cannot write {path}: {reason}; or choose another output folder") from e
 
 def _error_number(e):
-    "The operating system's number of an error, also where safetensors has put it in words; `None` without one."
+    "The operating system's number of an error, also one that safetensors put in words; `None` without one."
     if isinstance(e, OSError): return e.errno
     found = re.search(r'os error (\d+)', str(e)) if type(e).__name__ == 'SafetensorError' else None
     return int(found[1]) if found else None
