@@ -134,4 +134,5 @@ def test_the_exit_status_of_the_program(made, tmp_path):
     (tmp_path/'file').touch()
     call = [sys.executable, '-m', 'medsyn', *command(made, tmp_path/'file'/'o').split()]
     done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count('medsyn: error: ') == 1 and 'Traceback' not in done.stderr
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert done.stderr.count('medsyn: error: ') == 1
