@@ -1,8 +1,7 @@
 """Several processes of one command, joined by gloo: the losses and the files of one process.
 
-One helper process loads the libraries and forks
-what a launcher would start, with a launcher's environment. A call may be stopped: once a state is saved, its last
-process gets SIGTERM.
+One helper process loads the libraries and forks what a launcher would start, with a launcher's environment.
+A call may be stopped: once a state is saved, its last process gets SIGTERM.
 """
 import json
 import os
