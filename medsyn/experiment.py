@@ -813,7 +813,7 @@ def _finish(learners, model, out, networks=()):
         for name, frames in tables.items():
             for frame, network in zip(frames, networks): frame.insert(0, 'network', network)
             write_atomic(out/f'{name}.csv', pd.concat(frames).to_csv(index=False))
-        model.save_pretrained(out)
+        with os_errors(out): model.save_pretrained(out)
         forget(out/'state')
     wait()
     return model.eval()

@@ -30,8 +30,8 @@ from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, ste
 from .diffusion.backbone import Backbone
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
                                draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
-                               read_scores, report, score_run, share_runs, split_once, train_segmenter,
-                               unlabelled_images)
+                               read_scores, report, run_log, score_run, share_runs, split_once,
+                               train_segmenter, unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
 from .resume import forget
 from .segment.catalog import Arm
@@ -39,6 +39,7 @@ from .segment.learner import LOSSES, predict
 from .segment.models import Segmenter, own_encoder, segmenter
 from .synth import generator_hash, synthesize
 from .train import fit_steps
+from .watch import WatchCB
 
 # %% ../nbs/api/72_fit.ipynb #10de5037
 def make_folds(pairs: Sequence,     # labelled `Pair`s
@@ -339,10 +340,13 @@ def _train_winner(job, winner):
     if (model/'config.json').exists(): return forget(state)
     everything = Split(job.pairs, [])
     arm = job.arm(winner, everything, 'synthesis')
+    watch = WatchCB(job.out, 'model')
     learn = train_segmenter(everything, arm, steps=job.plan.steps, seed=job.seed, state=state,
-                            save_every=job.save_every, **job.training)
+                            save_every=job.save_every, cbs=[watch], **job.training)
+    write_atomic(job.out/'model.log.csv', run_log(learn).to_csv(index=False))
     learn.model.save_pretrained(model)
     describe(model, everything, job.unlabelled)
+    watch.remove()
     forget(state)
 
 def _advice(job, winner, gain):

@@ -77,7 +77,8 @@ def _is_first_process():
     return os.environ.get('RANK', '0') == '0'
 
 # %% ../nbs/api/05_watch.ipynb #31be3a38
-STAGES = ('backbone', 'generator', 'results')   # of a quickstart, below its folder
+STAGES = ('backbone', 'generator', 'results', 'synthesis/backbone', 'synthesis/generator', 'cv/*/backbone',
+          'cv/*/generator')     # below the folder of a quickstart or a fit
 SILENT = 120.       # seconds without a line after which a training may have been stopped
 
 @dataclass
@@ -156,8 +157,8 @@ def _finished_runs(folder):
             tables = rows.drop(columns='network'), of_network.drop(columns='network', errors='ignore')
             found[name] = *tables, file
     elif len(log): found['train'] = *((log, probe) if len(probe) else _split_log(log)), file
-    for place in ('runs', 'cv'):                # of a comparison, of a fit
-        for file in sorted((folder/place).glob('*.log.csv')):
+    for place in ('runs/', 'cv/', ''):          # of a comparison, of a fit, of its final model
+        for file in sorted(folder.glob(f'{place}*.log.csv')):
             found[file.name.removesuffix('.log.csv')] = *_split_log(_table(file)), file
     return found
 
@@ -173,13 +174,13 @@ def _runs_of(folder):
     return runs
 
 def read_run(folder: str | Path # of a training, a comparison or a quickstart, running or finished
-            ) -> dict:          # name -> `RunView`; in a quickstart the stage stands before the name
+            ) -> dict:          # name -> `RunView`; in a quickstart or a fit the stage stands before the name
     "The trainings of a folder; `MedsynError` if it has none."
     folder = Path(folder)
     runs = _runs_of(folder)
-    for stage in STAGES:
-        for view in _runs_of(folder/stage).values():
-            view = replace(view, name=f'{stage}/{view.name}')
+    for place in [place for stage in STAGES for place in sorted(folder.glob(stage))]:
+        for view in _runs_of(place).values():
+            view = replace(view, name=f'{place.relative_to(folder).as_posix()}/{view.name}')
             runs[view.name] = view
     if not runs:
         raise MedsynError(f"{folder} holds no training (no log.csv, no {LIVE}/): give the folder that"

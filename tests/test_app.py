@@ -178,7 +178,8 @@ def test_links_that_leave_the_folder_are_refused(copied, tmp_path):
 
 @pytest.mark.parametrize('query, words', [
     ('sort=obedience', '--segmenter'), ('sort=nam', 'did you mean'), ('state=kept', 'did you mean'),
-    ('page=1e9', 'is no number'), ('size=<b>', 'unknown size')])
+    ('page=1e9', 'is no number'), ('size=<b>', 'unknown size'), ('to=.5', '--segmenter'),
+    ('to=<b>', 'is no number'), ('from=.9&to=.1', 'the smaller one first'), ('from=nan', 'from 0 to 1')])
 def test_a_wrong_address_is_one_sentence(places, query, words):
     answer = client_of(site_of(places)).get('/?' + query)
     assert answer.status_code == 400 and words in answer.text and '<b>' not in answer.text
@@ -386,6 +387,10 @@ def test_the_gallery_tells_right_masks_from_wrong_ones(judged):
     assert sorted(shown[:3]) == ['1', '3', '5'] and sorted(shown[3:]) == ['0', '2', '4']
     best = re.findall(r'data-name="(\d)"', client.get('/?sort=obedience&down=1').text)
     assert sorted(best[:3]) == ['0', '2', '4']
+    low, high = client.get('/?from=0&to=.5').text, client.get('/?from=.5&to=1').text
+    assert re.findall(r'data-name="(\d)"', low) == ['1', '3', '5'] and '3 of 6 pairs' in low
+    assert re.findall(r'data-name="(\d)"', high) == ['0', '2', '4']
+    assert 'No picture is left' in client.get('/?from=.2&to=.8').text
     for id, pair in judged.gallery.pairs.items():
         caption = client.get(f'/details/{id}').json()['caption']
         right = int(pair.name) % 2 == 0
@@ -497,7 +502,7 @@ def enter(browser, address, token, who='Ada', width=1280, path='/'):
     page = context.new_page()
     page.on('dialog', lambda dialog: pytest.fail(f'the page asks: {dialog.message}'))
     page.on('pageerror', lambda error: pytest.fail(f'the script fails: {error}'))
-    page.goto(f'{origin}{path}?token={token}')
+    page.goto(f'{origin}{path}{"&" if "?" in path else "?"}token={token}')
     return page
 
 @pytest.fixture(scope='module')
@@ -585,6 +590,20 @@ def test_two_reviewers_at_once(chromium, copied):
     assert found['n'] == 6 and row[:4] == ['Ada', 'Ben', '6', f"{found['agree']:.2f}"]
 
 @in_browser
+def test_scoring_by_keyboard(chromium, copied):
+    "Each digit scores one picture and shows the next one; 0 is 10; at the end the means are shown."
+    keys = '7310'
+    with Served(site_of(copied)) as server:
+        page = opened(chromium, server, '/score?n=2')
+        for i, key in enumerate(keys):
+            assert page.inner_text('#progress') == f'{i} of 4 scored.'
+            until(page, "document.getElementById('item').naturalWidth === 320")
+            page.keyboard.press(key)
+            page.wait_for_selector(f'#progress:has-text("{i + 1} of 4 scored")')
+        assert 'Mean scores' in page.inner_text('main') and page.locator('#item').count() == 0
+    assert list(read_reviews(copied/'made').score) == [7, 3, 1, 10]
+
+@in_browser
 def test_a_stroke_becomes_images_and_one_joins_the_set(chromium, copied):
     with Served(site_of(copied)) as server:
         page = opened(chromium, server, '/paint')
@@ -635,6 +654,7 @@ def test_painting_by_keyboard_and_refused_files(chromium, served, tmp_path):
 
 @in_browser
 def test_a_training_is_watched_while_it_runs(chromium, served, places):
+    write_log(places/'run', 30, 60)         # just now, however long ago the fixture was made
     page = opened(chromium, served, '/training')
     assert 'running, 30 of 60 steps' in page.inner_text('#progress')
     page.wait_for_selector('#samples li')
@@ -668,6 +688,28 @@ def test_a_point_of_the_results_shows_its_image(chromium, served):
     page.keyboard.press('Home')
     until(page, f"document.querySelector('.point.chosen').dataset.id !== '{id}'")
 
+VISITED = ['/', '/score', '/paint', '/training', '/results']
+
+@in_browser
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('path', VISITED)
+def test_axe_finds_nothing(chromium, served, path, scheme):
+    "axe-core's rules for WCAG 2.1 A and AA, among them contrast, on both widths."
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()
+    page = opened(chromium, served, path)
+    page.emulate_media(color_scheme=scheme)
+    rules = dict(runOnly=['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'])
+    if path == '/':                                         # a picture under review, a verdict of each kind
+        for key in ('k', 'd', 'u'):
+            page.keyboard.press(key)
+            until(page, "document.getElementById('status').textContent.includes('saved')")
+    for width in (1280, 390):
+        page.set_viewport_size(dict(width=width, height=900))
+        found = axe.run(page, options=rules).response
+        assert {rule['id'] for rule in found['passes']} >= {'color-contrast', 'html-has-lang'}
+        told = [(rule['id'], node['html'][:80]) for rule in found['violations'] for node in rule['nodes']]
+        assert told == [], width
+
 UNLABELLED = """() => {
     const all = [...document.querySelectorAll('input, select, textarea, button, a, canvas, img')]
     const labels = o => [...(o.labels || [])].map(label => label.textContent).join('')
@@ -677,7 +719,7 @@ UNLABELLED = """() => {
 }"""
 
 @in_browser
-@pytest.mark.parametrize('path', ['/', '/score', '/paint', '/training', '/results'])
+@pytest.mark.parametrize('path', VISITED)
 def test_labels_and_widths(chromium, served, path):
     "Every control has a name for screen readers, one main heading, and no page is wider than the window."
     page = opened(chromium, served, path)

@@ -448,18 +448,26 @@ def _in_size(table, size):
                  large=table.share > high)
     return third[size]
 
+def _some_only(obeys):
+    "Whether bounds leave anything out; `MedsynError` if they are no bounds."
+    least, most = obeys
+    if not 0 <= least <= most <= 1:
+        raise MedsynError(f"obedience from {least} to {most}: give bounds from 0 to 1, the smaller one first")
+    return (least, most) != (0, 1)
+
 def parts_needed(gallery: Gallery,      # opened
                  sort: str = 'name',    # a key of `SORTS`
                  size: str = '',        # as in `browse`
                  place: str = '',       # as in `browse`
-                 close: bool = False    # as in `browse`
+                 close: bool = False,   # as in `browse`
+                 obeys: tuple = (0, 1)  # as in `browse`
                 ) -> list:              # of `Measurement`
     "What has to be measured for a page; `MedsynError` for what is unknown or cannot be measured."
     pick(sort, SORTS, 'order')
     if size: pick(size, SIZES, 'size')
     if place: pick(place, PLACES, 'place')
     parts = dict(masks=sort == 'size' or size or place, novelty=sort == 'novelty' or close,
-                 obedience=sort == 'obedience')
+                 obedience=sort == 'obedience' or _some_only(obeys))
     for what, option in dict(obedience='--segmenter', novelty='--real').items():
         if parts[what] and what not in gallery.parts:
             raise MedsynError(f"{what} was not measured: start medsyn view with {option}")
@@ -472,16 +480,18 @@ def browse(gallery: Gallery,        # opened
            size: str = '',          # of `SIZES`: thirds of the folder's lesions; '': any
            place: str = '',         # of `PLACES`; '': any
            close: bool = False,     # only pictures closer to a real image than real ones are to each other
+           obeys: tuple = (0, 1),   # only pictures of an obedience from .. to; (0, 1): any, measured or not
            page: int = 0,           # from 0; beyond the last: the last
            per_page: int = PAGE     # pictures on a page
           ) -> Page:                # the page
     "A page of a gallery, sorted and filtered; what was not measured sorts last."
-    needed = parts_needed(gallery, sort, size, place, close)
+    needed = parts_needed(gallery, sort, size, place, close, obeys)
     table, column = gallery.measures([part.what for part in needed]), SORTS[sort]
     keep = pd.Series(True, table.index)
     if size: keep &= _in_size(table, size)
     if place: keep &= table.place == place
     if close: keep &= table.close
+    if _some_only(obeys): keep &= table.obedience.between(*obeys)
     if state:
         said = states(gallery)
         keep &= table.index.map(lambda id: said.get(id, 'open')) == pick(state, STATES, 'state')

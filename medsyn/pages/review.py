@@ -151,10 +151,20 @@ def tile(gallery: Gallery,  # opened
 
 WAIT = .3   # seconds that a page waits for a measurement before it shows what there is
 
+def _bounds(query):
+    "The least and the greatest obedience that the address asks for."
+    found = []
+    for name, default in (('from', 0), ('to', 1)):
+        text = query.get(name) or default
+        try: found.append(float(text))
+        except ValueError as e:
+            raise MedsynError(f"obedience {name} {text[:20]!r} is no number: correct it") from e
+    return tuple(found)
+
 def _query(query):
     "What the address asks of the gallery, as `browse` and `parts_needed` take it."
     needs = dict(sort=query.get('sort') or 'name', size=query.get('size', ''), place=query.get('place', ''),
-                 close=query.get('close') == '1')
+                 close=query.get('close') == '1', obeys=_bounds(query))
     return needs, dict(descending=query.get('down') == '1', state=query.get('state', ''))
 
 def waiting_for(site: Site,     # what is shown
@@ -166,7 +176,7 @@ def waiting_for(site: Site,     # what is shown
     return next((part.text for part in parts_needed(site.gallery, **needs) if not part.begin(wait)), '')
 
 def gallery_page(site: Site,    # what is shown
-                 query: dict,   # of the address: sort, down, state, size, place, close, page, outline
+                 query: dict,   # of the address: the fields of `_filters`, and page
                  who: str       # the reviewer
                 ) -> str:       # HTML
     "The page Review; by name and unfiltered as long as what it needs is being measured."
@@ -190,7 +200,8 @@ def gallery_page(site: Site,    # what is shown
 
 _NO_PAIRS = ("There are no synthetic pairs yet. The page Training shows how far the quickstart is; open this"
              " page again when its pairs are made.")
-_NONE_LEFT = "No picture is left: no verdict of this kind, or no lesion of this size and place. Choose any."
+_NONE_LEFT = ("No picture is left: no verdict of this kind, no lesion of this size and place, or no obedience"
+              " between these bounds. Choose any.")
 
 def _filters(gallery, query):
     "Order and filters; what cannot be measured is not offered."
@@ -204,6 +215,9 @@ def _filters(gallery, query):
     if 'novelty' in gallery.parts:
         options = {'': 'any', '1': 'close to a real image'}
         fields.append(choice('close', 'Novelty', options, query.get('close', '')))
+    if 'obedience' in gallery.parts:
+        fields.append(number('from', 'Obedience from', query.get('from') or 0, 0, 1, .05))
+        fields.append(number('to', 'Obedience to', query.get('to') or 1, 0, 1, .05))
     fields.append(choice('outline', 'Outline', {'1': 'on', '0': 'off'}, query.get('outline', '1')))
     return Form(*fields, Button('Show', type='submit'), method='get', action='/', cls='bar')
 
@@ -221,7 +235,7 @@ def _viewer():
 
 def _pager(page, query):
     "Links to the neighbouring pages."
-    fields = ('sort', 'down', 'state', 'size', 'place', 'close', 'outline')
+    fields = ('sort', 'down', 'state', 'size', 'place', 'close', 'from', 'to', 'outline')
     kept = {name: query[name] for name in fields if query.get(name)}
     def to(number, text, rel):
         if not 0 <= number < page.pages: return Span(text, cls='off')
