@@ -130,7 +130,8 @@ class GenerativeFeedbackCB(LossTermCB):
         own_height, own_width = both_sides(self.generator.backbone.size)
         if (height, width) != (own_height, own_width) and not self.resize:
             raise MedsynError(f"the generator samples {own_width}x{own_height} px, the segmenter gets"
-                              f" {width}x{height}: train both at one size, or pass resize=True to judge at the generator's size")
+                              f" {width}x{height}: train both at one size, or pass"
+                              " resize=True to judge at the generator's size")
 
     def after_loss(self):
         self.learn.terms.pop(self.name, None)
