@@ -87,8 +87,8 @@ def _sources(pairs, size):
     "The pairs whose mask has a lesion at this size; a warning names the others, none left is an error."
     empty = [p for p in track(pairs, 'reading masks') if not read_mask(p, size).any()]
     if len(empty) == len(pairs):
-        raise MedsynError(f"none of the {len(pairs)} masks has a lesion at {size_text(size)} px: give masks with"
-                          " foreground, or a larger size")
+        raise MedsynError(f"none of the {len(pairs)} masks has a lesion at {size_text(size)} px: give masks"
+                          " with foreground, or a larger size")
     if empty:
         names = ', '.join(p.name for p in empty[:5])
         warnings.warn(f"{len(empty)} of {len(pairs)} masks have no foreground at {size_text(size)} px"

@@ -14,7 +14,8 @@ from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
 from medsyn.data.pairs import (StrongAugment, _strong, _warped, check_pairs, find_images, find_pairs,
-                               group_of, image_dls, pair_dls, random_stream, read_pair, same_images, split_pairs)
+                               group_of, image_dls, pair_dls, random_stream, read_pair, same_images,
+                               split_pairs)
 
 REAL = os.environ.get('MEDSYN_DATA')
 real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: no real image sets here')
@@ -184,7 +185,8 @@ def drawn_by_a_first_pass(batch):
     assert 0 < lost.sum() < len(lost)
     new = [torch.where(lost.reshape(-1, *[1]*(a.ndim - 1)), torch.Tensor(a).to(b), b)
            for a, b in zip(batch, moved, strict=True)]
-    return [*[colour(part, params=colour_draws, data_keys=['image']).clamp(0, 1) for part in new[:-1]], new[-1]]
+    coloured = [colour(part, params=colour_draws, data_keys=['image']).clamp(0, 1) for part in new[:-1]]
+    return [*coloured, new[-1]]
 
 def test_strong_augmentation_warps_once_with_the_draws_of_two_passes():
     mask = torch.zeros(24, 32, 48, dtype=torch.long)

@@ -89,7 +89,7 @@ def test_a_turn_keeps_the_shape_of_a_lesion():
 def test_a_size_that_does_not_fit_is_refused_before_anything_is_written(data, split, backbone, tmp_path):
     out = tmp_path/'x'
     for call, sentence in (
-        (lambda: make_backbone(split, out, (32, 50), 1, channels=(16, 32)), 'stride is 8: use 32x48 or 32x56'),
+        (lambda: make_backbone(split, out, (32, 50), 1, channels=(16, 32)), 'is 8: use 32x48 or 32x56'),
         (lambda: make_generator(split, backbone, out, steps=1, size=(36, 48)), 'use 32x48 or 40x48 px'),
         (lambda: make_generator(split, None, out, 'paired', 1, size=(32, 50)), 'use 32x48 or 32x64 px'),
         (lambda: quickstart(out, size=SIZE), 'rendered images are square, not 32x48'),
