@@ -234,7 +234,7 @@ class Synthesis:
 
     def seconds(self,
                 split: Split,   # the labelled pairs
-                size: int       # side in pixels
+                size: int | tuple   # side, or (height, width), in pixels
                ) -> dict:       # seconds of a step, and of sampling a set
         "The cost of a generator on this machine."
         dls = generator_dls(split, size, self.bs, 0, 'flip')
@@ -250,7 +250,7 @@ class Synthesis:
              split: Split,      # training pairs; the held-out pairs are for the probe
              frames: list,      # image files without masks
              out: Path,         # folder to write: generator, synthetic
-             size: int,         # side in pixels
+             size: int | tuple, # side, or (height, width), in pixels
              steps: int,        # of the generator
              seed: int,         # of training and sampling
              save_every: float = 10 # minutes between saved states of a training
@@ -408,7 +408,7 @@ def fit(
     network: str = 'unet',         # unet, segformer, sanet, polyp_pvt or ctnet
     encoder: str = None,           # of segmentation-models-pytorch or timm (default: the network's own)
     encoder_weights: str = None,   # a name (imagenet) or a path (default: from scratch)
-    size: int = 96,                # side of the network's input, in pixels
+    size: int | tuple = 96,        # of the network's input: side, or height and width (HxW), in pixels
     bs: int = 16,                  # real images per step
     lr: float = 1e-3,              # peak learning rate
     loss: str = 'bce_dice',        # bce_dice, cross_entropy or structure_loss
