@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -96,6 +97,8 @@ def read_values(texts: list     # of `name=value`
 # %% ../nbs/api/00_core.ipynb #e9673cda
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the quota of the disk is used up: free some space",
+    errno.EFBIG: "a limit of the system allows no larger file: raise it (ulimit -f)",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
     errno.EROFS: "the file system is read-only",
@@ -107,10 +110,17 @@ def os_errors(path: str | Path  # the file or folder that is being written
              ):
     "Turn the operating system's refusals while writing `path` into a `MedsynError`."
     try: yield
-    except OSError as e:
-        if isinstance(e, MedsynError): raise
-        reason = _REASONS.get(e.errno, e.strerror or e)
+    except Exception as e:
+        number = _error_number(e)
+        if number is None and not isinstance(e, OSError): raise
+        reason = _REASONS.get(number, os.strerror(number) if number else e)
         raise MedsynError(f"cannot write {path}: {reason}; or choose another output folder") from e
+
+def _error_number(e):
+    "The operating system's number of an error, also one that safetensors put in words; `None` without one."
+    if isinstance(e, OSError): return e.errno
+    found = re.search(r'os error (\d+)', str(e)) if type(e).__name__ == 'SafetensorError' else None
+    return int(found[1]) if found else None
 
 # %% ../nbs/api/00_core.ipynb #0cf18e3b
 def write_atomic(path: str | Path,      # the file to write

@@ -102,7 +102,7 @@ def _clocked(learn, steps):
 def measure_quickstart(
     split: Split,                   # the training pairs and those held out
     method: str,                    # a key of `METHODS`
-    size: int,                      # side in pixels
+    size: int | tuple,              # side, or (height, width), in pixels
     bs: int,                        # batch size of backbone and generator
     channels: Sequence[int],        # U-Net channels per level
     sample_steps: int,              # of the sampler
@@ -291,7 +291,7 @@ def quickstart_in(
     data: str,                          # folder of pairs
     out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
     method: str = 'control',            # a name that `medsyn catalog` lists
-    size: int = 64,                     # side in pixels
+    size: int | tuple = 64,             # side, or (height, width), in pixels
     sample_steps: int = 20,             # sampler steps
     bs: int = 16,                       # batch size
     channels: Sequence[int] = (48, 96, 144),    # U-Net channels per level

@@ -334,7 +334,7 @@ def exits(capsys, line):
     return capsys.readouterr().err
 
 def test_sizes_that_are_not_square(made, tmp_path, capsys):
-    "--size 32x64 where a network takes it, to the prediction at the image's own size; else one sentence."
+    "--size 32x64 to the prediction at the image's own size; a size that does not fit is one sentence."
     small = '--steps 1 --bs 4 --encoder mobilenetv3_small_050'
     segment = f'segment {made}/train {small} --out {tmp_path}/m'
     assert 'multiples of 32: resize 40 to 32 or 64' in fails(capsys, f'{segment} --size 40x64')
@@ -346,8 +346,11 @@ def test_sizes_that_are_not_square(made, tmp_path, capsys):
     compare = f'compare {made}/train --tests {made}/test --out {tmp_path}/c {small} --seeds 0'
     assert medsyn(f'{compare} --size 32x64 --arms real stream:{made}/syn') == 0
     train = f'train {made}/train --backbone {made}/bb --out {tmp_path}/g'
-    assert '32x64' in exits(capsys, f'{train} --size 32x64')
-    assert 'give one side, as 32' in exits(capsys, f'synth {made}/gen --out {tmp_path}/s --size 32x64')
+    assert 'px do not fit this network' in fails(capsys, f'{train} --size 32x60')
+    assert not (tmp_path/'g').exists()
+    synth = f'synth {made}/gen --data {made}/train --out {tmp_path}/s -n 1 --steps 1 --size 32x64'
+    assert medsyn(synth) == 0
+    assert Image.open(tmp_path/'s'/'images'/'000000.png').size == (64, 32)
     assert "'64xx' is no size" in exits(capsys, f'{segment} --size 64xx')
 
 def test_encoders_of_several_networks(made, tmp_path, capsys):

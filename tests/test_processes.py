@@ -1,7 +1,7 @@
 """Several processes of one command, joined by gloo: the losses and the files of one process.
 
-One helper process loads the libraries and forks
-what a launcher would start, with a launcher's environment.
+One helper process loads the libraries and forks what a launcher would start, with a launcher's environment.
+A call may be stopped: once a state is saved, its last process gets SIGTERM.
 """
 import json
 import os
@@ -25,11 +25,12 @@ from medsyn.synth import _wanted
 from medsyn.train import ORDER, fit_steps
 
 FORK = '''
-import json, os, sys
+import json, os, signal, sys, time
+from pathlib import Path
 import medsyn.experiment
 from accelerate import PartialState
 from medsyn.cli import main
-for number, (processes, command) in enumerate(json.load(sys.stdin)):
+for number, (processes, command, *stopped) in enumerate(json.load(sys.stdin)):
     children = []
     for rank in range(processes):
         child = os.fork()
@@ -46,14 +47,30 @@ for number, (processes, command) in enumerate(json.load(sys.stdin)):
         try: status = main(command.split())
         except SystemExit as e: status = e.code
         finally: os._exit(status)
+    state = Path(command.partition('--out ')[2].split(' ')[0])/'state'
+    while stopped and not list(state.glob('0*-*.safetensors')): time.sleep(.01)
+    if stopped: os.kill(children[-1], signal.SIGTERM)
     print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 '''
 
 def launched(*calls):
-    "The exit statuses of each (processes, command line), one after the other, and what was said."
+    "The exit statuses of each (processes, command line[, 'stopped']) in turn, and what was said."
     call = [sys.executable, '-c', FORK]
     done = subprocess.run(call, input=json.dumps(calls), capture_output=True, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+def test_a_restart_with_another_number_of_processes(tmp_path):
+    "Two processes are stopped, one resumes, and the other way round: to float tolerance the losses of one."
+    lesion_folder(tmp_path/'data', 24, 16, seed=0)
+    def line(out):
+        return (f'pretrain {tmp_path}/data --out {tmp_path}/{out} --size 16 --bs 4 --steps 12'
+                ' --channels 16 32 --save-every 0')
+    statuses, said = launched((1, line('whole')), (2, line('fewer'), 'stopped'), (1, line('fewer')),
+                              (1, line('more'), 'stopped'), (2, line('more')))
+    assert statuses == [[0], [143, 143], [0], [143], [0, 0]], said
+    whole, *others = (pd.read_csv(tmp_path/out/'log.csv') for out in ('whole', 'fewer', 'more'))
+    assert len(whole) == 12
+    for other in others: pd.testing.assert_frame_equal(whole, other, rtol=2e-4, atol=1e-6)
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):

@@ -1,6 +1,6 @@
 """Every training resumes exactly: each method and each arm, and whole commands that are killed.
 
-Environment variable `MEDSYN_KILLS`: how often each command is killed (default 2; a long run takes 200)."""
+Environment variable `MEDSYN_KILLS`: how often each command is killed. nbs/results/kills/ holds a long run."""
 import errno
 import json
 import os
@@ -31,7 +31,7 @@ from medsyn.segment.learner import segment_learner
 from medsyn.segment.streams import SynthTermCB
 from medsyn.synth import synthesize
 
-KILLS = int(os.environ.get('MEDSYN_KILLS', 2))
+KILLS = int(os.environ.get('MEDSYN_KILLS', 10))
 STEPS, STOPS = 5, (2, 4)
 
 class Killed(Exception): pass
@@ -185,11 +185,14 @@ def test_a_stream_without_a_position_is_refused_before_the_first_step(folder, tm
 def test_killed_commands(tmp_path):
     "No file that was reported as written is lost, and every result is that of the uninterrupted run."
     script = Path(__file__).with_name('kill.py')
-    commands = 'pretrain', 'train', 'segment', 'compare'
-    call = [sys.executable, script, tmp_path, *commands, '--kills', KILLS]
+    commands = 'pretrain', 'train', 'segment', 'compare', 'fit'
+    call = [sys.executable, script, tmp_path, *commands, '--kills', KILLS, '--steps', 6]
     done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    for row in found: print({k: v for k, v in row.items() if k != 'lost'})
+    *_, found, total = done.stdout.splitlines()
+    print(total)
+    found = json.loads(found)
     assert [row['command'] for row in found] == list(commands)
     assert all(row['kills'] >= KILLS and row['files_checked'] and not row['losses'] for row in found)
+    checked = sum(row['files_checked'] for row in found)
+    assert total == f'kills: {KILLS*len(commands)}, files checked: {checked}, losses: 0'
