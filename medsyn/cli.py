@@ -521,12 +521,14 @@ def named_arms(forms: Sequence[str] # short forms, folders, or `name=form`
     out = {}
     for form in forms:
         name, equals, rest = form.partition('=')
-        if equals and not set(name) & set(':,/'): found = {name: rest}     # else = is of a setting or a folder
+        named_here = equals and not set(name) & set(':,/')      # else the = belongs to a setting or a folder
+        if named_here: found = {name: rest}
         elif label := label_of(form): found = {label: form}
         else: found = named([form])
         for name, form in found.items():
-            if name in out: raise MedsynError(f"two arms are called {name!r}: call one of them otherwise,"
-                                              f" as NEWNAME={form}")
+            if name in out:
+                raise MedsynError(f"two arms are called {name!r}: call one of them otherwise,"
+                                  f" as NEWNAME={form}")
             out[name] = form
     return out
 

@@ -92,8 +92,8 @@ class ArmMethod:
         "Name -> `Setting`: what can be given besides the folder."
         found = {}
         for callback in self.callbacks: found |= settings_in(callback.__init__, (*_FIXED, *self.without))
-        for name in found.keys() & self.defaults: found[name] = found[name]._replace(default=self.defaults[name])
-        return found
+        def own(name, setting): return setting._replace(default=self.defaults.get(name, setting.default))
+        return {name: own(name, setting) for name, setting in found.items()}
 
 _FIXED = ('schedule', 'method', 'ignore', 'seed')   # set by the name of the arm, or by the run
 _MIXINGS = {'mcpmix-fixed': dict(s=.5), 'mcpmix-scheduled': dict(s=1., schedule='cosine'),
