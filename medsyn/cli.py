@@ -306,7 +306,7 @@ def synth(
     how: object = None,  # with which choices files are read
     **kw               # of `synthesize`
 ):
-    "Draw synthetic pairs; the same command resumes."
+    "Sample synthetic pairs; the same command resumes."
     from medsyn.core import default_device
     from medsyn.experiment import draws_pairs
     from medsyn.generate.catalog import load_generator
