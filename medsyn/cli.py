@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'READING', 'SHARED', 'Option', 'sides', 'options_of', 'about', 'Command', 'command', 'settings', 'check',
            'clean', 'convert', 'quickstart', 'pretrain', 'train', 'synth', 'segment', 'fit', 'predict', 'score',
-           'named', 'compare', 'catalog', 'view', 'bench', 'push', 'usage', 'quiet', 'parser_of', 'check_launcher',
-           'run', 'show_help', 'quiet_libraries', 'main', 'fail']
+           'named', 'named_arms', 'compare', 'catalog', 'view', 'bench', 'push', 'usage', 'quiet', 'parser_of',
+           'check_launcher', 'run', 'show_help', 'quiet_libraries', 'main', 'fail']
 
 # %% ../nbs/api/80_cli.ipynb #f677e2fb
 import argparse
@@ -25,7 +25,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .core import MedsynError, load_json, open_run, pick, versions, write_atomic
+from .core import MedsynError, load_json, open_run, pick, read_values, versions, write_atomic
 
 # %% ../nbs/api/80_cli.ipynb #d30c3bd8
 @dataclass(frozen=True)
@@ -136,14 +136,8 @@ def command(*faces,             # functions below medsyn whose parameters the co
 def settings(given: Sequence[str]   # of `name=value`
             ) -> dict:              # name -> number, bool or text
     "The values of `--set`; `MedsynError` for what is not of the form."
-    out = {}
-    for text in given:
-        name, equals, value = text.partition('=')
-        if not name or not equals:
-            raise MedsynError(f"--set {text} is not of the form name=value: write --set w_c=0.5, for example")
-        try: out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): out[name] = value
-    return out
+    try: return read_values(given)
+    except MedsynError as e: raise MedsynError(f"--set {e}: write --set w_c=0.5, for example") from e
 
 # %% ../nbs/api/80_cli.ipynb #184f8c11
 @command('data.pairs.check_pairs', READING, leave='pairs stride least fit', example='medsyn check data')
@@ -311,7 +305,7 @@ def synth(
     how: object = None,  # with which choices files are read
     **kw               # of `synthesize`
 ):
-    "Draw synthetic pairs; the same command resumes."
+    "Sample synthetic pairs; the same command resumes."
     from medsyn.core import default_device
     from medsyn.experiment import draws_pairs
     from medsyn.generate.catalog import load_generator
@@ -521,6 +515,24 @@ def named(paths: Sequence[str]  # folders or lists, or `name=folder`
         out[name] = folder
     return out
 
+def named_arms(forms: Sequence[str] # short forms, folders, or `name=form`
+              ) -> dict:            # name -> form
+    "Arms by their names; a short form without one is called by itself, a folder by its last part."
+    from medsyn.segment.catalog import label_of
+    out = {}
+    for form in forms:
+        name, equals, rest = form.partition('=')
+        named_here = equals and not set(name) & set(':,/')      # else the = belongs to a setting or a folder
+        if named_here: found = {name: rest}
+        elif label := label_of(form): found = {label: form}
+        else: found = named([form])
+        for name, form in found.items():
+            if name in out:
+                raise MedsynError(f"two arms are called {name!r}: call one of them otherwise,"
+                                  f" as NEWNAME={form}")
+            out[name] = form
+    return out
+
 @command('experiment.compare', READING, leave='train segmenters', late='subsets',
          rare='subsets generators curve_every metrics page axis ema baseline lr',
          example='medsyn compare data --tests test --arms real two-passes synthetic --out results')
@@ -540,7 +552,7 @@ def compare(
     from medsyn.data.pairs import find_pairs
     subsets = _read_sets(named(subsets), how) or None
     train = None if subsets else find_pairs(data, how=how)
-    out = run_comparison(train, _read_sets(named(tests), how), named(arms), out, network,
+    out = run_comparison(train, _read_sets(named(tests), how), named_arms(arms), out, network,
                          unlabelled=_frames(unlabelled, how), subsets=subsets, **kw)
     print('', (out/'table.md').read_text(), sep='\n')
     print(f'Made: {out}/table.md, differences.csv, figure.png, scores.csv (one row an image)')
@@ -559,6 +571,8 @@ def catalog():
     for name, arm in ARMS.items():
         form = f'{name}:{arm.folder.upper()}' if arm.folder else name
         print(f"  {form:30} {arm.about}{' (needs --unlabelled)' if arm.unlabelled else ''}")
+        if arm.settings: print(' '*33 + ', '.join(f'{k}={one.default}' for k, one in arm.settings.items()))
+    print("An arm's settings stand behind its name: stream,w=0.5:PAIRS")
 
 @command('app.view', example='medsyn view synthetic --real data --generator generator')
 def view(**kw   # of `app.view`

@@ -318,7 +318,8 @@ def _describe_callback(cb):
     return f"{type(cb).__name__}({', '.join(f'{k}={t}' for k, t in texts.items() if t is not None)})"
 
 def _content(value):
-    "A field of an arm by its contents: pairs, image files, a folder, or a plain value."
+    "A field of an arm by its contents: pairs, image files, a folder, settings, or a plain value."
+    if isinstance(value, dict) and not any(isinstance(v, list) for v in value.values()): return value
     if isinstance(value, dict): value = [p for k in sorted(value) for p in value[k]]
     if isinstance(value, Path): value = sorted(f for f in value.rglob('*') if f.is_file())
     if not isinstance(value, list): return value
