@@ -1266,7 +1266,8 @@ def clean_masks(path: str | Path,               # folder in a known layout
             write_atomic(out/'images'/f'{p.name}.png', png_of(image))
             write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
             n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
-            rows.append(dict(name=p.name, unsure=unsure, masks=n_masks, window=used, changes='; '.join(changes)))
+            done = dict(name=p.name, unsure=unsure, masks=n_masks, window=used)
+            rows.append(dict(done, changes='; '.join(changes)))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
 
 # %% ../../nbs/api/11_data.pairs.ipynb #85223663
