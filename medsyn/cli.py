@@ -302,6 +302,7 @@ def synth(
     into: str = None,  # folder of pairs or images that receive the lesions (start inpaint, or paste)
     keep: str = None,  # folder of a segmenter (medsyn segment): images that disobey their mask are dropped
     least: float = 0.5,  # with keep: smallest Dice between its prediction and the mask
+    least_margin: float = 0.005,  # smallest rise of the generator's loss under another mask, as a share
     how: object = None,  # with which choices files are read
     **kw               # of `synthesize`
 ):
@@ -315,7 +316,8 @@ def synth(
         raise MedsynError("this generator draws under given masks: say whose with --data")
     pairs = None if draws_pairs(opened) else _lenders(data, how)
     if into and kw['start'] == 'noise': kw['start'] = 'inpaint'
-    made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into, how), **kw)
+    made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into, how),
+                      least_margin=least_margin, **kw)
     n_dropped = len(finished(Path(out))) - len(made)
     dropped = f'; {n_dropped} were dropped' if keep or n_dropped else ''
     print(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl{dropped}')
