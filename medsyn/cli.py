@@ -321,8 +321,9 @@ def synth(
     n_dropped = len(finished(Path(out))) - len(made)
     dropped = f'; {n_dropped} were dropped' if keep or n_dropped else ''
     print(f'Made: {len(made)} pairs in {out}, described in {out}/manifest.jsonl{dropped}')
-    print(f"Next: medsyn score {out} --real {data or 'REAL_FOLDER'}, then"
-          f" medsyn compare {data or 'REAL_FOLDER'} --tests TEST_FOLDER --arms real {out} --out results")
+    real = data if pairs and pairs[0].image else 'REAL_FOLDER'
+    print(f"Next: medsyn score {out} --real {real}, then"
+          f" medsyn compare {real} --tests TEST_FOLDER --arms real {out} --out results")
 
 def _receivers(folder, how):
     "Pairs, or images without masks; nothing without a folder."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'MedsynError', 'pick', 'Setting', 'settings_in', 'check_values', 'read_values', 'os_errors',
            'write_atomic', 'save_json', 'load_json', 'file_hash', 'content_hash', 'seed_of', 'versions', 'seeded',
-           'default_device', 'hardware', 'open_run', 'track', 'announce_download']
+           'default_device', 'hardware', 'open_run', 'removed_on_error', 'track', 'announce_download']
 
 # %% ../nbs/api/00_core.ipynb #b57a18d3
 import ast
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -272,6 +273,16 @@ def _same_run(out, old, new, what):
     change = f"{first} was {old.get(first)!r}, now {new.get(first)!r}{more}"
     raise MedsynError(f"{out} holds another {what} run ({change}): "
                       "choose a new folder or delete this one")
+
+@contextlib.contextmanager
+def removed_on_error(out: str | Path    # the output folder of what is done inside
+                    ):
+    "A `MedsynError` inside leaves no new folder, so that the same command with its remedy can follow."
+    is_new = not Path(out).exists()
+    try: yield
+    except MedsynError:
+        if is_new: shutil.rmtree(out, ignore_errors=True)
+        raise
 
 # %% ../nbs/api/00_core.ipynb #41a3d626
 def track(it: list = None,      # what to iterate over, or `None` for a bar that is moved by `.update(n)`

@@ -877,6 +877,9 @@ def make_generator(
     split, settings = split_once(pairs), dict(settings or {})
     frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
+    if frames and 'unlabelled' not in settings_of(method):
+        raise MedsynError(f"method {method!r} does not learn from images without masks: give them to"
+                          " medsyn pretrain instead, or use the method concat")
     check_settings(method, dict(settings, unlabelled=frames) if frames else settings)
     tiny = backbone is None or backbone.is_tiny
     size = plain_size(size or (backbone.size if backbone else 64))
@@ -1022,12 +1025,12 @@ class FixedStages:
 
 def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
                data: str = None, # folder of pairs (default: rendered lesions)
-               method: str = 'control', # a name that `medsyn catalog` lists
+               method: str = 'concat', # a name that `medsyn catalog` lists
                n_train: int = None, # training pairs (default 50 rendered ones, at most 200 of a folder)
                n_test: int = 100, # test pairs; of a folder at most a quarter
                size: int | tuple = 64, # side, or height and width (HxW, with data), in pixels
-               pretrain_steps: int = None, # default 180, with a folder 600
-               train_steps: int = None, # default 160, with a folder 480
+               pretrain_steps: int = None, # default 100, with a folder 600
+               train_steps: int = None, # default 300, with a folder 480
                segment_steps: int = None, # default 30, with a folder 110
                n_synth: int = None, # synthetic pairs (default: as many as training pairs)
                sample_steps: int = 20, # sampler steps
@@ -1049,8 +1052,8 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
     segmenter('unet', size=size)            # a size that does not fit shows before anything is written
     o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test,
              size=size, n_synth=n_synth, bs=bs, channels=list(channels),
-             pretrain_steps=pretrain_steps or (600 if given else 180),
-             train_steps=train_steps or (480 if given else 160),
+             pretrain_steps=pretrain_steps or (600 if given else 100),
+             train_steps=train_steps or (480 if given else 300),
              segment_steps=segment_steps or (110 if given else 30),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
     frames, how = unlabelled_images(unlabelled), how or Reading()

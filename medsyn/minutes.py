@@ -291,7 +291,7 @@ def quickstart_in(
     minutes: float,                     # of the whole quickstart
     data: str,                          # folder of pairs
     out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
-    method: str = 'control',            # a name that `medsyn catalog` lists
+    method: str = 'concat',             # a name that `medsyn catalog` lists
     size: int | tuple = 64,             # side, or (height, width), in pixels
     sample_steps: int = 20,             # sampler steps
     bs: int = 16,                       # batch size

@@ -38,8 +38,8 @@ from fastai.vision.augment import aug_transforms
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
-                         write_atomic)
+from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick,
+                         removed_on_error, seed_of, track, write_atomic)
 from .volumes import (AXES, DICOM, NIFTI, UNREAD, Volume, is_volume, open_volume, refuse_unread,
                                  same_place, stem_of)
 from ..review import kept_contents, pair_content
@@ -1253,19 +1253,21 @@ def clean_masks(path: str | Path,               # folder in a known layout
     if window != 'auto': settings['window'] = choices.window
     optional = dict(label=choices.label, page=page, exif=exif, leave_out=leave_out or None)
     settings.update({k: v for k, v in optional.items() if v is not None})
-    out = open_run(out, settings, 'clean')
     rows = [dict(name=_short(r['file'], path), changes=f"left out: {r['problem']}") for r in problems]
-    for p in track(pairs, 'cleaning'):
-        try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
-        except MedsynError as e:
-            advice = 'or leave out what cannot be mended: --leave-out'
-            if not leave_out: raise MedsynError(f'{e}; {advice}') from e
-            rows.append(dict(name=p.name, changes=f'left out: {e}'))
-            continue
-        write_atomic(out/'images'/f'{p.name}.png', png_of(image))
-        write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
-        n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
-        rows.append(dict(name=p.name, unsure=unsure, masks=n_masks, window=used, changes='; '.join(changes)))
+    with removed_on_error(out):
+        out = open_run(out, settings, 'clean')
+        for p in track(pairs, 'cleaning'):
+            try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
+            except MedsynError as e:
+                advice = 'or leave out what cannot be mended: --leave-out'
+                if not leave_out: raise MedsynError(f'{e}; {advice}') from e
+                rows.append(dict(name=p.name, changes=f'left out: {e}'))
+                continue
+            write_atomic(out/'images'/f'{p.name}.png', png_of(image))
+            write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
+            n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
+            done = dict(name=p.name, unsure=unsure, masks=n_masks, window=used)
+            rows.append(dict(done, changes='; '.join(changes)))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
 
 # %% ../../nbs/api/11_data.pairs.ipynb #85223663
