@@ -29,7 +29,7 @@ from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read
 from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, stem_of
 from .diffusion.backbone import Backbone
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
-                               draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
+                               draws_pairs, generator_dls, ImageStream, make_backbone, make_generator, open_arm,
                                read_scores, report, run_log, score_run, share_runs, split_once,
                                train_segmenter, unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
@@ -229,7 +229,7 @@ class Synthesis:
         if self.pretrain:
             return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
                                  seed=seed, unlabelled=frames, save_every=save_every)
-        return Backbone.tiny(images_of([*split.train, *frames], size), size, self.channels, seed=seed)
+        return Backbone.tiny(ImageStream([*split.train, *frames], size), size, self.channels, seed=seed)
 
     def seconds(self,
                 split: Split,   # the labelled pairs
