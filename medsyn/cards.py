@@ -50,14 +50,14 @@ def _probe(folder):
             " higher than under the right one (no interval; 0 means that the mask is ignored)."]
 
 def _log(folder):
-    "The values of each column of a training's log."
+    "The values of each column of a training log."
     file = folder/'log.csv'
     if not file.is_file(): return {}
     head, *rows = [line.split(',') for line in file.read_text().splitlines() if line]
     return dict(zip(head, zip(*rows, strict=True), strict=True)) if rows else {}
 
 def _last_loss(folder):
-    "The loss at the end of a training, as a sentence."
+    "The loss at the end of a training run, as a sentence."
     losses = [float(v) for v in _log(folder).get('loss', ()) if v]
     if not losses: return []
     last = losses[-max(len(losses)//10, 1):]
@@ -65,11 +65,12 @@ def _last_loss(folder):
             f" {len(losses)} steps (on training images; no interval)."]
 
 def _shortened(folder, settings):
-    "The settings; of a training that was made shorter than they say, with the steps that were done."
+    "The settings, with `steps_done` if the run was shortened to fewer steps than they say."
     log = _log(folder)
     done = max((int(v) for v in log.get('step', ()) if v), default=None)
-    asked = settings.get('steps')
-    return dict(settings, steps_done=done) if done and isinstance(asked, int) and done < asked else settings
+    planned = settings.get('steps')
+    is_shorter = done and isinstance(planned, int) and done < planned
+    return dict(settings, steps_done=done) if is_shorter else settings
 
 def _rows(folder):
     "The rows of a manifest; a line that cannot be read is left out."
@@ -93,11 +94,10 @@ _MARKS = {'segmenter': 'segment.json', 'generator': 'train.json', 'backbone': 'p
 
 def facts_of(folder: str | Path     # a saved folder
             ) -> dict:              # kind, data, settings, measured (sentences)
-    "What the files of a folder say about it, without names and paths."
+    "The facts that the files of a folder record, without names and paths."
     folder = Path(folder)
     kind = kind_of(folder)
-    mark = _MARKS[kind]
-    settings = _without_paths(_optional(folder/mark) or _optional(folder/'config.json'))
+    settings = _without_paths(_optional(folder/_MARKS[kind]) or _optional(folder/'config.json'))
     data = _optional(folder/'data.json')
     measured = _measured(folder) + (_probe(folder) if kind == 'generator' else [])
     if kind == 'backbone': measured += _last_loss(folder)
@@ -117,11 +117,11 @@ _USE = {
     'backbone': "Research: the U-Net, codec and prompts that `medsyn train --backbone` starts from.",
     'synthetic set': "Training segmentation models beside real images."}
 _LIMITS = {
-    'segmenter': "It is no medical device. It is not validated for another clinic, device, population or kind"
-                 " of lesion, and its probabilities are not calibrated.",
+    'segmenter': "It is not a medical device. It is not validated for another clinic, device, population or"
+                 " kind of lesion, and its probabilities are not calibrated.",
     'generator': "Its pictures carry the biases of its training images. A generator can repeat training"
                  " images: measure the novelty of every set (`medsyn score SET --real REAL`).",
-    'backbone': "It knows its training images and no others; alone it takes no mask. What is sampled from it"
+    'backbone': "It has learned from its training images alone, and it takes no mask. Images sampled from it"
                 " can repeat training images.",
     'synthetic set': "Not for diagnosis, for prevalence, or as a test set. The masks are what the generator"
                      " was asked for; how well they are obeyed is stated above if it was measured."}
@@ -181,9 +181,9 @@ _PRIVATE = (*_MARKS.values(), 'predict.json', 'fit.json')   # marks of runs
 
 def check_novelty(folder: Path  # a synthetic set
                  ):
-    "`MedsynError` unless the set was measured against its real images and is new."
-    numbers = _optional(folder/'evaluation.json').get('numbers', [])
-    shares = [row for row in numbers if row.get('section') == 'novelty'
+    "`MedsynError` unless the set was compared with its real images and is novel."
+    measured = _optional(folder/'evaluation.json').get('numbers', [])
+    shares = [row for row in measured if row.get('section') == 'novelty'
               and str(row.get('metric', '')).startswith('share closer')]
     if not shares:
         raise MedsynError(f"{folder} was not compared with its training images: "
@@ -212,7 +212,7 @@ def _copy_public(file, target):
 def stage(folder: str | Path,   # a saved folder
           target: str | Path    # new folder: what would be published
          ) -> list:             # the files, relative to it
-    "Copy the files that may be published; `MedsynError` for links to the outside and sets that are not new."
+    "Copy the files that may be published; `MedsynError` for links to the outside or a set that is not novel."
     folder, target = Path(folder), Path(target)
     if kind_of(folder) == 'synthetic set': check_novelty(folder)
     for file in sorted(folder.rglob('*')):
@@ -224,7 +224,7 @@ def stage(folder: str | Path,   # a saved folder
 
 def push(folder: str | Path,    # a saved generator, backbone, segmenter or synthetic set
          name: str,             # on the Hub: owner/name
-         yes: bool = False,     # upload; without it only what would be published is shown
+         yes: bool = False,     # upload; without it the files are only listed
          licence: str = None,   # of what is published, as the Hub spells it (cc-by-4.0)
          private: bool = True,  # whether only the owner sees it
          api: object = None     # for tests: something like `huggingface_hub.HfApi()`
@@ -247,10 +247,11 @@ def push(folder: str | Path,    # a saved generator, backbone, segmenter or synt
         if api is None:
             from huggingface_hub import HfApi
             api = HfApi()
-        what = dict(repo_id=name, repo_type='dataset' if kind == 'synthetic set' else 'model')
+        repository = dict(repo_id=name, repo_type='dataset' if kind == 'synthetic set' else 'model')
         try:
-            api.create_repo(private=private, exist_ok=True, **what)
-            api.upload_folder(folder_path=staged, commit_message=f'A {kind} made with medsyn', **what)
+            message = f'A {kind} made with medsyn'
+            api.create_repo(private=private, exist_ok=True, **repository)
+            api.upload_folder(folder_path=staged, commit_message=message, **repository)
         except Exception as e:
             reason = (str(e).splitlines() or [''])[0][:200]
             raise MedsynError(f"{name} could not be published ({type(e).__name__}: {reason}): "

@@ -43,8 +43,8 @@ from .cards import write_card
 from .data.lesions import lesion_folder
 from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_images, find_pairs,
                                image_dls, pair_dls,
-                               pairs_hash, random_stream, read_image, read_pair, reading, same_images,
-                               save_list, split_pairs)
+                               pairs_hash, plain_size, random_stream, read_image, read_pair, reading,
+                               same_images, save_list, size_text, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.cache import cached_dls
 from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
@@ -320,7 +320,8 @@ def _describe_callback(cb):
     return f"{type(cb).__name__}({', '.join(f'{k}={t}' for k, t in texts.items() if t is not None)})"
 
 def _content(value):
-    "A field of an arm by its contents: pairs, image files, a folder, or a plain value."
+    "A field of an arm by its contents: pairs, image files, a folder, settings, or a plain value."
+    if isinstance(value, dict) and not any(isinstance(v, list) for v in value.values()): return value
     if isinstance(value, dict): value = [p for k in sorted(value) for p in value[k]]
     if isinstance(value, Path): value = sorted(f for f in value.rglob('*') if f.is_file())
     if not isinstance(value, list): return value
@@ -732,10 +733,10 @@ def _data(out, data, n_train, n_test, size, seed, how):
     return train, test
 
 class ImageStream:
-    "Images in batches (B,3,size,size) in [-1,1], for fitting a codec without holding the data set."
+    "Images in batches (B,3,height,width) in [-1,1], for fitting a codec without holding the data set."
     def __init__(self,
         images: Sequence,   # `Pair`s, or image files
-        size: int,          # side in pixels
+        size: int | tuple,  # side, or (height, width), in pixels
         most: int = 2000,   # of more, so many evenly spaced ones are taken
         bs: int = 16        # images in a batch
     ):
@@ -750,15 +751,15 @@ class ImageStream:
             yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)/127.5 - 1
 
 def images_of(images: Sequence,     # `Pair`s, or image files
-              size: int,            # side in pixels
+              size: int | tuple,    # side, or (height, width), in pixels
               most: int = 2000      # of more, so many evenly spaced ones are taken
-             ) -> torch.Tensor:     # (N,3,size,size) in [-1,1]
+             ) -> torch.Tensor:     # (N,3,height,width) in [-1,1]
     "A few images as one tensor; a codec is fitted on an `ImageStream`."
     return torch.cat(list(ImageStream(images, size, most)))
 
 # %% ../nbs/api/70_experiment.ipynb #8d33f2ca
 def generator_dls(split: Split,         # the labelled pairs
-                  size: int,            # side in pixels
+                  size: int | tuple,    # side, or (height, width), in pixels
                   bs: int,              # batch size
                   seed: int,            # of order and augmentation
                   augment: str | bool   # as in `pair_dls`
@@ -770,7 +771,7 @@ def generator_dls(split: Split,         # the labelled pairs
 def make_backbone(
     pairs: 'list | Split',        # training `Pair`s, their masks are not looked at; their split; or none
     out: str | Path,              # folder to write: a backbone
-    size: int = 64,               # side in pixels
+    size: int | tuple = 64,       # side, or height and width (HxW), in pixels
     steps: int = 1500,            # optimiser steps
     bs: int = 16,                 # batch size
     lr: float = 1e-3,             # peak learning rate
@@ -840,16 +841,17 @@ def _print_needs(learners, precision, n_images, backbone):
           f' {memory_of(dls.device)/2**30:.1f} GiB, {precision_of(dls.device, precision)}:')
     print(table.round(3).to_string(index=False))
     if backbone:        # mean and log-variance of each latent, in float32
-        side = dls.size//backbone.codec.stride
-        cached = n_images*2*backbone.codec.channels*side**2*4
+        height, width = both_sides(dls.size)
+        pixels = height*width//backbone.codec.stride**2
+        cached = n_images*2*backbone.codec.channels*pixels*4
         print(f'On the disk until the end: latents of {n_images} images, {cached/2**30:.3f} GiB')
     print(f"Fits: {', '.join(table.option[table.fits]) or 'none of these; use a smaller --bs or --size'}")
 
 def sampler_of(split: Split,    # the labelled pairs
-               size: int,       # side in pixels
+               size: int | tuple, # side, or (height, width), in pixels
                n: int = 4,      # images
                steps: int = 20  # sampler steps
-              ) -> Callable:    # (generator) -> uint8 (n,H,size,3), for `watch.WatchCB`
+              ) -> Callable:    # (generator) -> uint8 (n,H,W,3), for `watch.WatchCB`
     """Samples from the same noise every time, each above its mask.
 
     The mask is that of a held-out pair, or the one that was sampled with the image."""
@@ -888,7 +890,7 @@ def make_generator(
     steps: int = 3000,         # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)
     bs: int = 16,              # batch size
     lr: float = None,          # learning rate (default 1e-5 on Stable Diffusion, else the method's own)
-    size: int = None,          # side in pixels (default: the backbone's, without one 64)
+    size: int | tuple = None,  # side, or HxW, in pixels (default: the backbone's, without one 64)
     seed: int = 0,             # of order and noise
     probe: int = None,         # steps between obedience probes (default: ten in the run)
     source: str = '',          # where the backbone came from, for the record
@@ -909,9 +911,13 @@ def make_generator(
     split, settings = split_once(pairs), dict(settings or {})
     frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
+    if frames and 'unlabelled' not in settings_of(method):
+        raise MedsynError(f"method {method!r} does not learn from images without masks: give them to"
+                          " medsyn pretrain instead, or use the method concat")
     check_settings(method, dict(settings, unlabelled=frames) if frames else settings)
     tiny = backbone is None or backbone.is_tiny
-    size, lr = size or (backbone.size if backbone else 64), lr or (entry.tiny_lr if tiny else 1e-5)
+    size = plain_size(size or (backbone.size if backbone else 64))
+    lr = lr or (entry.tiny_lr if tiny else 1e-5)
     if backbone: backbone.check_size(size)
     config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,
                   lr=lr, size=size, seed=seed)
@@ -1017,8 +1023,9 @@ def commands(train: list,   # training pairs
     data, again = shlex.quote(str(out/'data')), shlex.quote(str(out/'again'))
     seeds, channels = ' '.join(map(str, o['seeds'])), ' '.join(map(str, o['channels']))
     on_backbone = METHODS[o['method']].backbone
-    source = f'--backbone {again}/backbone' if on_backbone else f"--size {o['size']}"
-    pretrain = [f"medsyn pretrain {data}/train.csv --out {again}/backbone --size {o['size']}"
+    size = size_text(o['size'])
+    source = f'--backbone {again}/backbone' if on_backbone else f'--size {size}'
+    pretrain = [f"medsyn pretrain {data}/train.csv --out {again}/backbone --size {size}"
                 f" --steps {o['pretrain_steps']} --bs {o['bs']} --channels {channels} --seed {o['seed']}"]
     return '\n'.join([
         '# Each line makes one stage of this run again, in the folder "again".',
@@ -1030,7 +1037,7 @@ def commands(train: list,   # training pairs
         f"medsyn synth {again}/generator --data {data}/train.csv --out {again}/synthetic --n {o['n_synth']}"
         f" --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']}",
         f"medsyn compare {data}/train.csv --tests {data}/test.csv --arms real real-twice {again}/synthetic"
-        f" --out {again}/results --size {o['size']} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
+        f" --out {again}/results --size {size} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 
 # %% ../nbs/api/70_experiment.ipynb #e1e65279
 @dataclass
@@ -1061,17 +1068,17 @@ class FixedStages:
 
 def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
                data: str = None, # folder of pairs (default: rendered lesions)
-               method: str = 'control', # a name that `medsyn catalog` lists
+               method: str = 'concat', # a name that `medsyn catalog` lists
                n_train: int = None, # training pairs (default 50 rendered ones, at most 200 of a folder)
                n_test: int = 100, # test pairs; of a folder at most a quarter
-               size: int = 64,  # side in pixels
-               pretrain_steps: int = None, # default 260, with a folder 600
-               train_steps: int = None, # default 220, with a folder 480
-               segment_steps: int = None, # default 60, with a folder 110
+               size: int | tuple = 64, # side, or height and width (HxW, with data), in pixels
+               pretrain_steps: int = None, # default 100, with a folder 600
+               train_steps: int = None, # default 300, with a folder 480
+               segment_steps: int = None, # default 30, with a folder 110
                n_synth: int = None, # synthetic pairs (default: as many as training pairs)
                sample_steps: int = 20, # sampler steps
                sampler: str = 'dpm++', # ddim, dpm++ or unipc
-               bs: int = 16,    # batch size
+               bs: int = None,  # batch size (default 8, with a folder 16)
                channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm
                seed: int = 0,   # of everything else
@@ -1081,11 +1088,16 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."
     out, given = Path(out), data is not None
+    bs, size = bs or (16 if given else 8), plain_size(size)
+    if not given and not isinstance(size, int):
+        raise MedsynError(f"rendered images are square, not {size_text(size)}: give one side,"
+                          " or a folder of your own (--data)")
+    segmenter('unet', size=size)            # a size that does not fit shows before anything is written
     o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test,
              size=size, n_synth=n_synth, bs=bs, channels=list(channels),
-             pretrain_steps=pretrain_steps or (600 if given else 260),
-             train_steps=train_steps or (480 if given else 220),
-             segment_steps=segment_steps or (110 if given else 60),
+             pretrain_steps=pretrain_steps or (600 if given else 100),
+             train_steps=train_steps or (480 if given else 300),
+             segment_steps=segment_steps or (110 if given else 30),
              sample_steps=sample_steps, sampler=sampler, seeds=list(seeds), seed=seed)
     frames, how = unlabelled_images(unlabelled), how or Reading()
     if given: find_pairs(data)              # a wrong folder shows before anything is written

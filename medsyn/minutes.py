@@ -33,9 +33,9 @@ from .generate.catalog import METHODS, generator_learners
 from .train import ORDER, fit_steps
 
 # %% ../nbs/api/74_minutes.ipynb #c8a0bc2e
-ASIDE = .06             # share of the minutes for opening and writing
-PARTS = dict(pretrain=.4, train=.4, segment=.2)
-MOST = dict(pretrain=20_000, train=20_000, segment=4_000, seeds=10)   # steps of a stage, and seeds, at most
+ASIDE = .06             # share of the minutes for reading and writing
+PARTS = dict(pretrain=.4, train=.4, segment=.2)     # shares of the time for training
+MOST = dict(pretrain=20_000, train=20_000, segment=4_000, seeds=10)   # largest numbers of steps, and of seeds
 LEAST_STEPS = 10        # of a stage
 
 @dataclass
@@ -48,7 +48,7 @@ class QuickPlan:
 
     @property
     def minutes(self) -> float:
-        "The minutes of all stages, and those set aside."
+        "The minutes of all stages, with those set aside."
         return sum(self.seconds.values())/60/(1 - ASIDE)
 
     def lines(self) -> list:
@@ -62,27 +62,27 @@ class QuickPlan:
 
 def divide_minutes(cost: dict,      # stage -> seconds a step: pretrain, train, segment
                    drawing: float,  # seconds of a synthetic pair
-                   minutes: float,  # for everything
-                   n_runs: int,     # segmenters
+                   minutes: float,  # for all stages
+                   n_runs: int,     # number of segmenters
                    n_pairs: int,    # training pairs; at most as many synthetic pairs are sampled
-                   memory: float = 0.,  # GiB
+                   memory: float = 0.,  # at the peak, in GiB
                    most: dict = None,   # stage -> largest number of steps; `None`: `MOST`
                    scoring: float = 0.  # seconds of scoring a segmenter
-                  ) -> QuickPlan:   # what fits
+                  ) -> QuickPlan:   # steps and pairs within the minutes
     "Divide the minutes; `MedsynError` if they are too few."
     budget, most = 60*minutes*(1 - ASIDE), most or MOST
     n_synth = int(min(n_pairs, .2*budget/drawing))
-    left = max(budget - n_synth*drawing - n_runs*scoring, 0.)
-    each = dict(cost, segment=n_runs*cost['segment'])
-    stages = [stage for stage in PARTS if each.get(stage)]
+    training = max(budget - n_synth*drawing - n_runs*scoring, 0.)
+    step_seconds = dict(cost, segment=n_runs*cost['segment'])
+    stages = [stage for stage in PARTS if step_seconds.get(stage)]
     total = sum(PARTS[stage] for stage in stages)
-    steps = {s: min(int(PARTS[s]/total*left/each[s]), most[s]) for s in stages}
+    steps = {s: min(int(PARTS[s]/total*training/step_seconds[s]), most[s]) for s in stages}
     if min(steps.values()) < LEAST_STEPS or n_synth < 4:
-        least = max(LEAST_STEPS*each[s]*total/PARTS[s] for s in stages)
-        needed = max((least + n_runs*scoring)/.8, 20*drawing)/60/(1 - ASIDE)
+        least_training = max(LEAST_STEPS*step_seconds[s]*total/PARTS[s] for s in stages)
+        needed = max((least_training + n_runs*scoring)/.8, 20*drawing)/60/(1 - ASIDE)
         raise MedsynError(f"{minutes:g} minutes are too few for this machine and size: "
                           f"give {math.ceil(max(needed, minutes + 1))} or more, or a smaller --size")
-    seconds = {s: steps[s]*each[s] for s in stages} | dict(synth=n_synth*drawing)
+    seconds = {s: steps[s]*step_seconds[s] for s in stages} | dict(synth=n_synth*drawing)
     seconds['segment'] += n_runs*scoring
     return QuickPlan(steps, seconds, n_synth, memory)
 
@@ -102,7 +102,7 @@ def _clocked(learn, steps):
 def measure_quickstart(
     split: Split,                   # the training pairs and those held out
     method: str,                    # a key of `METHODS`
-    size: int,                      # side in pixels
+    size: int | tuple,              # side, or (height, width), in pixels
     bs: int,                        # batch size of backbone and generator
     channels: Sequence[int],        # U-Net channels per level
     sample_steps: int,              # of the sampler
@@ -117,7 +117,7 @@ def measure_quickstart(
         cost['pretrain'] = clock.step_seconds
     learners = generator_learners(method, dls, backbone, probe=10**6)
     cost['train'] = sum(_clocked(learn, steps) for learn in learners)
-    forward = cost['train']/len(learners)/3/bs     # of one image; forward and backward are three times that
+    forward = cost['train']/len(learners)/3/bs     # of one image
     clock = ClockCB()
     learn = train_segmenter(split, open_arm('real', split), steps=steps, size=size, bs=8, cbs=[clock])
     started = time.monotonic()
@@ -127,12 +127,12 @@ def measure_quickstart(
 
 # %% ../nbs/api/74_minutes.ipynb #82d8922b
 class PaceCB(Callback):
-    "Makes a fit shorter whose time runs out, by the seconds of its own last steps; never longer than asked."
+    "Shortens a fit whose time runs out, at the speed of its last steps; never makes it longer than planned."
     order, run_valid, name = ORDER['pace'], False, 'pace'
     def __init__(self,
         seconds: float,     # of each fit
-        clock: Callable = time.monotonic, # seconds
-        window: int = 20    # steps whose mean duration is the present speed
+        clock: Callable = time.monotonic, # returns seconds
+        window: int = 20    # number of last steps that give the present speed
     ): self.seconds, self.clock, self.window, self.speeds = seconds, clock, window, []
 
     def before_fit(self): self.moments, self.deadline = [self.clock()], None
@@ -140,7 +140,7 @@ class PaceCB(Callback):
     def after_batch(self):
         steps = self.learn.steps
         self.moments = [*self.moments[-self.window:], self.clock()]
-        if self.deadline is None:           # a fit that resumes has less to do
+        if self.deadline is None:           # a fit that resumes has fewer steps left
             self.deadline = self.moments[0] + self.seconds*(1 - (steps.done - 1)/steps.total)
         if len(self.moments) < 5: return
         possible = steps.done + int((self.deadline - self.moments[-1])/self.step_seconds)
@@ -152,22 +152,22 @@ class PaceCB(Callback):
 
     @property
     def step_seconds(self) -> float:
-        "The mean seconds of the last steps."
+        "The mean seconds of one of the last steps."
         return max(self.moments[-1] - self.moments[0], 1e-9)/(len(self.moments) - 1)
 
 # %% ../nbs/api/74_minutes.ipynb #91b9c85c
 DRAWING_SHARE = .2      # of the minutes, for synthetic pairs
-ENDING = .03            # share of the minutes for what follows the last run
+ENDING = .03            # share of the minutes for the work after the last run
 
 @dataclass
 class Pace:
-    "Decides the lengths of a quickstart's stages one by one, by the time that is left and the present speed."
-    state: dict             # minutes, counts, n_seeds, cost, memory; and what was decided before
-    file: Path = None       # where it is kept; `None`: nowhere
-    most: dict = None       # stage -> steps beyond which it does not go; `None`: `MOST`
-    clock: Callable = time.monotonic    # seconds
+    "Decides the lengths of a quickstart's stages one by one, by the remaining time and the present speed."
+    state: dict             # minutes, counts, n_seeds, cost, memory; and earlier decisions
+    file: Path = None       # where the state is saved; `None`: nowhere
+    most: dict = None       # stage -> largest number of steps; `None`: `MOST`
+    clock: Callable = time.monotonic    # returns seconds
     started: float = None   # on this clock; `None`: now
-    plan: QuickPlan = field(init=False) # at the beginning
+    plan: QuickPlan = field(init=False) # made at the beginning
 
     def __post_init__(self):
         self.started = self.clock() if self.started is None else self.started
@@ -188,44 +188,44 @@ class Pace:
 
     @property
     def total(self) -> float:
-        "Seconds in all."
+        "The seconds of the whole quickstart."
         return 60*self.state['minutes']
 
     @property
     def elapsed(self) -> float:
-        "Seconds that were used, those before an interruption included."
+        "The seconds used so far, with those before an interruption."
         return self.state['spent'] + self.clock() - self.started
 
     @property
     def left(self) -> float:
-        "Seconds until the end of the last run."
+        "The seconds that remain for the stages."
         return self.total*(1 - ENDING) - self.elapsed
 
     def save(self):
-        "Keep what was decided, for a run that resumes."
+        "Save the decisions, for a run that resumes."
         if self.file: save_json(self.file, dict(self.state, spent=self.elapsed))
 
     def cost(self,
         name: str       # pretrain, train, segment, drawing
     ) -> float:         # seconds of one step, or pair, at the present speed
-        "What was measured, times what the machine has become slower."
+        "The measured cost, times the slowdown of the machine since then."
         return self.state['cost'][name]*self.state['slowness']
 
     def allowed(self,
         name: str       # of a stage
     ) -> float:         # seconds
-        "The stage's share of the time that is left."
-        runs = self.n_arms*self.state['n_seeds']*self.scoring*self.state['slowness']
-        if name == 'segment': return self.left - runs
-        if name == 'synth': return .5*(self.left - runs)
+        "The stage's share of the remaining time."
+        scoring = self.n_arms*self.state['n_seeds']*self.scoring*self.state['slowness']
+        if name == 'segment': return self.left - scoring
+        if name == 'synth': return .5*(self.left - scoring)
         drawing = min(self.plan.n_synth*self.cost('drawing'), DRAWING_SHARE*self.total)
         stages = list(PARTS)[list(PARTS).index(name):]
-        return PARTS[name]/sum(PARTS[s] for s in stages)*(self.left - runs - drawing)
+        return PARTS[name]/sum(PARTS[s] for s in stages)*(self.left - scoring - drawing)
 
     def length(self,
         name: str       # of a stage
     ) -> int:           # steps, or pairs
-        "How long a stage is; once decided it stays."
+        "The length of a stage; it is decided once."
         if name not in self.state['lengths']:
             seconds = max(self.allowed(name), 0.)
             runs = self.n_arms*self.state['n_seeds'] if name == 'segment' else 1
@@ -239,9 +239,9 @@ class Pace:
     @contextlib.contextmanager
     def stage(self,
         name: str,          # pretrain, train, synth or segment
-        networks: int = 1   # that are fitted in it, one after another
-    ):                      # yields a `Stage`; its length is what was done, afterwards
-        "Around the work of a stage."
+        networks: int = 1   # that are trained in it, one after another
+    ):                      # yields a `Stage`
+        "The length and callbacks of a stage, around its work; afterwards its speed is noted."
         n, planned = self.length(name), dict(self.plan.steps, synth=self.plan.n_synth)[name]
         if abs(n - planned) > .1*planned:
             speed = self.state['slowness']
@@ -255,21 +255,22 @@ class Pace:
         self.save()
 
     def limits(self) -> list:
-        "A sentence on a run that used little of its time, because its stages are no longer than is of use."
+        "A sentence for a run that used little of its time, because stages reached their largest lengths."
         stages = [name for name, n in self.state['lengths'].items() if n == self.most.get(name)]
         if not stages or self.elapsed > .85*self.total: return []
-        return [f"{' and '.join(stages)} reached the steps beyond which a stage does not go: fewer minutes do"
-                " the same, or give a larger --size"]
+        return [f"{' and '.join(stages)} reached the largest number of steps: fewer minutes give the same"
+                " result, or choose a larger --size"]
 
     def rounds(self,
         seeds: Sequence # that were asked for
     ):                  # yields lists of seeds, each with those before it
-        "Seeds as long as there is time for one more: perhaps fewer than asked for, perhaps more."
-        if 'seeds' in self.state:               # of a run that had ended
+        "Seeds while there is time for one more: this may be fewer or more than were asked for."
+        if 'seeds' in self.state:               # of a run that was finished before
             yield self.state['seeds']
             return
         per_run = self.length('segment')*self.cost('segment') + self.scoring*self.state['slowness']
-        planned, longest, done = self.n_arms*per_run, self.n_arms*per_run, []
+        planned = longest = self.n_arms*per_run
+        done = []
         further = (s for s in itertools.count() if s not in seeds)
         for seed in itertools.chain(seeds, further):
             is_extra = len(done) >= len(seeds)
@@ -279,7 +280,7 @@ class Pace:
             done.append(seed)
             yield list(done)
             taken = self.clock() - began
-            if taken > .1*planned: longest = taken          # else it was done before an interruption
+            if taken > .1*planned: longest = taken      # else it was finished before an interruption
         if len(done) != len(seeds):
             left = max(self.left, 0)/60
             print(f'segment   {len(done)} seeds instead of {len(seeds)}: {left:.1f} minutes were left')
@@ -287,25 +288,25 @@ class Pace:
 
 # %% ../nbs/api/74_minutes.ipynb #4213932d
 def quickstart_in(
-    minutes: float,                     # for everything
+    minutes: float,                     # of the whole quickstart
     data: str,                          # folder of pairs
     out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
-    method: str = 'control',            # a name that `medsyn catalog` lists
-    size: int = 64,                     # side in pixels
+    method: str = 'concat',             # a name that `medsyn catalog` lists
+    size: int | tuple = 64,             # side, or (height, width), in pixels
     sample_steps: int = 20,             # sampler steps
     bs: int = 16,                       # batch size
     channels: Sequence[int] = (48, 96, 144),    # U-Net channels per level
     seeds: Sequence[int] = (0, 1, 2),   # segmenter runs per arm, fewer or more as the time allows
     n_train: int = 200,                 # training pairs, at most
     n_test: int = 100,                  # test pairs, at most a quarter
-    how: Reading = None,                # with which choices the folder is read, see `data.pairs.reading`
-    most: dict = None,                  # stage -> steps beyond which it does not go; `None`: `MOST`
-    clock: Callable = time.monotonic,   # seconds
+    how: Reading = None,                # options for reading the folder, see `data.pairs.reading`
+    most: dict = None,                  # stage -> largest number of steps; `None`: `MOST`
+    clock: Callable = time.monotonic,   # returns seconds
     **kw                                # of `quickstart`
 ) -> Path:                              # the folder of the quickstart
-    "A quickstart whose steps are chosen for the minutes; prints the plan, and what more time would buy."
+    "A quickstart whose steps are chosen for the minutes; prints the plan, and whether more time would help."
     started, out = clock(), Path(out)
-    file = out.parent/f'.{out.name}.plan.json'          # a run that resumes keeps what it has decided
+    file = out.parent/f'.{out.name}.plan.json'          # a run that resumes keeps its decisions
     pairs = find_pairs(data, how=how)
     counts = dict(n_test=min(n_test, len(pairs)//4))
     counts['n_train'] = min(n_train or 200, len(pairs) - counts['n_test'])
@@ -323,7 +324,7 @@ def quickstart_in(
     return out
 
 def _saved_plan(file, out, minutes):
-    "What a run that was interrupted, or had ended, has decided; `None` for a new one."
+    "The decisions of an interrupted or finished run; `None` for a new one."
     file = next((f for f in (file, out/'minutes.json') if f.exists()), None)
     if file is None: return None
     state = load_json(file)
@@ -334,18 +335,19 @@ def _saved_plan(file, out, minutes):
 def more_time(out: str | Path   # folder of a quickstart
              ) -> list:         # of sentences
     "Advice on more time, from the loss curves."
-    out, said = Path(out), []
+    out, advice = Path(out), []
     for stage, name in (('backbone', 'the backbone'), ('generator', 'the generator')):
         log = out/stage/'log.csv'
         if not log.exists(): continue
         loss = pd.read_csv(log)['loss'].dropna()
         fifth = max(len(loss)//5, 1)
         gain = 1 - loss.iloc[-fifth:].mean()/loss.iloc[-2*fifth:-fifth].mean() if len(loss) >= 2*fifth else 0.
-        advice = 'more steps would help' if gain > .02 else 'more steps alone would hardly help'
-        said.append(f"{name}: the loss fell by {gain:.1%} in the last fifth: {advice}.")
+        verdict = 'more steps would help' if gain > .02 else 'more steps alone would hardly help'
+        advice.append(f"{name}: the loss fell by {gain:.1%} in the last fifth: {verdict}.")
     logs = sorted((out/'results'/'runs').glob('*.log.csv'))
     gain = late_gain(logs) if logs else math.nan
     if not math.isnan(gain):
-        advice = 'more steps would help' if gain > .5 else 'more steps alone would hardly help'
-        said.append(f"segmenters: held-out Dice changed by {gain:+.1f} points in the last fifth: {advice}.")
-    return said
+        verdict = 'more steps would help' if gain > .5 else 'more steps alone would hardly help'
+        change = f'held-out Dice changed by {gain:+.1f} points in the last fifth'
+        advice.append(f'segmenters: {change}: {verdict}.')
+    return advice

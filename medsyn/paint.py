@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from .core import MedsynError, content_hash, pick, versions, write_atomic
 from .data.masks import transform_mask
-from .data.pairs import Pair, read_image, read_mask
+from .data.pairs import Pair, read_image, read_mask, size_text
 from .diffusion.learner import PairGenerator
 from .diffusion.sample import defaults_of
 from .evaluate.gallery import RealSet, novelty_text, obedience_text
@@ -128,6 +128,9 @@ class Painter:
         if isinstance(generator, PairGenerator) or not generator.needs_mask:
             raise MedsynError(f"{type(generator).__name__} samples without a given mask: open a generator"
                               " that takes one")
+        if not isinstance(generator.backbone.size, int):
+            raise MedsynError(f"the canvas is square and this generator samples"
+                              f" {size_text(generator.backbone.size)} px: open a generator of square images")
         self.generator, self.real, self.segmenter = generator.eval(), real, segmenter
         self.size, self.hash = generator.backbone.size, generator_hash(generator)
         self.guidance, self.guide = defaults_of(generator)

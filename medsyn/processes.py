@@ -19,11 +19,11 @@ from .train import ORDER
 
 # %% ../nbs/api/03_processes.ipynb #b3273108
 def count() -> int:     # 1 without a launcher
-    "How many processes a launcher started."
+    "The number of processes that a launcher started."
     return int(os.environ.get('WORLD_SIZE', 1))
 
 def number() -> int:    # 0 to count() - 1
-    "Which of the processes this is."
+    "The rank of this process."
     return int(os.environ.get('RANK', 0)) if count() > 1 else 0
 
 def is_main() -> bool:
@@ -32,16 +32,16 @@ def is_main() -> bool:
 
 @cache
 def connected():
-    "accelerate's `PartialState`: it joins the processes, with NCCL on GPUs and gloo on CPUs."
+    "accelerate's `PartialState`, which connects the processes: by NCCL on GPUs, by gloo on CPUs."
     from accelerate import PartialState
     state = PartialState(cpu=default_device().type == 'cpu')
     if state.num_processes != count():
         raise MedsynError(f"accelerate counts {state.num_processes} processes, and the launcher {count()}:"
-                          " start the command anew with accelerate launch or torchrun")
+                          " start the command again with accelerate launch or torchrun")
     return state
 
 def wait():
-    "Wait until every process is here."
+    "Wait until every process has reached this line."
     if count() > 1: connected().wait_for_everyone()
 
 @contextlib.contextmanager
@@ -58,14 +58,15 @@ def own_rows(n: int         # rows of a batch, a multiple of the number of proce
     share = n//count()
     return slice(number()*share, (number() + 1)*share)
 
-def averaged(tensors: list      # of tensors, the same shapes in every process
+def averaged(tensors: list      # with the same shapes in every process
             ) -> list:          # their means over the processes
     "The mean of each tensor over all processes."
     if count() == 1 or not tensors: return tensors
     from accelerate.utils import reduce
     connected()
-    flat = reduce(torch.cat([v.detach().float().reshape(-1) for v in tensors]), reduction='mean')
-    pieces = flat.split([v.numel() for v in tensors])
+    vector = torch.cat([v.detach().float().reshape(-1) for v in tensors])
+    means = reduce(vector, reduction='mean')
+    pieces = means.split([v.numel() for v in tensors])
     return [piece.reshape(v.shape).to(v.dtype) for piece, v in zip(pieces, tensors, strict=True)]
 
 def gathered(items: list    # plain values of this process
@@ -116,18 +117,18 @@ class AverageCB(Callback):
     def after_batch(self):
         learn = self.learn
         stop = learn.state.stop if hasattr(learn, 'state') else None
-        asked = torch.tensor(float(stop is not None and stop.signal is not None))
+        stop_asked = torch.tensor(float(stop is not None and stop.signal is not None))
         terms = dict(getattr(learn, 'terms', {}))
-        values = [v.detach().float().to(learn.loss.device) for v in (asked, learn.loss, *terms.values())]
-        asked, learn.loss, *means = averaged(values)
+        values = [v.detach().float().to(learn.loss.device) for v in (stop_asked, learn.loss, *terms.values())]
+        stop_asked, learn.loss, *means = averaged(values)
         learn.terms = dict(zip(terms, means, strict=True))
-        if stop is not None and asked: stop.agree()     # what one process was asked, all do
+        if stop is not None and stop_asked: stop.agree()    # a request to one process ends all
 
 def _layout(p):
     "The memory format of a parameter."
-    is_last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-    return torch.channels_last if is_last else torch.contiguous_format
+    channels_last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last and not p.is_contiguous() else torch.contiguous_format
 
 def parallel_cbs() -> list:     # none in one process
-    "What a data-parallel fit needs besides."
+    "The callbacks that a data-parallel fit needs in addition."
     return [DivideCB(), AverageCB()] if count() > 1 else []

@@ -25,7 +25,8 @@ from .core import (MedsynError, content_hash, file_hash, open_run, os_errors, pi
                          write_atomic)
 from .cards import write_card
 from .data.masks import MASK_KINDS
-from .data.pairs import Pair, Reading, read_image, read_mask, read_pair, refuse_classes
+from .data.pairs import (Pair, Reading, both_sides, plain_size, read_image, read_mask, read_pair,
+                               refuse_classes, size_text)
 from .data.volumes import stem_of
 from .data.paste import feathered, move, paste, random_moves
 from .diffusion.learner import PairGenerator, denoising_losses, margin
@@ -86,11 +87,11 @@ def _sources(pairs, size):
     "The pairs whose mask has a lesion at this size; a warning names the others, none left is an error."
     empty = [p for p in track(pairs, 'reading masks') if not read_mask(p, size).any()]
     if len(empty) == len(pairs):
-        raise MedsynError(f"none of the {len(pairs)} masks has a lesion at {size} px: give masks with"
-                          " foreground, or a larger size")
+        raise MedsynError(f"none of the {len(pairs)} masks has a lesion at {size_text(size)} px: give masks"
+                          " with foreground, or a larger size")
     if empty:
         names = ', '.join(p.name for p in empty[:5])
-        warnings.warn(f"{len(empty)} of {len(pairs)} masks have no foreground at {size} px"
+        warnings.warn(f"{len(empty)} of {len(pairs)} masks have no foreground at {size_text(size)} px"
                       f" and lend nothing to synthesis: {names}", stacklevel=3)
     return [p for p in pairs if p not in set(empty)]
 
@@ -147,7 +148,7 @@ class Draft:
 class Job:
     "What all images of a run have in common."
     pairs: list                 # of `Pair` that lend masks and lesions
-    size: int                   # side in pixels
+    size: int | tuple           # side, or (height, width), in pixels
     seed: int = 0               # of everything
     masks: str = 'random'       # a key of `MASK_KINDS`
     into: list = None           # `Pair`s or image files that receive a lesion; `None`: the pairs
@@ -178,7 +179,7 @@ def _receiver(job, i, source):
     others = [o for o in job.into or job.pairs if o != source] or [source]
     chosen = others[np.random.default_rng(seed_of(job.seed, 'into', i)).integers(len(others))]
     if isinstance(chosen, Pair): return *read_pair(chosen, job.size), True, chosen.name
-    empty = np.zeros((job.size, job.size), np.uint8)
+    empty = np.zeros(both_sides(job.size), np.uint8)
     return read_image(chosen, job.size), empty, job.healthy, stem_of(chosen)
 
 def _tensors(image, mask):
@@ -288,7 +289,7 @@ def saved_margin(folder: Path   # what `medsyn train` wrote
 
 def measured_margin(generator: object,  # takes a mask
                     pairs: list,    # real `Pair`s, two or more
-                    size: int,      # side in pixels
+                    size: int | tuple,  # side, or (height, width), in pixels
                     n: int = 16     # how many pairs are looked at
                    ) -> float:      # see `diffusion.learner.margin`
     "The margin on some pairs, with the masks exchanged among them."
@@ -539,7 +540,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                sampler: str = 'ddim',       # ddim, dpm++ or unipc
                prompt: str = None,          # default: the backbone's
                bs: int = 8,                 # images made together; does not change them
-               size: int = None,            # side in pixels; default: the generator's
+               size: int | tuple = None,    # side, or HxW, in pixels; default: the generator's
                keep: Callable = None,       # (image (H,W,3), mask (H,W) in {0,1}), uint8 -> (bool, why)
                tries: int = 5,              # where images are dropped: how many per wanted pair
                start: str = 'noise',        # a key of `STARTS`: noise, real, paste or inpaint
@@ -558,11 +559,11 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt)
     begin = start, strength, into, hardness
     if draws_pairs:
-        size = size or generator.size
+        size = plain_size(size or generator.size)
         settings, more = _plan_pairs(generator, masks, size, settings, *begin), {}
         draw = _with_masks(generator, size, seed, settings)
     else:
-        size = size or generator.backbone.size
+        size = plain_size(size or generator.backbone.size)
         job, settings, more = _plan_masks(generator, pairs, masks, seed, size, settings, *begin, healthy)
         has_images = all(p.image for p in job.pairs)
         if least_margin is not None and settings['strength'] > 0 and has_images:

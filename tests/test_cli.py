@@ -31,7 +31,8 @@ def made(tmp_path_factory):
     lesion_folder(d/'test', 8, size=32, seed=1)
     assert medsyn(f'pretrain {d}/train --out {d}/bb --size 32 --steps 2 --channels 16 32') == 0
     assert medsyn(f'train {d}/train --backbone {d}/bb --out {d}/gen --steps 2') == 0
-    assert medsyn(f'synth {d}/gen --data {d}/train --out {d}/syn -n 9 --steps 2 --sampler dpm++') == 0
+    drawn = f'synth --anyway {d}/gen --data {d}/train --out {d}/syn'
+    assert medsyn(f'{drawn} -n 9 --steps 2 --sampler dpm++') == 0
     assert medsyn(f'segment {d}/train --out {d}/seg --synthetic {d}/syn --size 32 --steps 2') == 0
     return d
 
@@ -67,7 +68,7 @@ def test_siamese_from_the_command_line(made, tmp_path):
                   ' --bs 4') == 0
     assert json.loads((gen/'generator.json').read_text())['class'] == 'SiameseGenerator'
     assert {'L_i', 'L_c', "L_m'", 'w_i', 'augmented'} <= set(pd.read_csv(gen/'log.csv'))
-    assert medsyn(f'synth {gen} --data {made}/train --out {syn} -n 3 --steps 2 --sampler dpm++') == 0
+    assert medsyn(f'synth --anyway {gen} --data {made}/train --out {syn} -n 3 --steps 2 --sampler dpm++') == 0
     assert medsyn(f'compare {made}/train --tests {made}/test --arms real {syn} --out {results}'
                   ' --size 32 --steps 2 --seeds 0') == 0
     assert set(pd.read_csv(results/'scores.csv').arm) == {'real', 'syn'}
@@ -189,11 +190,18 @@ def test_masks_without_a_lesion(made, data, tmp_path, capsys):
     assert 'none of the 9 masks has a lesion' in e              # nine of ten: one is held out
     assert not (tmp_path/'o').exists()
 
+def test_a_generator_that_ignores_its_mask(made, tmp_path, capsys):
+    "Two steps teach nothing: refused before anything is written."
+    e = fails(capsys, f'synth {made}/gen --data {made}/train --out {tmp_path}/o -n 2')
+    assert 'hardly follows its mask' in e and 'at least 0.50% is asked' in e and '--anyway' in e
+    assert not (tmp_path/'o').exists()
+
 # Folders that are not free -------------------------------------------------------------------------
 
 def test_output_folder_of_another_run(made, capsys):
     before = (made/'syn'/'manifest.jsonl').read_bytes()
-    e = fails(capsys, f'synth {made}/gen --data {made}/train --out {made}/syn -n 9 --steps 3 --sampler dpm++')
+    line = f'synth --anyway {made}/gen --data {made}/train --out {made}/syn'
+    e = fails(capsys, f'{line} -n 9 --steps 3 --sampler dpm++')
     assert 'steps was 2, now 3' in e
     assert 'is not empty' in fails(capsys, pretrain(made/'train', made/'test'))
     assert (made/'syn'/'manifest.jsonl').read_bytes() == before
@@ -211,7 +219,7 @@ def test_full_disk_leaves_what_is_complete(made, tmp_path, monkeypatch, capsys):
         count[0] += 1
         if count[0] == 14: raise OSError(28, 'No space left on device')
         return real(fd)
-    line = f'synth {made}/gen --data {made}/train --out {tmp_path}/o -n 9 --steps 2 --sampler dpm++'
+    line = f'synth --anyway {made}/gen --data {made}/train --out {tmp_path}/o -n 9 --steps 2 --sampler dpm++'
     monkeypatch.setattr(os, 'fsync', fsync)
     assert 'the disk is full' in fails(capsys, line)
     monkeypatch.undo()
@@ -260,7 +268,7 @@ def test_checkpoint_of_another_architecture(made, tmp_path, capsys):
     assert str(tmp_path/'seg') in fails(capsys, f'score {tmp_path}/seg --tests {made}/test')
     shutil.copytree(made/'gen', tmp_path/'gen')
     shutil.copy(made/'gen'/'codec'/'model.safetensors', tmp_path/'gen'/'prompts'/'model.safetensors')
-    e = fails(capsys, f'synth {tmp_path}/gen --data {made}/train --out {tmp_path}/o -n 1')
+    e = fails(capsys, f'synth --anyway {tmp_path}/gen --data {made}/train --out {tmp_path}/o -n 1')
     assert 'belongs to another model' in e and not (tmp_path/'o').exists()
 
 # Help ----------------------------------------------------------------------------------------------
@@ -334,7 +342,7 @@ def exits(capsys, line):
     return capsys.readouterr().err
 
 def test_sizes_that_are_not_square(made, tmp_path, capsys):
-    "--size 32x64 where a network takes it, to the prediction at the image's own size; else one sentence."
+    "--size 32x64 to the prediction at the image's own size; a size that does not fit is one sentence."
     small = '--steps 1 --bs 4 --encoder mobilenetv3_small_050'
     segment = f'segment {made}/train {small} --out {tmp_path}/m'
     assert 'multiples of 32: resize 40 to 32 or 64' in fails(capsys, f'{segment} --size 40x64')
@@ -346,8 +354,11 @@ def test_sizes_that_are_not_square(made, tmp_path, capsys):
     compare = f'compare {made}/train --tests {made}/test --out {tmp_path}/c {small} --seeds 0'
     assert medsyn(f'{compare} --size 32x64 --arms real stream:{made}/syn') == 0
     train = f'train {made}/train --backbone {made}/bb --out {tmp_path}/g'
-    assert '32x64' in exits(capsys, f'{train} --size 32x64')
-    assert 'give one side, as 32' in exits(capsys, f'synth {made}/gen --out {tmp_path}/s --size 32x64')
+    assert 'px do not fit this network' in fails(capsys, f'{train} --size 32x60')
+    assert not (tmp_path/'g').exists()
+    synth = f'synth --anyway {made}/gen --data {made}/train --out {tmp_path}/s -n 1 --steps 1 --size 32x64'
+    assert medsyn(synth) == 0
+    assert Image.open(tmp_path/'s'/'images'/'000000.png').size == (64, 32)
     assert "'64xx' is no size" in exits(capsys, f'{segment} --size 64xx')
 
 def test_encoders_of_several_networks(made, tmp_path, capsys):
@@ -378,7 +389,8 @@ def test_masks_alone_and_healthy_images(made, tmp_path):
     "Masks without images lend lesions to images without masks; outside the border these stay as they are."
     shutil.copytree(made/'train'/'masks', tmp_path/'alone')
     shutil.copytree(made/'test'/'images', tmp_path/'healthy')
-    line = f'synth {made}/gen --data {tmp_path}/alone --into {tmp_path}/healthy --healthy --out {tmp_path}/s'
+    into = f'--into {tmp_path}/healthy --healthy --out {tmp_path}/s'
+    line = f'synth --anyway {made}/gen --data {tmp_path}/alone {into}'
     assert medsyn(f'{line} -n 3 --steps 2') == 0
     for row in manifest(tmp_path/'s'):
         mask = np.asarray(Image.open(tmp_path/'s'/row['mask'])) > 0
@@ -392,7 +404,7 @@ def test_masks_alone_and_healthy_images(made, tmp_path):
 SMALL = dict(quickstart=f'--n-train 12 --n-test 4 --n-synth 4 {QUICK}',
              pretrain='--size 32 --steps 1 --channels 16 32',
              train='--steps 2 --bs 4',
-             synth='-n 4 --steps 1 --sampler dpm++',
+             synth='-n 4 --steps 1 --sampler dpm++ --anyway',
              segment='--size 32 --steps 1 --bs 4',
              fit='--size 32 --bs 4 --minutes 5 --least-steps 1 --most-steps 1 --most-folds 2'
                  ' --encoder mobilenetv3_small_050 --arms real two-passes',

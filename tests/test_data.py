@@ -13,8 +13,9 @@ from fastai.torch_core import TensorImage, TensorMask
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
-from medsyn.data.pairs import (StrongAugment, check_pairs, find_images, find_pairs, group_of, image_dls,
-                               pair_dls, random_stream, read_pair, same_images, split_pairs)
+from medsyn.data.pairs import (StrongAugment, _strong, _warped, check_pairs, find_images, find_pairs,
+                               group_of, image_dls, pair_dls, random_stream, read_pair, same_images,
+                               split_pairs)
 
 REAL = os.environ.get('MEDSYN_DATA')
 real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: no real image sets here')
@@ -172,6 +173,29 @@ def test_strong_augmentation_of_an_image_that_is_not_square():
     image, mask = TensorImage(torch.rand(4, 3, 32, 64)), TensorMask((torch.rand(4, 32, 64) > .5).long())
     with random_stream(2): x, y = StrongAugment()((image, mask), split_idx=0)
     assert x.shape == image.shape and y.shape == mask.shape
+
+def drawn_by_a_first_pass(batch):
+    "The strong augmentation in two passes: kornia draws while it augments, then repeats the draws."
+    image = batch[0].as_subclass(torch.Tensor)
+    geometry, colour = _strong(*image.shape[-2:])
+    colour(geometry(image))
+    draws, colour_draws = geometry._params, colour._params
+    moved = [_warped(part, geometry, draws) for part in batch]
+    lost = (batch[-1] > 0).flatten(1).any(1) & ~(moved[-1] > 0).flatten(1).any(1)
+    assert 0 < lost.sum() < len(lost)
+    new = [torch.where(lost.reshape(-1, *[1]*(a.ndim - 1)), torch.Tensor(a).to(b), b)
+           for a, b in zip(batch, moved, strict=True)]
+    coloured = [colour(part, params=colour_draws, data_keys=['image']).clamp(0, 1) for part in new[:-1]]
+    return [*coloured, new[-1]]
+
+def test_strong_augmentation_warps_once_with_the_draws_of_two_passes():
+    mask = torch.zeros(24, 32, 48, dtype=torch.long)
+    mask[:, :4, :4] = 1                                     # in a corner: some draws lose it
+    batch = *[TensorImage(torch.rand(24, 3, 32, 48)) for _ in range(2)], TensorMask(mask)
+    with random_stream(5): expected, after = drawn_by_a_first_pass(batch), torch.rand(1)
+    with random_stream(5): found, then = StrongAugment()(batch, split_idx=0), torch.rand(1)
+    for a, b in zip(expected, found, strict=True): assert (a == b).all()
+    assert after == then                                    # as many random numbers are used
 
 def test_images_alone_are_seeded(pairs):
     files = [p.image for p in pairs]

@@ -85,7 +85,8 @@ def made(tmp_path_factory):
         calls += [(n, f'pretrain {base}/data --out {out}/backbone {small} --channels 16 32'),
                   (n, f'train {base}/data --backbone {base}/1/backbone --out {out}/siamese --method siamese'
                       ' --bs 4 --steps 4 --set K_tau=1'),
-                  (n, f'synth {base}/1/siamese --data {base}/data --out {out}/drawn -n 7 --bs 2 --steps 2'),
+                  (n, f'synth --anyway {base}/1/siamese --data {base}/data --out {out}/drawn'
+                      f' -n 7 --bs 2 --steps 2'),
                   (n, f'compare {base}/data --tests test={base}/test --out {out}/results {small} --seeds 0'
                       ' --arms real copy-paste --encoder mobilenetv3_small_050')]
     calls += [(2, f'segment {base}/data --out {base}/no {small}'),

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import MedsynError, load_json, open_run, pick, save_json, track, write_atomic
+from ..core import (MedsynError, load_json, open_run, pick, removed_on_error, save_json, track,
+                         write_atomic)
 from .pairs import (Pair, Reading, find_pairs, png_of, read_image, read_mask, read_pair,
                                read_table, refuse_classes, show_slice)
 from .volumes import DICOM, is_volume, open_volume, same_place, stem_of
@@ -291,17 +292,18 @@ def convert(path: str | Path,       # folder of a data set (or a COCO file), in 
     if not items: raise MedsynError(f"{path} holds no images with masks: give a data set")
     refuse_classes([Pair(i.name, i.image, i.mask, i.reading) for i in items if i.mask])
     config = dict(data=path.resolve(), to=to, lesions_only=lesions_only, reading=how.chosen())
-    out = open_run(out, config, 'convert')
     image_place, mask_place, one = _PLACES[to]
     rows, taken = [], {}
-    for name, group, source, image, mask in track(_outputs(items, lesions_only), 'convert', len(items)):
-        first = taken.setdefault(name.casefold(), source)
-        if first != source or any(r['name'] == name for r in rows[-1:]):
-            raise MedsynError(f"{first} and {source} are both called {name!r}: rename one")
-        write_atomic(out/image_place.format(name), png_of(image))
-        write_atomic(out/mask_place.format(name), png_of(mask*np.uint8(one)))
-        rows.append(dict(name=name, group=group, source=source))
-    if not rows: raise MedsynError(f"no slice of {path} has a lesion: leave lesions_only out")
+    with removed_on_error(out):
+        out = open_run(out, config, 'convert')
+        for name, group, source, image, mask in track(_outputs(items, lesions_only), 'convert', len(items)):
+            first = taken.setdefault(name.casefold(), source)
+            if first != source or any(r['name'] == name for r in rows[-1:]):
+                raise MedsynError(f"{first} and {source} are both called {name!r}: rename one")
+            write_atomic(out/image_place.format(name), png_of(image))
+            write_atomic(out/mask_place.format(name), png_of(mask*np.uint8(one)))
+            rows.append(dict(name=name, group=group, source=source))
+        if not rows: raise MedsynError(f"no slice of {path} has a lesion: leave lesions_only out")
     table = pd.DataFrame(rows)
     _describe(out, to, table)
     return table

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FITS', 'IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'VOLUME_TYPES', 'FOREIGN', 'AUGMENT', 'Reading',
            'reading', 'Pair', 'Frame', 'save_list', 'read_table', 'find_pairs', 'read_with', 'pairs_hash',
-           'find_images', 'find_masks', 'both_sides', 'Geometry', 'fitting_size', 'auto_window', 'through_window',
-           'show_slice', 'read_image', 'read_mask', 'read_pair', 'foreground_values', 'refuse_classes', 'same_images',
-           'check_pairs', 'png_of', 'clean_masks', 'group_of', 'split_pairs', 'PairDataset', 'random_stream',
-           'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls', 'ImageDataset', 'image_dls']
+           'find_images', 'find_masks', 'both_sides', 'plain_size', 'size_text', 'check_stride', 'Geometry',
+           'fitting_size', 'auto_window', 'through_window', 'show_slice', 'read_image', 'read_mask', 'read_pair',
+           'foreground_values', 'refuse_classes', 'same_images', 'check_pairs', 'png_of', 'clean_masks', 'group_of',
+           'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls',
+           'ImageDataset', 'image_dls']
 
 # %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
@@ -37,8 +38,8 @@ from fastai.vision.augment import aug_transforms
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick, seed_of, track,
-                         write_atomic)
+from ..core import (MedsynError, content_hash, default_device, file_hash, open_run, pick,
+                         removed_on_error, seed_of, track, write_atomic)
 from .volumes import (AXES, DICOM, NIFTI, UNREAD, Volume, is_volume, open_volume, refuse_unread,
                                  same_place, stem_of)
 from ..review import kept_contents, pair_content
@@ -523,6 +524,30 @@ def both_sides(size: int | tuple    # side, or (height, width), in pixels
     if len(sides) != 2 or min(sides) < 1:
         raise MedsynError(f"size={size!r} is no size: give the side, or (height, width), in pixels")
     return int(sides[0]), int(sides[1])
+
+def plain_size(size: int | tuple | list # side, or (height, width), in pixels
+              ) -> int | tuple:         # the side of a square, else (height, width)
+    "A size in its shortest form, also from what JSON makes of it."
+    height, width = both_sides(size)
+    return height if height == width else (height, width)
+
+def size_text(size: int | tuple # side, or (height, width), in pixels
+             ) -> str:          # 64, or 64x96, as --size takes it
+    "A size for people."
+    height, width = both_sides(size)
+    return f'{height}' if height == width else f'{height}x{width}'
+
+def check_stride(size: int | tuple,         # side, or (height, width), in pixels
+                 stride: int,               # both must be multiples of it
+                 what: str = 'this network' # who asks
+                ):
+    "`MedsynError` unless both sides are multiples of a network's stride."
+    sides = both_sides(size)
+    if all(side % stride == 0 for side in sides): return
+    smaller = [side if side % stride == 0 else max(side//stride, 1)*stride for side in sides]
+    larger = [side if side % stride == 0 else low + stride for side, low in zip(sides, smaller, strict=True)]
+    raise MedsynError(f"images of {size_text(size)} px do not fit {what}, whose stride is {stride}: "
+                      f"use {size_text(smaller)} or {size_text(larger)} px")
 
 def _resized(picture, sides, smooth):
     "An array (H,W) or (H,W,3) at another size: bilinear (antialiased) or nearest."
@@ -1228,19 +1253,21 @@ def clean_masks(path: str | Path,               # folder in a known layout
     if window != 'auto': settings['window'] = choices.window
     optional = dict(label=choices.label, page=page, exif=exif, leave_out=leave_out or None)
     settings.update({k: v for k, v in optional.items() if v is not None})
-    out = open_run(out, settings, 'clean')
     rows = [dict(name=_short(r['file'], path), changes=f"left out: {r['problem']}") for r in problems]
-    for p in track(pairs, 'cleaning'):
-        try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
-        except MedsynError as e:
-            advice = 'or leave out what cannot be mended: --leave-out'
-            if not leave_out: raise MedsynError(f'{e}; {advice}') from e
-            rows.append(dict(name=p.name, changes=f'left out: {e}'))
-            continue
-        write_atomic(out/'images'/f'{p.name}.png', png_of(image))
-        write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
-        n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
-        rows.append(dict(name=p.name, unsure=unsure, masks=n_masks, window=used, changes='; '.join(changes)))
+    with removed_on_error(out):
+        out = open_run(out, settings, 'clean')
+        for p in track(pairs, 'cleaning'):
+            try: image, mask, unsure, used, changes = _clean_pair(p, p.reading, threshold, exif)
+            except MedsynError as e:
+                advice = 'or leave out what cannot be mended: --leave-out'
+                if not leave_out: raise MedsynError(f'{e}; {advice}') from e
+                rows.append(dict(name=p.name, changes=f'left out: {e}'))
+                continue
+            write_atomic(out/'images'/f'{p.name}.png', png_of(image))
+            write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
+            n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
+            done = dict(name=p.name, unsure=unsure, masks=n_masks, window=used)
+            rows.append(dict(done, changes='; '.join(changes)))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
 
 # %% ../../nbs/api/11_data.pairs.ipynb #85223663
@@ -1445,24 +1472,23 @@ class StrongAugment(ItemTransform):
     def encodes(self, batch):
         image = batch[0].as_subclass(Tensor)
         geometry, colour = _strong(*image.shape[-2:])
-        moved = geometry(image)
-        draws = geometry._params
-        colour(moved)
-        colour_draws = colour._params
+        draws, colour_draws = (t.forward_parameters(image.shape) for t in (geometry, colour))
+        is_picture = [isinstance(part, (TensorImage, TensorMask)) for part in batch]
+        moved = [_warped(part, geometry, draws) if is_one else None
+                 for part, is_one in zip(batch, is_picture, strict=True)]
 
         # samples that would lose their lesion
         keep = torch.zeros(len(image), dtype=torch.bool, device=image.device)
-        for part in batch:
-            if isinstance(part, TensorMask):
-                keep |= _has_lesion(part) & ~_has_lesion(_warped(part, geometry, draws))
+        for part, new in zip(batch, moved, strict=True):
+            if isinstance(part, TensorMask): keep |= _has_lesion(part) & ~_has_lesion(new)
 
-        def augmented(part):
-            if not isinstance(part, (TensorImage, TensorMask)): return part
+        def augmented(part, new):
+            if new is None: return part
             chosen = keep.reshape(-1, *[1]*(part.ndim - 1))
-            new = torch.where(chosen, part.as_subclass(Tensor), _warped(part, geometry, draws))
+            new = torch.where(chosen, part.as_subclass(Tensor), new)
             if isinstance(part, TensorMask): return TensorMask(new)
             return TensorImage(colour(new, params=colour_draws, data_keys=['image']).clamp(0, 1))
-        return tuple(augmented(part) for part in batch)
+        return tuple(augmented(part, new) for part, new in zip(batch, moved, strict=True))
 
 def batch_transforms(augment: str | bool    # 'strong', 'full' or True, 'flip', 'none' or False
                     ) -> list:              # fastai transforms of a batch

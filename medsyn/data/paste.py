@@ -50,13 +50,15 @@ def affine_moves(centres: Tensor,   # (B,2) what stays in place, in [-1,1]
                  scale: Tensor,     # (B,) over 1 enlarges
                  turn: Tensor,      # (B,) degrees
                  mirror: Tensor,    # (B,) 1 mirrors left and right, 0 does not
-                 shift: Tensor      # (B,2) to the right and downwards, as a share of the picture
+                 shift: Tensor,     # (B,2) to the right and downwards, as a share of the picture
+                 aspect: float = 1. # width of the pictures over their height: a turn keeps the shape
                 ) -> Tensor:        # (B,2,3) for `move`
     "The affine maps that mirror, turn and scale about a centre and then shift."
     angle = turn*math.pi/180
     cos, sin = angle.cos()/scale, angle.sin()/scale
     sign = 1 - 2*mirror
-    turned = torch.stack([torch.stack([sign*cos, sign*sin], 1), torch.stack([-sin, cos], 1)], 1)
+    across, down = torch.stack([sign*cos, sign*sin/aspect], 1), torch.stack([-sin*aspect, cos], 1)
+    turned = torch.stack([across, down], 1)
     goal = centres + 2*shift                                # a picture is 2 wide in these coordinates
     offset = centres - (turned @ goal[..., None])[..., 0]
     return torch.cat([turned, offset[..., None]], 2)
@@ -72,7 +74,8 @@ def random_moves(masks: Tensor,                 # (B,1,H,W) masks of the lesions
     low, high = math.log(scale[0]), math.log(scale[1])
     u = torch.rand(n, 5, generator=generator)
     moves = dict(scale=torch.exp(low + (high - low)*u[:, 0]), turn=turn*(2*u[:, 1] - 1),
-                 mirror=(u[:, 2] < .5).float(), shift=shift*(2*u[:, 3:] - 1))
+                 mirror=(u[:, 2] < .5).float(), shift=shift*(2*u[:, 3:] - 1),
+                 aspect=masks.shape[-1]/masks.shape[-2])
     return affine_moves(lesion_centres(masks).cpu(), **moves).to(masks.device)
 
 def move(x: Tensor,                 # (B,C,H,W) images or masks

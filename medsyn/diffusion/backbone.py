@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core import MedsynError, announce_download, load_json, os_errors, save_json, seeded
+from ..data.pairs import both_sides, check_stride, plain_size
 from .schedule import Schedule
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #f7b7e188
@@ -292,7 +293,7 @@ class Backbone(nn.Module):
         codec: nn.Module,               # `PatchPCA` or `KLCodec`
         text: nn.Module,                # `PromptTable` or `ClipText`
         schedule: Schedule,             # the noise schedule
-        size: int = 512,                # side of the images it was trained on, pixels
+        size: int | tuple = 512,        # of its training images: side, or (height, width), pixels
         prompt: str = PROMPT            # the prompt that training and sampling use unless told otherwise
     ):
         super().__init__()
@@ -300,7 +301,7 @@ class Backbone(nn.Module):
             raise MedsynError(f"the U-Net takes {unet.config.in_channels} channels and the codec gives "
                               f"{codec.channels}: they are not from one model, open both from one folder")
         self.unet, self.codec, self.text, self.schedule = unet, codec, text, schedule
-        self.size, self.prompt = size, prompt
+        self.size, self.prompt = plain_size(size), prompt
         self.source = None              # the folder or hub id that holds these very weights, if there is one
 
     @property
@@ -324,13 +325,10 @@ class Backbone(nn.Module):
         return new
 
     def check_size(self,
-        size: int   # side of images, pixels
+        size: int | tuple   # of images: side, or (height, width), pixels
     ):
-        "`MedsynError` unless images of this side fit the network."
-        if size % self.stride:
-            below = max(size//self.stride, 1)*self.stride
-            raise MedsynError(f"images of {size} px do not fit this network, whose stride is {self.stride}: "
-                              f"use {below} or {below + self.stride} px")
+        "`MedsynError` unless images of this size fit the network."
+        check_stride(size, self.stride)
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #b3e5fcb4
 def _tiny_unet(channels, latent, size, attend, dim):
@@ -345,7 +343,7 @@ def _tiny_unet(channels, latent, size, attend, dim):
 
 def tiny(cls,
          x0: 'Tensor | Iterable',               # (N,3,H,W) training images in [-1,1], or batches of them
-         size: int = 64,                        # side of the images it will make, pixels
+         size: int | tuple = 64,                # of its images: side, or (height, width), pixels
          channels: tuple = (64, 128, 192),      # U-Net channels per level, multiples of 16
          latent: int = 8,                       # components of the codec
          power: float = 0.5,                    # p of the codec, 0 to 1
@@ -356,14 +354,12 @@ def tiny(cls,
         ) -> 'Backbone':                        # untrained; see `pretrain_backbone`
     "A small backbone of Stable Diffusion's kind that needs no downloaded weights; its codec is fitted here."
     stride = 4*2**(len(channels) - 1)
-    if size % stride or size < stride:
-        below = max(size//stride, 1)*stride
-        raise MedsynError(f"images of {size} px do not fit this network, whose stride is {stride}: "
-                          f"use {below} or {(size//stride + 1)*stride} px")
+    check_stride(size, stride)
+    latent_sides = [side//4 for side in both_sides(size)]
     dim, attend = 64, [False] + [True]*(len(channels) - 1)
     noise = Schedule(kind=schedule, prediction=prediction)
     with seeded(seed):
-        unet = _tiny_unet(channels, latent, size//4, attend, dim)
+        unet = _tiny_unet(channels, latent, plain_size(latent_sides), attend, dim)
         codec = PatchPCA(channels=latent, power=power).fit(x0)
         return cls(unet, codec, PromptTable([prompt], dim), noise, size, prompt)
 
@@ -371,24 +367,22 @@ Backbone.tiny = classmethod(tiny)
 
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #21c0de02
 def pixels(cls,
-           size: int = 64,                      # side of the images, pixels
+           size: int | tuple = 64,              # of the images: side, or (height, width), pixels
            channels: tuple = (32, 64, 128),     # U-Net channels per level, multiples of 16
            layers: int = 1,                     # residual blocks per level; 2 in DDPM
-           attend: tuple = (16,),               # sides at which there is self-attention
+           attend: tuple = (16,),               # longer sides at which there is self-attention
            schedule: Schedule = None,           # `None`: DDPM's, 1000 steps, linear from 1e-4 to 0.02, noise
            prompt: str = PROMPT,                # a name: the network does not see it
            seed: int = 0                        # of the initial weights
           ) -> 'Backbone':                      # untrained
     "A backbone that diffuses pixels instead of latents; it needs no weights and no images."
     stride = 2**(len(channels) - 1)
-    if size % stride or size < stride:
-        below = max(size//stride, 1)*stride
-        raise MedsynError(f"images of {size} px do not fit this network, whose stride is {stride}: "
-                          f"use {below} or {below + stride} px")
-    kinds = ['Attn' if size >> level in attend else '' for level in range(len(channels))]
+    check_stride(size, stride)
+    longer = max(both_sides(size))
+    kinds = ['Attn' if longer >> level in attend else '' for level in range(len(channels))]
     with seeded(seed):
         unet = UNet2DConditionModel(
-            sample_size=size, in_channels=3, out_channels=3,
+            sample_size=plain_size(size), in_channels=3, out_channels=3,
             block_out_channels=tuple(channels), layers_per_block=layers,
             down_block_types=tuple(f'{kind}DownBlock2D' for kind in kinds),
             mid_block_type='UNetMidBlock2D',
@@ -457,7 +451,7 @@ Backbone.save_pretrained = save_pretrained
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #7e285ee6
 def from_pretrained(cls,
                     path: str | Path,       # folder of `save_pretrained` or Stable Diffusion 1.x, or hub id
-                    size: int = None,       # side of the images, pixels; default: as saved, else 512
+                    size: int | tuple = None, # side, or (height, width), pixels; default: as saved, else 512
                     prompt: str = None      # default prompt; default: as saved, else "A photo of a polyp."
                    ) -> Backbone:           # in float32, on the CPU, in evaluation mode
     "Open a backbone; `MedsynError` says which part is missing or does not fit."

@@ -178,7 +178,7 @@ class MaskGenerator(Denoiser):
 class PairGenerator(nn.Module):
     "Base class of generators that sample images and masks together."
     needs_mask, needs_image = False, False
-    size: int           # side of the images it was trained on, pixels
+    size: int | tuple   # of its training images: side, or (height, width), pixels
     steps: int = 50     # sampler steps unless told otherwise
     schedule = None     # its noise schedule
     grey: bool = False  # whether its images have one channel
@@ -188,7 +188,7 @@ class PairGenerator(nn.Module):
         seeds,                  # one seed a pair, or a number n for 0 to n-1
         steps: int = None,      # sampler steps; `None`: the generator's own
         sampler: str = 'ddim',  # ddim, dpm++ or unipc
-        size: int = None,       # side in pixels; `None`: the one it was trained at
+        size: int | tuple = None, # side, or (height, width), pixels; `None`: the one it was trained at
         bs: int = 8             # pairs sampled together; does not change them
     ) -> tuple:                 # images (N,H,W,3) uint8, soft masks (N,H,W) float in about [-1,1]
         "Sample images with their masks; pair i depends on `seeds[i]` alone."
@@ -201,9 +201,9 @@ class PairGenerator(nn.Module):
         raise TypeError(f"{type(self).__name__} has no clean_mask(): define one")
 
     def check_size(self,
-        size: int   # side of images, pixels
+        size: int | tuple   # of images: side, or (height, width), pixels
     ):
-        "`MedsynError` unless images of this side fit the networks."
+        "`MedsynError` unless images of this size fit the networks."
         raise TypeError(f"{type(self).__name__} has no check_size(): define one")
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #ace0bb5a

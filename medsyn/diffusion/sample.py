@@ -141,7 +141,7 @@ def check_masks(generator: Denoiser,    # it decides which sizes fit
     if ((m != 0) & (m != 1)).any():
         found = f"{m.min():g} to {m.max():g}"
         raise MedsynError(f"{what} hold values other than 0 and 1 ({found}): threshold them first")
-    for side in m.shape[-2:]: generator.backbone.check_size(side)
+    generator.backbone.check_size(tuple(m.shape[-2:]))
     return m
 
 def _check_inputs(generator, masks, steps, strength, sampler, resample, **each):

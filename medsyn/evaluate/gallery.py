@@ -54,16 +54,16 @@ def _write_quietly(path, data):
 def remembered(file: Path,              # CSV file of the values so far
                stamps: dict,            # id -> stamp
                compute: Callable,       # (list of ids) -> table with one row per id, in this order
-               callback: Callable = None,   # called with the number of ids that are done
-               at_once: int = 250       # ids after which the file is written
+               callback: Callable = None,   # called with the number of finished ids
+               at_once: int = 250       # ids computed between two writings of the file
               ) -> pd.DataFrame:        # indexed by id, in the order of `stamps`
-    "Rows of a table, computed only for new ids and changed stamps; saved every `at_once` of them."
+    "Rows of a table, computed only for new ids and changed stamps; saved after every `at_once` ids."
     try: known = pd.read_csv(file, dtype={'id': str, 'stamp': str}).set_index('id')
     except (OSError, ValueError, KeyError): known = pd.DataFrame(columns=['stamp'])
     if not known.index.is_unique: known = known[~known.index.duplicated(keep='last')]
-    of_known = known['stamp'].to_dict()
-    new = [i for i, s in stamps.items() if of_known.get(i) != s]
-    if new: known = known.loc[[i for i in stamps if i in of_known and of_known[i] == stamps[i]]]
+    known_stamps = known['stamp'].to_dict()
+    new = [i for i, s in stamps.items() if known_stamps.get(i) != s]
+    if new: known = known.loc[[i for i in stamps if i in known_stamps and known_stamps[i] == stamps[i]]]
     for start in range(0, len(new), at_once):
         ids = new[start:start + at_once]
         rows = compute(ids).assign(id=ids, stamp=[stamps[i] for i in ids]).set_index('id')
@@ -75,10 +75,10 @@ def remembered(file: Path,              # CSV file of the values so far
 # %% ../../nbs/api/68_evaluate.gallery.ipynb #ff08baef
 PLACES = [f'{y} {x}' for y in ('upper', 'middle', 'lower') for x in ('left', 'centre', 'right')]
 
-def place_of(x: float,  # of a centre, as a share of the width
-             y: float   # the same of the height
+def place_of(x: float,  # of a centroid, as a share of the width, in [0,1]
+             y: float   # the same as a share of the height
             ) -> str:   # one of `PLACES`; '' for an empty mask
-    "The third of the width and of the height that a point lies in."
+    "The third of the width and the third of the height in which a point lies."
     if np.isnan(x): return ''
     row, column = min(int(3*y), 2), min(int(3*x), 2)
     return PLACES[3*row + column]
@@ -105,11 +105,11 @@ def _measured(mask):
 
 # %% ../../nbs/api/68_evaluate.gallery.ipynb #18a583e1
 class RealSet:
-    "Real images, ready to be compared with."
+    "Real images, ready for comparisons with other pictures."
     def __init__(self,
         real: str | Path | list,    # folder or list of pairs, or folder of images
         size: int = 32,             # side to which pictures are reduced, in pixels
-        q: float = 5                # percentile of their own distances below which a picture is close
+        q: float = 5                # percentile (0 to 100) of their distances; below it a picture is close
     ):
         self.files = _image_files(real)
         if len(self.files) < 3:
@@ -126,10 +126,11 @@ class RealSet:
         images: list    # files, or uint8 (H,W,3)
     ) -> pd.DataFrame:  # real (index), flip, distance, rank in [0,1], close
         "The nearest real image of each picture, compared with the distances between real images."
-        d, index, flips = nearest(pixel_vectors(reduced(images, self.size)), self.mirrored, cosine=True)
-        rank = (self.distances[None] < d[:, None] - self.rounding).mean(1)
-        close = d <= self.threshold + self.rounding
-        return pd.DataFrame(dict(real=index, flip=flips, distance=d, rank=rank, close=close))
+        vectors = pixel_vectors(reduced(images, self.size))
+        distance, index, flips = nearest(vectors, self.mirrored, cosine=True)
+        rank = (self.distances[None] < distance[:, None] - self.rounding).mean(1)
+        close = distance <= self.threshold + self.rounding
+        return pd.DataFrame(dict(real=index, flip=flips, distance=distance, rank=rank, close=close))
 
 def _image_files(source):
     "The image files of pairs, of a list of pairs or files, or of a folder of images."
@@ -171,7 +172,7 @@ def picture_bytes(image: np.ndarray,        # uint8 (H,W,3)
                   side: int = 512,          # the longer side, in pixels
                   mask: np.ndarray = None   # uint8 (H,W) in {0,1} whose outline is drawn; `None`: none
                  ) -> bytes:                # a PNG file
-    "A picture without loss."
+    "A picture as a PNG, without loss of quality."
     with io.BytesIO() as f:
         shown_picture(image, side, mask).save(f, 'PNG')
         return f.getvalue()
@@ -180,31 +181,31 @@ def picture_bytes(image: np.ndarray,        # uint8 (H,W,3)
 PARTS = dict(masks='lesion sizes', novelty='distances to real images', obedience='obedience to the masks')
 
 class Measurement:
-    "One part of what is measured of a folder, made once: now, or in the background."
+    "One measurement of all pairs of a folder, made once: at once or in the background."
     def __init__(self,
         what: str,      # a key of `PARTS`
-        total: int,     # pairs
-        make: Callable  # (callback) -> table; the callback takes the number of pairs that are done
+        total: int,     # number of pairs
+        make: Callable  # (callback) -> table; the callback takes the number of measured pairs
     ):
         self.what, self.total, self.done, self.table = what, total, 0, None
         self._make, self._lock, self._thread, self._error = make, threading.Lock(), None, None
 
     @property
     def text(self) -> str:
-        "How far it is."
+        "The progress."
         return f'Measuring {PARTS[self.what]}: {self.done} of {self.total} pairs'
 
     def now(self) -> pd.DataFrame:
-        "The table; whoever asks waits for it."
+        "The table; the caller waits for it."
         with self._lock:
             self._since = time.monotonic()
             if self.table is None: self.table = self._make(self._count)
         return self.table
 
     def begin(self,
-        wait: float = 0.    # seconds
-    ) -> bool:              # whether the table is there after that time
-        "Measure in the background; what goes wrong there is raised here."
+        wait: float = 0.    # for the table, in seconds
+    ) -> bool:              # whether the table is complete after this time
+        "Measure in the background; an exception there is raised here."
         if self.table is None and self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
@@ -215,7 +216,7 @@ class Measurement:
         return self.table is not None
 
     def _count(self, done):
-        "Note how far it is; a background thread then rests as long as it worked: pages need the processor."
+        "Note the progress; a background thread then pauses as long as it worked: pages need the processor."
         self.done = done
         if threading.current_thread() is self._thread: time.sleep(min(time.monotonic() - self._since, .5))
         self._since = time.monotonic()
@@ -235,12 +236,12 @@ class Page:
     "One page of a gallery."
     ids: list       # of the pictures on it
     number: int     # from 0
-    pages: int      # how many there are, at least 1
+    pages: int      # number of pages, at least 1
     total: int      # pictures that pass the filters
 
 def picture_id(name: str    # of a pair
               ) -> str:     # 16 hexadecimal digits
-    "A pair's name in a form that is safe in an address."
+    "A hash of a pair's name, which is safe in a URL."
     return content_hash(str(name))
 
 class Gallery:
@@ -248,9 +249,9 @@ class Gallery:
     def __init__(self,
         folder: str | Path,         # of pairs, or a list of them
         real: 'RealSet | Callable' = None,  # real images to compare with, or a function that opens them
-        segmenter: 'torch.nn.Module | Callable' = None,     # a `Segmenter` of real pairs; or as above
+        segmenter: 'torch.nn.Module | Callable' = None,     # `Segmenter` trained on real pairs, or as above
         cache: str | Path = None,   # folder for thumbnails and measures; `None`: .view in the folder
-        pairs: list = None          # the folder's pairs, if they are known already
+        pairs: list = None          # the pairs of the folder, if they were found before
     ):
         self.source = Path(folder)
         if pairs is None: pairs = find_pairs(self.source, strict=False)
@@ -293,7 +294,7 @@ class Gallery:
 
     @cached_property
     def lines(self) -> dict:
-        "Image file -> its line in the manifest, or in that of painted pairs."
+        "Image file -> its line in manifest.jsonl or painted.jsonl."
         found = {}
         for name in ('manifest.jsonl', 'painted.jsonl'):
             for row in json_lines(self.folder/name):
@@ -303,7 +304,7 @@ class Gallery:
     def line(self,
         id: str     # of a picture
     ) -> dict:      # empty if there is none
-        "How a pair was made."
+        "The line of the manifest that says how a pair was made."
         return self.lines.get(Path(self.pair(id).image).resolve(), {})
 
     def thumbnail(self,
@@ -336,7 +337,7 @@ class Gallery:
     def measures(self,
         parts: Iterable = None  # keys of `PARTS`; `None`: all that can be measured
     ) -> pd.DataFrame:          # indexed by id: name, and the columns of the parts
-        "What is known of every picture; what is not known yet is measured now."
+        "The measures of every picture; missing ones are computed now."
         names = pd.DataFrame(dict(name=[p.name for p in self.pairs.values()]), index=list(self.pairs))
         chosen = self.parts if parts is None else parts
         return pd.concat([names, *[self.parts[what].now() for what in chosen]], axis=1)
@@ -386,19 +387,19 @@ class Gallery:
         return remembered(self.cache/file, stamps, partial(self._compute, what), callback)
 
 def _opened(source):
-    "What was given, or what the function that was given opens; a network is no such function."
+    "The source, or the result of a function that opens it; a network is callable and is not called."
     return source() if callable(source) and not isinstance(source, torch.nn.Module) else source
 
 def obedience_text(dice: float, # between a mask and what a segmenter finds, in [0,1]
-                   least: float = .5    # below which an image is disobedient, see `obedience`
+                   least: float = .5    # Dice in [0,1] from which the lesion counts as found, see `obedience`
                   ) -> str:
-    "What a segmenter says of an image and its mask."
+    "The judgement of a segmenter on an image and its mask, in words."
     verdict = 'found where the mask is' if dice >= least else 'not found where the mask is'
     return f'obedience {dice:.2f} (Dice): the lesion is {verdict}'
 
 def novelty_text(found: dict    # distance, rank, close: a row of `RealSet.judge`
                 ) -> str:
-    "How near the nearest real image is, beside how near real images are to each other."
+    "The distance to the nearest real image, beside the distances between real images, in words."
     closer = ', closer than real images are to each other' if found['close'] else ''
     nearer = f"{found['rank']:.0%} of the real images have a nearer one"
     return f"nearest real image at {found['distance']:.3f}{closer} ({nearer})"
@@ -449,7 +450,7 @@ def _in_size(table, size):
     return third[size]
 
 def _some_only(obeys):
-    "Whether bounds leave anything out; `MedsynError` if they are no bounds."
+    "Whether the bounds exclude anything; `MedsynError` if they are not valid."
     least, most = obeys
     if not 0 <= least <= most <= 1:
         raise MedsynError(f"obedience from {least} to {most}: give bounds from 0 to 1, the smaller one first")
@@ -480,11 +481,11 @@ def browse(gallery: Gallery,        # opened
            size: str = '',          # of `SIZES`: thirds of the folder's lesions; '': any
            place: str = '',         # of `PLACES`; '': any
            close: bool = False,     # only pictures closer to a real image than real ones are to each other
-           obeys: tuple = (0, 1),   # only pictures of an obedience from .. to; (0, 1): any, measured or not
-           page: int = 0,           # from 0; beyond the last: the last
+           obeys: tuple = (0, 1),   # least and largest obedience, in [0,1]; (0, 1): any, measured or not
+           page: int = 0,           # from 0; a number beyond the last page gives the last
            per_page: int = PAGE     # pictures on a page
           ) -> Page:                # the page
-    "A page of a gallery, sorted and filtered; what was not measured sorts last."
+    "A page of a gallery, sorted and filtered; pictures without a measure come last."
     needed = parts_needed(gallery, sort, size, place, close, obeys)
     table, column = gallery.measures([part.what for part in needed]), SORTS[sort]
     keep = pd.Series(True, table.index)
@@ -493,8 +494,8 @@ def browse(gallery: Gallery,        # opened
     if close: keep &= table.close
     if _some_only(obeys): keep &= table.obedience.between(*obeys)
     if state:
-        said = states(gallery)
-        keep &= table.index.map(lambda id: said.get(id, 'open')) == pick(state, STATES, 'state')
+        decided = states(gallery)
+        keep &= table.index.map(lambda id: decided.get(id, 'open')) == pick(state, STATES, 'state')
     table = table[keep].sort_values(column, ascending=not descending, kind='stable', na_position='last')
     pages = max(-(-len(table)//per_page), 1)
     number = min(max(page, 0), pages - 1)
@@ -508,7 +509,7 @@ class Item:
     set: str        # synthetic or real
     name: str       # of the pair
     image: Path     # its file
-    content: str    # of its files, see `pair_content`
+    content: str    # hash of its files, see `pair_content`
 
 def opinion_sheet(gallery: Gallery,     # opened
                   who: str,             # the reviewer
@@ -562,7 +563,7 @@ def score_item(folder: str | Path,  # where the reviews are
     return add_review(folder, item.name, who, score=score, content=item.content, set=item.set, blinded=True)
 
 def opinion_scores(folder: str | Path   # where the reviews are
-                  ) -> pd.DataFrame:    # set, who, n, mean, lo, hi; who '' is the mean over reviewers
+                  ) -> pd.DataFrame:    # set, who ('': the mean over reviewers), n, mean, lo, hi
     "Mean blinded scores of each set with 95% intervals over pictures."
     reviews = read_reviews(folder)
     given = reviews[reviews.blinded.astype(bool) & reviews.score.notna()]

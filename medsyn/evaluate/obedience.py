@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..core import MedsynError, seed_of, track
-from ..data.pairs import find_pairs, read_image, read_pair
+from ..data.pairs import find_pairs, plain_size, read_image, read_pair, size_text
 from ..diffusion.learner import MASKS, denoising_losses
 from .fidelity import module_hash
 from .overlap import score
@@ -31,7 +31,7 @@ def _as_pairs(pairs): return list(pairs) if isinstance(pairs, (list, tuple)) els
 
 def agreement(segmenter: Segmenter,     # trained on real pairs alone
               pairs: list | str | Path, # list of `Pair`, or a folder of pairs
-              size: int = None,         # side in pixels to resize images and masks to; `None`: as stored
+              size: int | tuple = None, # side, or (height, width), to resize both to; `None`: as stored
               bs: int = 16,             # images per batch; it does not change the result
               device: str = None,       # where to run; `None`: where the segmenter is
               desc: str = 'obedience'   # title of the progress bar
@@ -56,16 +56,17 @@ class Obedience:
     "What `obedience` found."
     frame: pd.DataFrame     # set (synthetic, real), name, `SCORES`, mask, found; one row per image
     summary: pd.DataFrame   # set, metric, value, lo, hi, n, extractor, note; one row per set and metric
-    size: int               # side in pixels at which both sets were compared
+    size: int | tuple       # side, or (height, width), in pixels at which both sets were compared
 
 def _summary(frame, judge, size, least):
     "Means with intervals over images, and the share below the threshold."
+    shown = size_text(size)
     for name, group in frame.groupby('set', sort=False):
         common = dict(set=name, n=len(group), extractor=judge)
         for metric in SCORES:
             found = paired_bootstrap(group[metric], 0*group[metric])
             interval = dict(value=found['diff'], lo=found['lo'], hi=found['hi'])
-            note = f'in pixels, at {size} px' if metric == 'hd95' else f'at {size} px'
+            note = f'in pixels, at {shown} px' if metric == 'hd95' else f'at {shown} px'
             yield dict(common, metric=metric, **interval, note=note)
         below = (group['dice@0.5'] < least).mean()
         yield dict(common, metric=f'share below {least:g}', value=below, note='of images, by dice@0.5')
@@ -73,7 +74,7 @@ def _summary(frame, judge, size, least):
 def obedience(segmenter: Segmenter, # trained on real pairs alone
               synthetic: list | str | Path, # synthetic pairs: list of `Pair`, or a folder
               real: list | str | Path,      # real pairs the segmenter has not seen, the same
-              size: int = None,     # side in pixels at which both are compared; `None`: the synthetic images'
+              size: int | tuple = None, # at which both are compared, pixels; `None`: the synthetic images'
               least: float = .5,    # Dice below which an image counts as disobedient, in [0,1]
               bs: int = 16,         # images per batch
               device: str = None    # where to run; `None`: where the segmenter is
@@ -84,7 +85,7 @@ def obedience(segmenter: Segmenter, # trained on real pairs alone
         if len(pairs) < 2:
             raise MedsynError(f"{len(pairs)} {name} pairs: obedience needs at least two of each set")
     if not 0 <= least <= 1: raise MedsynError(f"least is {least}: give a Dice from 0 to 1")
-    size = size or max(read_image(sets['synthetic'][0].image).shape[:2])
+    size = plain_size(size or read_image(sets['synthetic'][0].image).shape[:2])
     tables = []
     for name, pairs in sets.items():
         table = agreement(segmenter, pairs, size, bs, device, f'obedience, {name}')
@@ -121,7 +122,7 @@ def _check_takes_mask(generator, so_what):
 
 def denoising_probe(generator: object,      # any generator that takes a mask
                     pairs: list | str | Path, # list of `Pair`, real or synthetic, or a folder; two or more
-                    size: int = None,       # side in pixels; `None`: the backbone's
+                    size: int | tuple = None, # side, or (height, width), pixels; `None`: the backbone's
                     ts: tuple = (100, 300, 500, 700, 900), # timesteps to average over
                     seed: int = 0           # of the noise
                    ) -> pd.DataFrame:       # `PROBE_COLUMNS`: losses under three masks, and two margins

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..core import MedsynError, content_hash, pick, save_json, seed_of, seeded, write_atomic
+from ..data.pairs import plain_size
 from ..diffusion.backbone import Backbone, MaskedConv
 from ..diffusion.learner import Cond, MaskGenerator, denoising_learner
 from ..train import ORDER, LossTermCB
@@ -247,7 +248,7 @@ def from_pretrained(cls: AlignmentGenerator,
         found = generator.origin['at'] or 'memory'
         raise MedsynError(f"the backbone in {found} is not the one that the adapters were trained on: "
                           "pass that one as backbone=")
-    generator.backbone.size, generator.backbone.prompt = origin['size'], origin['prompt']
+    generator.backbone.size, generator.backbone.prompt = plain_size(origin['size']), origin['prompt']
     unet = generator.backbone.unet
     expected = {f'unet.{name}': v for name, v in get_peft_model_state_dict(unet).items()}
     adapters = _load_tensors(path/LORA, expected)

@@ -30,6 +30,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ..core import MedsynError, load_json, os_errors, pick, save_json, seed_of, seeded, track
+from ..data.pairs import both_sides, check_stride, plain_size
 from ..diffusion.backbone import PatchPCA, load_part, load_tensors, save_tensors
 from ..diffusion.learner import PairGenerator
 from ..diffusion.sample import start_noise, to_uint8
@@ -56,21 +57,22 @@ class GuidedNet(nn.Module):
 def guided_net(
     inner: int,                                     # channels K of the noised input
     guide: int,                                     # channels G of the guide
-    side: int,                                      # height and width of its input
+    side: int | tuple,                              # of its input: side, or (height, width)
     channels: tuple = (32, 32, 64, 64, 128, 128),   # per level; each level halves the side
     layers: int = 2,                                # residual blocks per level
-    attend: tuple = (16,)                           # sides at which there is attention
+    attend: tuple = (16,)                           # longer sides at which there is attention
 ) -> GuidedNet:                                     # untrained
     "A U-Net guided by channel concatenation; `MedsynError` if the side does not fit."
     stride = 2**(len(channels) - 1)
-    if side % stride:
-        raise MedsynError(f"feature maps of {side}x{side} do not fit a network of {len(channels)} levels: "
+    height, width = both_sides(side)
+    if height % stride or width % stride:
+        raise MedsynError(f"feature maps of {height}x{width} do not fit a network of {len(channels)} levels: "
                           f"use a multiple of {stride}, or fewer levels")
-    kinds = ['Attn' if side >> level in attend else '' for level in range(len(channels))]
+    kinds = ['Attn' if max(height, width) >> level in attend else '' for level in range(len(channels))]
     shared_divisor = math.gcd(*channels)
     groups = max(g for g in range(1, 33) if shared_divisor % g == 0)
     return GuidedNet(UNet2DModel(
-        sample_size=side, in_channels=inner + guide, out_channels=inner,
+        sample_size=plain_size(side), in_channels=inner + guide, out_channels=inner,
         block_out_channels=tuple(channels), layers_per_block=layers,
         down_block_types=tuple(f'{kind}DownBlock2D' for kind in kinds),
         up_block_types=tuple(f'{kind}UpBlock2D' for kind in reversed(kinds)),
@@ -125,7 +127,7 @@ class PairedGenerator(PairGenerator):
         generator: GuidedNet,           # denoises the second part, guided by the guider's estimate
         codecs: dict,                   # 'mask' and 'image' -> `Pixels` or `PatchPCA`, both of one stride
         schedule: Schedule,             # of both
-        size: int = 256,                # side of the images it was trained on, pixels
+        size: int | tuple = 256,        # of its training images: side, or (height, width), pixels
         first: str = 'mask',            # what the guider denoises, see `FIRST`
         guide: str = 'x0',              # the guide of the generator, see `GUIDES`
         binarise: str = 'never',        # when the estimate is binarised before it guides, see `BINARISE`
@@ -142,7 +144,7 @@ class PairedGenerator(PairGenerator):
                               "the estimate is an image: use weight=False, binarise='never'")
         self.config = dict(first=first, guide=guide, binarise=binarise, weight=weight, clip=clip)
         self.guider, self.generator, self.codecs = guider, generator, nn.ModuleDict(codecs)
-        self.schedule, self.size = schedule, size
+        self.schedule, self.size = schedule, plain_size(size)
         self.trained = set()            # the networks whose training is finished
 
     @property
@@ -164,13 +166,10 @@ class PairedGenerator(PairGenerator):
         return self.codecs['mask'].stride*2**(levels - 1)
 
     def check_size(self,
-        size: int   # side of images, pixels
+        size: int | tuple   # of images: side, or (height, width), pixels
     ):
-        "`MedsynError` unless images of this side fit the networks."
-        if size % self.stride == 0 and size >= self.stride: return
-        smaller = max(size//self.stride, 1)*self.stride
-        raise MedsynError(f"images of {size} px do not fit these networks, whose stride is {self.stride}: "
-                          f"use {smaller} or {smaller + self.stride} px")
+        "`MedsynError` unless images of this size fit the networks."
+        check_stride(size, self.stride, 'these networks')
 
     def estimate(self,
         out: Tensor,    # (B,K,h,w) output of a network
@@ -420,24 +419,23 @@ def paired_generator(
     seed: int = 0               # of the initial weights
 ) -> PairedGenerator:           # untrained
     "A pair for these data; `MedsynError` for a size that does not fit or for an unknown setting."
-    scale = TINY if (dls.size < 128 if latent is None else latent) else PAPER
+    sides = both_sides(dls.size)
+    scale = TINY if (max(sides) < 128 if latent is None else latent) else PAPER
     given = dict(channels=channels, layers=layers, attend=attend, prediction=prediction)
     net = {**scale, **{name: value for name, value in given.items() if value is not None}}
+    stride = 4 if net['latent'] else 1
+    check_stride(dls.size, stride*2**(len(net['channels']) - 1), 'these networks')
     images, masks, grey = _training_set(dls)
     image_channels = 1 if grey else 3
     codecs = {'mask': Pixels(1), 'image': Pixels(image_channels)}
     if net['latent']:
-        codecs['mask'] = PatchPCA(4, 1, 4).fit(masks)
-        codecs['image'] = PatchPCA(4, image_channels, 8).fit(images[:, :image_channels])
+        codecs['mask'] = PatchPCA(stride, 1, 4).fit(masks)
+        codecs['image'] = PatchPCA(stride, image_channels, 8).fit(images[:, :image_channels])
 
-    stride = codecs['mask'].stride
-    multiple = stride*2**(len(net['channels']) - 1)
-    if dls.size % multiple:
-        raise MedsynError(f"images of {dls.size} px do not fit these networks: "
-                          f"use a multiple of {multiple} px")
     parts = FIRST[::-1] if first == 'image' else FIRST
     first_channels, second_channels = (codecs[part].channels for part in parts)
-    shape = dict(side=dls.size//stride, channels=net['channels'], layers=net['layers'], attend=net['attend'])
+    latent_sides = tuple(side//stride for side in sides)
+    shape = dict(side=latent_sides, channels=net['channels'], layers=net['layers'], attend=net['attend'])
     with seeded(seed_of(seed, 'paired')):
         guider = guided_net(first_channels, second_channels, **shape)
         generator = guided_net(second_channels, first_channels, **shape)
@@ -517,7 +515,7 @@ def sample_pairs(
     seeds: list,                # one seed per pair, or a number n for 0 to n-1
     steps: int = None,          # sampler steps; `None`: 256, the paper's
     sampler: str = 'ddim',      # ddim, dpm++ or unipc
-    size: int = None,           # side in pixels; `None`: the size of its training images
+    size: int | tuple = None,   # side, or (height, width), pixels; `None`: of its training images
     bs: int = 8,                # pairs per batch; does not change the result
     eta: float = 0.,            # with ddim: share of fresh noise, see `denoise_pair`
     order: str = 'guider',      # which network goes first in a step: guider (the paper) or generator
@@ -529,7 +527,7 @@ def sample_pairs(
     size, steps = size or pair.size, pair.steps if steps is None else steps
     _check_sampling(pair, steps, sampler, eta, order, size)
     channels = [pair.codecs[part].channels for part in pair.parts]
-    side = size//pair.codecs['mask'].stride
+    sides = [side//pair.codecs['mask'].stride for side in both_sides(size)]
     on_step = None
     if callback:
         def on_step(step, t, x0, y0): callback(step, t, _pictures(pair, x0, y0))
@@ -539,7 +537,7 @@ def sample_pairs(
     with track(desc=desc, total=len(seeds)) as bar:
         for i in range(0, len(seeds), bs):
             batch_seeds = seeds[i:i + bs]
-            noise = start_noise(batch_seeds, (sum(channels), side, side)).to(pair.device)
+            noise = start_noise(batch_seeds, (sum(channels), *sides)).to(pair.device)
             x, y = noise.split(channels, 1)
             x, y = denoise_pair(pair, x, y, steps, sampler, order, eta, batch_seeds, on_step)
             pictures = _pictures(pair, x, y)

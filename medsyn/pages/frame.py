@@ -196,7 +196,7 @@ async function measuring() {
   const found = await ask('/measuring' + location.search)
   if (!found) return
   if (!found.text) { location.reload(); return }
-  at('measuring').textContent = found.text + '. Until then all pictures stand here, by name.'
+  at('measuring').textContent = found.text + '. Until then all pictures are shown, by name.'
   setTimeout(measuring, 1000)
 }
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import MedsynError, seed_of
+from ..data.pairs import both_sides
 from .learner import foreground
 from ..train import LossTermCB
 
@@ -30,11 +31,12 @@ def soft_mask(out: Tensor,              # logits (B,1,H,W) or (B,2,H,W)
 
 # %% ../../nbs/api/55_segment.feedback.ipynb #3be01974
 def fit_size(x: Tensor,     # (B,C,H,W)
-             size: int      # side in pixels
-            ) -> Tensor:    # (B,C,size,size)
+             size: int | tuple  # side, or (height, width), in pixels
+            ) -> Tensor:    # (B,C,height,width)
     "Images or soft masks at the generator's size; a gradient flows through."
-    if x.shape[-2:] == (size, size): return x
-    return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+    sides = both_sides(size)
+    if x.shape[-2:] == sides: return x
+    return F.interpolate(x, sides, mode='bilinear', antialias=True)
 
 def noised_images(generator: nn.Module, # takes a mask; any class
                   x: Tensor,            # (B,3,H,W) images in [0,1]
@@ -125,10 +127,11 @@ class GenerativeFeedbackCB(LossTermCB):
 
     def before_batch(self):
         height, width = self.x.shape[-2:]
-        size = self.generator.backbone.size
-        if (height, width) != (size, size) and not self.resize:
-            raise MedsynError(f"the generator samples {size}x{size} px, the segmenter gets {width}x{height}:"
-                              " train both at one size, or pass resize=True to judge at the generator's size")
+        own_height, own_width = both_sides(self.generator.backbone.size)
+        if (height, width) != (own_height, own_width) and not self.resize:
+            raise MedsynError(f"the generator samples {own_width}x{own_height} px, the segmenter gets"
+                              f" {width}x{height}: train both at one size, or pass"
+                              " resize=True to judge at the generator's size")
 
     def after_loss(self):
         self.learn.terms.pop(self.name, None)

@@ -335,7 +335,7 @@ def codec_convolution(codec: nn.Module) -> tuple: # weight (K,3,p,p) and bias (K
     return weight, -(codec.mean @ codec.basis)/codec.scale
 
 def diffusion_segmenter(backbone: nn.Module,    # a tiny backbone, see `diffusion.backbone`; it is copied
-                        size: int = None,   # side in pixels; `None`: the backbone's
+                        size: int | tuple = None,   # side, or (height, width), pixels; `None`: the backbone's
                         t: int = 20,        # the timestep given to the U-Net, in [0, T)
                         classes: int = 1    # output channels
                        ) -> Segmenter:      # to be fine-tuned
