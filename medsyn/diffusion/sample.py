@@ -208,7 +208,8 @@ def sample(generator: Denoiser,         # any generator
         if kept: cond = generator.with_kept(cond, z0)
         null = GUIDES[guide](cond, empty.expand(n, -1, -1))
         with autocast_of(bb.device, precision):
-            z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample, seeds[chosen])
+            z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample,
+                        seeds[chosen])
         return to_uint8(bb.codec.decode(z))
 
     was_training, out = generator.training, []
