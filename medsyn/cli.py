@@ -264,7 +264,7 @@ def _pairs_or_images(folder, how):
 
 @command('experiment.make_generator', READING, leave='pairs source settings cbs',
          late='unlabelled prompt set',
-         rare='probe page axis prompt',
+         rare='probe page axis prompt precision accumulate checkpointing eight_bit cache',
          example='medsyn train data --backbone backbone --out generator --method siamese --set w_c=1')
 def train(
     data: str,             # folder or list of pairs
@@ -288,6 +288,7 @@ def train(
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
     make_generator(pairs, opened, out, source=source, settings=settings(set),
                    unlabelled=_frames(unlabelled, how), **kw)
+    if kw['dry_run']: return
     needs_mask = method.opens.needs_mask
     obeyed = 'mask' if needs_mask else 'guidance'
     masks = f' --data {data}' if needs_mask else ''

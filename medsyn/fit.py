@@ -28,10 +28,11 @@ from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read
                                split_pairs)
 from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, stem_of
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
-                               draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
-                               read_scores, report, run_log, score_run, share_runs, split_once,
-                               train_segmenter, unlabelled_images)
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, ImageStream, Run, Split,
+                               check_unlabelled, describe, draws_pairs, generator_dls,
+                               make_backbone, make_generator, open_arm, read_scores, report,
+                               run_log, score_run, share_runs, split_once, train_segmenter,
+                               unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
 from .resume import forget
 from .segment.catalog import Arm
@@ -230,7 +231,7 @@ class Synthesis:
         if self.pretrain:
             return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
                                  seed=seed, unlabelled=frames, save_every=save_every)
-        return Backbone.tiny(images_of([*split.train, *frames], size), size, self.channels, seed=seed)
+        return Backbone.tiny(ImageStream([*split.train, *frames], size), size, self.channels, seed=seed)
 
     def seconds(self,
                 split: Split,   # the labelled pairs
