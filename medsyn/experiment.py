@@ -64,7 +64,7 @@ from .segment.models import own_encoder, segmenter
 from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
-from .train import EvalCB, precision_of
+from .train import EvalCB, precision_of, whole_command
 from .viz import curves, save_png, show_rows
 from .watch import WatchCB
 
@@ -589,7 +589,9 @@ def compare(
     with main_first(): out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
     if jobs > 1: run_jobs(request, out, jobs)
-    share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
+    to_do = -(-sum(not file_of(run).exists() for run in runs)//count())
+    with whole_command(steps*to_do):
+        share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
     about = dict(command=shlex.join(sys.argv), hardware=hardware(), versions=versions(), jobs=jobs,
                  seconds=round(time.time() - started), tests={k: len(v) for k, v in tests.items()},
                  train={k: dict(training=len(s.train), held_out=len(s.held)) for k, s in splits.items()},
@@ -938,10 +940,11 @@ def make_generator(
     if keeps_latents:
         with main_first(): dls = cached_dls(dls, backbone, out/'cache')
     learners = [spare(learn, precision, accumulate, checkpointing, eight_bit) for learn in make(dls=dls)]
-    for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        watch = _watching(learn, name, split, size, out, pictures)
-        fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *parallel_cbs(), *cbs],
-                      schedule=entry.schedule, desc=f'train {name}')
+    with whole_command(steps*len(learners)):
+        for learn, name in zip(learners, entry.networks or (method,), strict=True):
+            watch = _watching(learn, name, split, size, out, pictures)
+            fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *parallel_cbs(), *cbs],
+                          schedule=entry.schedule, desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     made = _finish(learners, model, out, entry.networks)

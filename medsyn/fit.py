@@ -39,7 +39,7 @@ from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
 from .segment.models import Segmenter, own_encoder, segmenter
 from .synth import generator_hash, synthesize
-from .train import fit_steps
+from .train import fit_steps, whole_command
 from .watch import WatchCB
 
 # %% ../nbs/api/72_fit.ipynb #10de5037
@@ -444,7 +444,8 @@ def fit(
     for line in job.plan.lines(): print(line, flush=True)
     winner, said, gain = 'real', 'There was time for real images alone.', float('nan')
     if job.plan.folds:
-        scores, logs = _cross_validated(job)
+        with whole_command(job.plan.steps*job.plan.folds*len(job.plan.arms)):
+            scores, logs = _cross_validated(job)
         winner = choose_arm(scores, job.plan.arms)
         means = scores.groupby('arm')['dice@0.5'].mean()
         said = verdict(winner, pd.read_csv(job.out/'cv'/'differences.csv'), means)

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'SCHEDULES', 'PRECISIONS', 'StepsCB', 'share_done', 'LossTermCB', 'LogCB', 'WeightedLossCB', 'EMACB',
-           'evaluating', 'EvalCB', 'fit_steps', 'precision_of', 'autocast_of', 'precision_cbs', 'common_cbs']
+           'evaluating', 'EvalCB', 'CommandClock', 'whole_command', 'fit_steps', 'precision_of', 'autocast_of',
+           'precision_cbs', 'common_cbs']
 
 # %% ../nbs/api/02_train.ipynb #c5993b20
 import contextlib
+import contextvars
+import datetime
 import math
+import time
 
 import pandas as pd
 import torch
@@ -260,19 +264,52 @@ SCHEDULES = dict(
     one_cycle=lambda lr: combined_cos(0.25, lr/25, lr, lr/1e5))
 
 # %% ../nbs/api/02_train.ipynb #ab8e39fd
+class CommandClock:
+    "How long a command of several fits will still take, from the steps that this process has done."
+    def __init__(self,
+        total: int  # steps of all fits
+    ): self.total, self.done, self.worked, self.start = total, 0, 0, time.monotonic()
+
+    def count(self,
+        steps: int,         # that are behind it now
+        resumed: int = 0    # of them, those that a saved state brought
+    ):
+        "Note finished steps."
+        self.done, self.worked = self.done + steps, self.worked + steps - resumed
+
+    def left(self) -> str:
+        "The time left, as 1:02:03."
+        seconds = (time.monotonic() - self.start)/max(self.worked, 1)*max(self.total - self.done, 0)
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+_CLOCK = contextvars.ContextVar('clock', default=None)
+
+@contextlib.contextmanager
+def whole_command(steps: int    # of all fits inside together
+                 ):             # yields a `CommandClock`
+    "Inside, the bar of each fit also says the time that is left for all of them."
+    token = _CLOCK.set(CommandClock(steps))
+    try: yield _CLOCK.get()
+    finally: _CLOCK.reset(token)
+
 class _BarCB(Callback):
     "The progress bar of `fit_steps`, which also checks that the loss is finite."
     order, run_valid, name = ORDER['log'] - 1, False, 'steps_bar'
     def __init__(self, desc): self.desc = desc
 
-    def before_fit(self): self.bar = track(desc=self.desc, total=self.learn.steps.total)
+    def before_fit(self):
+        self.bar, self.clock = track(desc=self.desc, total=self.learn.steps.total), _CLOCK.get()
+        self.counted = 0
     def after_batch(self):
         done = self.learn.steps.done
         self.bar.update(done - self.bar.n)
+        if self.clock: self.clock.count(done - self.counted, resumed=done - self.counted - 1)
+        self.counted = done
         if done % 20 == 0 or done == self.learn.steps.total: self.check(done)
     def check(self, done):
         loss = self.learn.loss.item()
-        self.bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
+        in_all = f', {self.clock.left()} left in all' if self.clock else ''
+        self.bar.set_postfix_str(f'loss {loss:.3f}{in_all}', refresh=False)
         if not math.isfinite(loss):
             raise MedsynError(f"the loss became {loss} at step {done} of {self.desc}: "
                               f"lower the learning rate (now {self.opt.hypers[-1]['lr']:.2g})")
