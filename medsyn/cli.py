@@ -147,7 +147,7 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
           **kw              # of `check_pairs`
          ) -> int:          # 2 if there are errors
     "List every problem of a set of pairs: file, problem, remedy."
-    from medsyn.data.pairs import check_pairs, find_pairs
+    from medsyn.data.pairs import auto_windows, check_pairs, find_pairs
     table = check_pairs(data, window=how.window, page=how.page, label=how.label, axis=how.axis)
     for row in table.itertuples(): print(f'{row.severity:7} {row.file}: {row.problem}; {row.remedy}')
     if out: write_atomic(out, table.to_csv(index=False))
@@ -155,7 +155,12 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
     n_warnings = int((table.severity == 'warning').sum())
     counts = f"{n_errors} error{'s'[:n_errors != 1]}, {n_warnings} warning{'s'[:n_warnings != 1]}"
     verdict = '' if n_errors else ': ready for training'
-    print(f"{len(find_pairs(data, strict=False))} pairs, {counts}{verdict}")
+    pairs = find_pairs(data, strict=False, how=how)
+    if how.window == 'auto' and (windows := auto_windows(pairs).values()):
+        low, high = (f'{min(ends):.6g} to {max(ends):.6g}' for ends in zip(*windows, strict=True))
+        print(f'{len(windows)} images have windows of their own, LO {low}, HI {high}:'
+              ' --window LO HI reads all alike')
+    print(f"{len(pairs)} pairs, {counts}{verdict}")
     if n_errors:
         print(f'Next: medsyn clean {shlex.quote(data)} --out NEW_FOLDER (what needs a person is left out with'
               ' --leave-out)')
@@ -259,7 +264,7 @@ def _pairs_or_images(folder, how):
 
 @command('experiment.make_generator', READING, leave='pairs source settings cbs',
          late='unlabelled prompt set',
-         rare='probe page axis prompt',
+         rare='probe page axis prompt precision accumulate checkpointing eight_bit cache',
          example='medsyn train data --backbone backbone --out generator --method siamese --set w_c=1')
 def train(
     data: str,             # folder or list of pairs
@@ -283,6 +288,7 @@ def train(
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
     make_generator(pairs, opened, out, source=source, settings=settings(set),
                    unlabelled=_frames(unlabelled, how), **kw)
+    if kw['dry_run']: return
     needs_mask = method.opens.needs_mask
     obeyed = 'mask' if needs_mask else 'guidance'
     masks = f' --data {data}' if needs_mask else ''
@@ -298,7 +304,7 @@ def synth(
     generator: str,    # folder of medsyn train
     out: str,          # folder to write: images, masks, manifest.jsonl
     data: str = None,  # pairs whose masks are used, all but the held-out tenth; or a folder of masks alone
-    n: int = 200,      # pairs to draw
+    n: int = 200,      # pairs to sample
     into: str = None,  # folder of pairs or images that receive the lesions (start inpaint, or paste)
     keep: str = None,  # folder of a segmenter (medsyn segment): images that disobey their mask are dropped
     least: float = 0.5,  # with keep: smallest Dice between its prediction and the mask
@@ -628,7 +634,7 @@ def _placeholder(option):
     if option.type is sides: return 'N|HxW'
     if option.type in (int, float): return 'N' if option.type is int else 'X'
     if option.name.startswith('arm'): return 'ARM'
-    return 'DIR' if 'folder' in option.about.lower() else option.name.rsplit('_')[-1].upper()
+    return 'DIR' if re.search(r'\bfolder', option.about.lower()) else option.name.rsplit('_')[-1].upper()
 
 def _add(parser, option, is_positional):
     "One option, or one argument."

@@ -6,9 +6,9 @@
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
            'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'prediction_file',
-           'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'images_of',
-           'generator_dls', 'make_backbone', 'sampler_of', 'make_generator', 'describe', 'draws_pairs', 'picture',
-           'commands', 'Stage', 'FixedStages', 'quickstart']
+           'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'ImageStream',
+           'images_of', 'generator_dls', 'make_backbone', 'sampler_of', 'make_generator', 'describe', 'draws_pairs',
+           'picture', 'commands', 'Stage', 'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -46,12 +46,14 @@ from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_ima
                                pairs_hash, plain_size, random_stream, read_image, read_pair, reading,
                                same_images, save_list, size_text, split_pairs)
 from .diffusion.backbone import Backbone
+from .diffusion.cache import cached_dls
 from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
                                      settings_of)
+from .memory import check_memory, memory_of, memory_table, spare
 from .processes import count, is_main, main_first, parallel_cbs, wait
 from .resume import fit_resumable, forget
 from .segment.annealing import RealAnchorCB
@@ -62,7 +64,7 @@ from .segment.models import own_encoder, segmenter
 from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
-from .train import EvalCB
+from .train import EvalCB, precision_of, whole_command
 from .viz import curves, save_png, show_rows
 from .watch import WatchCB
 
@@ -587,7 +589,9 @@ def compare(
     with main_first(): out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
     if jobs > 1: run_jobs(request, out, jobs)
-    share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
+    to_do = -(-sum(not file_of(run).exists() for run in runs)//count())
+    with whole_command(steps*to_do):
+        share_runs(runs, file_of, lambda run: plan.score(run, file_of(run)), 'compare')
     about = dict(command=shlex.join(sys.argv), hardware=hardware(), versions=versions(), jobs=jobs,
                  seconds=round(time.time() - started), tests={k: len(v) for k, v in tests.items()},
                  train={k: dict(training=len(s.train), held_out=len(s.held)) for k, s in splits.items()},
@@ -730,18 +734,30 @@ def _data(out, data, n_train, n_test, size, seed, how):
     save_list(out/'data'/'test.csv', test)
     return train, test
 
+class ImageStream:
+    "Images in batches (B,3,height,width) in [-1,1], for fitting a codec without holding the data set."
+    def __init__(self,
+        images: Sequence,   # `Pair`s, or image files
+        size: int | tuple,  # side, or (height, width), in pixels
+        most: int = 2000,   # of more, so many evenly spaced ones are taken
+        bs: int = 16        # images in a batch
+    ):
+        places = np.linspace(0, len(images) - 1, min(len(images), most)).round().astype(int)
+        self.images, self.size, self.bs = [images[i] for i in places], size, bs
+
+    def __len__(self): return len(self.images)
+
+    def __iter__(self):
+        for start in track(range(0, len(self), self.bs), 'reading'):
+            arrays = [read_image(item, self.size) for item in self.images[start:start + self.bs]]
+            yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)/127.5 - 1
+
 def images_of(images: Sequence,     # `Pair`s, or image files
               size: int | tuple,    # side, or (height, width), in pixels
               most: int = 2000      # of more, so many evenly spaced ones are taken
              ) -> torch.Tensor:     # (N,3,height,width) in [-1,1]
-    "Images as one tensor, for fitting a codec."
-    places = np.linspace(0, len(images) - 1, min(len(images), most)).round().astype(int)
-    stacked = torch.empty(len(places), 3, *both_sides(size))
-    for row, i in enumerate(track(places, 'reading')):
-        item = images[i]
-        array = read_image(item, size)
-        stacked[row] = torch.from_numpy(array).permute(2, 0, 1)/127.5 - 1
-    return stacked
+    "A few images as one tensor; a codec is fitted on an `ImageStream`."
+    return torch.cat(list(ImageStream(images, size, most)))
 
 # %% ../nbs/api/70_experiment.ipynb #8d33f2ca
 def generator_dls(split: Split,         # the labelled pairs
@@ -779,7 +795,7 @@ def make_backbone(
     check_unlabelled(frames, split.held, 'held-out')
     if frames: config['unlabelled'] = [file_hash(f) for f in frames]
     learned, held = _split_frames(frames) if alone else ([*split.train, *frames], [])
-    backbone = Backbone.tiny(images_of(learned, size), size, channels, seed=seed, **given_prompt)
+    backbone = Backbone.tiny(ImageStream(learned, size), size, channels, seed=seed, **given_prompt)
     if alone: dls = DataLoaders(image_dls(learned, size, bs, seed, 'flip'),
                                 image_dls(held, size, bs, seed, 'none', shuffle=False, blank=True))
     else: dls = generator_dls(split, size, bs, seed, augment='flip')
@@ -815,9 +831,23 @@ def _finish(learners, model, out, networks=()):
             for frame, network in zip(frames, networks): frame.insert(0, 'network', network)
             write_atomic(out/f'{name}.csv', pd.concat(frames).to_csv(index=False))
         with os_errors(out): model.save_pretrained(out)
-        forget(out/'state')
+        for part in ('state', 'cache'): forget(out/part)
     wait()
     return model.eval()
+
+def _print_needs(learners, precision, n_images, backbone):
+    "Print what a training will need."
+    dls = learners[0].dls
+    table = memory_table(learners, precision)
+    print(f'GiB of memory, counted without training; {hardware()},'
+          f' {memory_of(dls.device)/2**30:.1f} GiB, {precision_of(dls.device, precision)}:')
+    print(table.round(3).to_string(index=False))
+    if backbone:        # mean and log-variance of each latent, in float32
+        height, width = both_sides(dls.size)
+        pixels = height*width//backbone.codec.stride**2
+        cached = n_images*2*backbone.codec.channels*pixels*4
+        print(f'On the disk until the end: latents of {n_images} images, {cached/2**30:.3f} GiB')
+    print(f"Fits: {', '.join(table.option[table.fits]) or 'none of these; use a smaller --bs or --size'}")
 
 def sampler_of(split: Split,    # the labelled pairs
                size: int | tuple, # side, or (height, width), in pixels
@@ -870,6 +900,12 @@ def make_generator(
     unlabelled: Sequence = (),  # images without masks, for a method that learns from them (concat)
     save_every: float = 10,    # minutes between saved states of the training; 0: after every step
     pictures: int = 0,         # how often in a run samples are written to live/, for medsyn view
+    precision: str = None,     # fp32, bf16 or fp16 (default: what the device is made for)
+    accumulate: int = 1,       # parts in which a batch is computed: less memory, the same losses
+    checkpointing: bool = False,  # compute blocks twice instead of keeping them: less memory, the same losses
+    eight_bit: bool = False,   # AdamW with moments of 8 bits (needs bitsandbytes and a GPU)
+    cache: bool = True,        # on Stable Diffusion, encode each image once, and keep that until the end
+    dry_run: bool = False,     # print what the run will need, and which options fit; train nothing
     cbs: Sequence = ()         # further callbacks of every fit, as `minutes.PaceCB`
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
@@ -887,30 +923,40 @@ def make_generator(
     if backbone: backbone.check_size(size)
     config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,
                   lr=lr, size=size, seed=seed)
-    if settings: config['settings'] = dict(settings)
-    if frames:
-        config['unlabelled'] = [file_hash(f) for f in frames]
-        settings['unlabelled'] = frames
+    given = dict(settings=dict(settings), precision=precision, eight_bit=eight_bit,
+                 unlabelled=[file_hash(f) for f in frames])
+    config |= {name: value for name, value in given.items() if value}
+    if frames: settings['unlabelled'] = frames
     dls = generator_dls(split, size, bs, seed, augment='flip' if tiny else 'none')
-    make = partial(generator_learners, method, dls, backbone, lr=lr, seed=seed, probe=probe, **settings)
-    if backbone is None: make()         # what does not fit shows before anything is written
+    check_memory(dls.device, bs, precision, accumulate, eight_bit)
+    make = partial(generator_learners, method, backbone=backbone, lr=lr, seed=seed, probe=probe, **settings)
+    keeps_latents = cache and not tiny and not frames
+    if dry_run: return _print_needs(make(dls=dls), precision, len(split.train), keeps_latents and backbone)
+    if backbone is None: make(dls=dls)  # what does not fit shows before anything is written
     with main_first(): out = open_run(out, config, 'train')
     if (out/'generator.json').exists():
         forget(out/'state')
         return load_generator(out)
-    learners = make()
-    for learn, name in zip(learners, entry.networks or (method,), strict=True):
-        can_sample = isinstance(learn.model, (Denoiser, PairGenerator))     # the guider of a pair cannot
-        draw = sampler_of(split, size) if pictures and can_sample else None
-        fit_cbs = [WatchCB(out, name, draw, pictures), *parallel_cbs(), *cbs]
-        fit_resumable(learn, steps, out/'state'/name, save_every, fit_cbs, schedule=entry.schedule,
-                      desc=f'train {name}')
+    if keeps_latents:
+        with main_first(): dls = cached_dls(dls, backbone, out/'cache')
+    learners = [spare(learn, precision, accumulate, checkpointing, eight_bit) for learn in make(dls=dls)]
+    with whole_command(steps*len(learners)):
+        for learn, name in zip(learners, entry.networks or (method,), strict=True):
+            watch = _watching(learn, name, split, size, out, pictures)
+            fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *parallel_cbs(), *cbs],
+                          schedule=entry.schedule, desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
     made = _finish(learners, model, out, entry.networks)
     if is_main(): describe(out, split, frames)
     wait()
     return made
+
+def _watching(learn, name, split, size, out, pictures):
+    "What writes tables, and samples of a network that can sample; the guider of a pair cannot."
+    can_sample = isinstance(learn.model, (Denoiser, PairGenerator))
+    draw = sampler_of(split, size) if pictures and can_sample else None
+    return WatchCB(out, name, draw, pictures)
 
 def describe(out: str | Path,           # folder of a saved model
              split: Split,              # what it was trained on

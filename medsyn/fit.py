@@ -28,17 +28,18 @@ from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read
                                split_pairs)
 from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, stem_of
 from .diffusion.backbone import Backbone
-from .experiment import (METRICS_SHOWN, HeldOutCurveCB, Run, Split, check_unlabelled, describe,
-                               draws_pairs, generator_dls, images_of, make_backbone, make_generator, open_arm,
-                               read_scores, report, run_log, score_run, share_runs, split_once,
-                               train_segmenter, unlabelled_images)
+from .experiment import (METRICS_SHOWN, HeldOutCurveCB, ImageStream, Run, Split,
+                               check_unlabelled, describe, draws_pairs, generator_dls,
+                               make_backbone, make_generator, open_arm, read_scores, report,
+                               run_log, score_run, share_runs, split_once, train_segmenter,
+                               unlabelled_images)
 from .generate.catalog import METHODS, generator_learners, settings_of
 from .resume import forget
 from .segment.catalog import Arm
 from .segment.learner import LOSSES, predict
 from .segment.models import Segmenter, own_encoder, segmenter
 from .synth import generator_hash, synthesize
-from .train import fit_steps
+from .train import fit_steps, whole_command
 from .watch import WatchCB
 
 # %% ../nbs/api/72_fit.ipynb #10de5037
@@ -230,7 +231,7 @@ class Synthesis:
         if self.pretrain:
             return make_backbone(split, out/'backbone', size, steps, self.bs, channels=self.channels,
                                  seed=seed, unlabelled=frames, save_every=save_every)
-        return Backbone.tiny(images_of([*split.train, *frames], size), size, self.channels, seed=seed)
+        return Backbone.tiny(ImageStream([*split.train, *frames], size), size, self.channels, seed=seed)
 
     def seconds(self,
                 split: Split,   # the labelled pairs
@@ -443,7 +444,8 @@ def fit(
     for line in job.plan.lines(): print(line, flush=True)
     winner, said, gain = 'real', 'There was time for real images alone.', float('nan')
     if job.plan.folds:
-        scores, logs = _cross_validated(job)
+        with whole_command(job.plan.steps*job.plan.folds*len(job.plan.arms)):
+            scores, logs = _cross_validated(job)
         winner = choose_arm(scores, job.plan.arms)
         means = scores.groupby('arm')['dice@0.5'].mean()
         said = verdict(winner, pd.read_csv(job.out/'cv'/'differences.csv'), means)

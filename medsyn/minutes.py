@@ -26,7 +26,7 @@ from .data.pairs import Reading, find_pairs
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
 from .evaluate.overlap import evaluate_segmenter
-from .experiment import (METRICS_SHOWN, Split, Stage, generator_dls, images_of, open_arm, quickstart,
+from .experiment import (METRICS_SHOWN, Split, Stage, generator_dls, ImageStream, open_arm, quickstart,
                                split_once, train_segmenter)
 from .fit import ClockCB, late_gain
 from .generate.catalog import METHODS, generator_learners
@@ -111,7 +111,7 @@ def measure_quickstart(
     "Train each network for a few steps on this machine."
     dls, cost, backbone = generator_dls(split, size, bs, 0, 'flip'), {}, None
     if METHODS[method].backbone:
-        backbone = Backbone.tiny(images_of(split.train, size), size, channels)
+        backbone = Backbone.tiny(ImageStream(split.train, size), size, channels)
         clock = ClockCB()
         pretrain_backbone(dls, backbone, steps, cbs=[clock])
         cost['pretrain'] = clock.step_seconds

@@ -532,7 +532,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                pairs: list,                 # of `Pair` that lend masks, lesions and pictures; `None` for PIG
                out: Path,                   # folder to write: images/, masks/, manifest.jsonl, synth.json
                n: int,                      # pairs to make; with `keep` or masks of its own, to keep
-               masks: str = None,           # random (flipped, scaled, shifted; `None` means it) or real
+               masks: str = None,           # random: flipped, scaled, shifted (default), or real
                seed: int = 0,               # of everything
                steps: int = None,           # sampler steps; `None`: 50, and 256 for PIG
                guidance: float = None,      # `None`: the generator's own; 1 is none
@@ -543,10 +543,10 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                size: int | tuple = None,    # side, or HxW, in pixels; default: the generator's
                keep: Callable = None,       # (image (H,W,3), mask (H,W) in {0,1}), uint8 -> (bool, why)
                tries: int = 5,              # where images are dropped: how many per wanted pair
-               start: str = 'noise',        # a key of `STARTS`: noise, real, paste or inpaint
-               strength: float = None,      # how far a picture is noised, in [0,1]; `None`: see `STRENGTHS`
+               start: str = 'noise',        # noise, or a picture: real, paste or inpaint
+               strength: float = None,      # noise on a picture, [0,1] (default paste .3, real .5, inpaint 1)
                into: list = None,           # `Pair`s or image files that receive a lesion; `None`: the pairs
-               healthy: bool = False,       # images of `into` have no lesion: the rest is background
+               healthy: bool = False,       # the images of --into have no lesion: the rest is background
                hardness: dict = None,       # name of a pair -> weight, see `segment.streams.hardness`
                least_margin: float = None,  # of a generator under masks, see `LEAST_MARGIN`; `None`: any
                anyway: bool = False         # go on with a generator below that bar

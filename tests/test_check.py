@@ -10,9 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
-from medsyn.data.pairs import (FITS, Geometry, Pair, check_pairs, clean_masks, find_images, find_pairs,
-                               fitting_size, pair_dls, pairs_hash, read_image, read_mask, read_pair, reading,
-                               save_list)
+from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks, find_images,
+                               find_pairs, fitting_size, pair_dls, pairs_hash, read_image, read_mask,
+                               read_pair, reading, save_list)
 
 N = 24
 
@@ -211,6 +211,7 @@ def test_16_bit_colours_are_not_cut_to_8_bits(tmp_path):
     assert report.problem.tolist() == ['image has more than 8 bits per channel']
     assert '--window 20 4980 or --window auto' in report.remedy.item()
     assert not len(check_pairs([pair], least=1, window='auto'))
+    assert [round(end) for end in auto_windows([pair])[pair.image]] == [20, 4980]
 
 @pytest.mark.parametrize('order', ['II', 'MM'])
 def test_a_16_bit_tiff_of_colours(tmp_path, order):

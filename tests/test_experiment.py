@@ -45,14 +45,14 @@ def test_nothing_learns_from_the_held_out_pairs(tmp_path, monkeypatch):
             taught.setdefault(name, []).append(names(args[position]))
             return original(*args, **kw)
         monkeypatch.setattr(experiment, name, watched)
-    watch('images_of', 0)                   # the codec
+    watch('ImageStream', 0)                  # the codec
     watch('pair_dls', 0)                    # backbone, generator, segmenters
     watch('synthesize', 1)
     quickstart(tmp_path/'q', n_train=20, n_test=4, size=32, pretrain_steps=1, train_steps=1, segment_steps=1,
                n_synth=4, sample_steps=1, channels=(16, 32), seeds=(0,))
     split = split_once(tmp_path/'q'/'data'/'train.csv')
     held, real = names(split.held), names(split.train)
-    assert len(held) == 2 and set(taught) == {'images_of', 'pair_dls', 'synthesize'}
+    assert len(held) == 2 and set(taught) == {'ImageStream', 'pair_dls', 'synthesize'}
     assert len(taught['pair_dls']) == 5                         # backbone, generator, three arms
     assert all(real <= given and not held & given for calls in taught.values() for given in calls)
     manifest = (tmp_path/'q'/'synthetic'/'manifest.jsonl').read_text().splitlines()

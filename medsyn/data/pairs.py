@@ -7,9 +7,9 @@ __all__ = ['FITS', 'IMAGE_WORDS', 'MASK_WORDS', 'LAYOUTS', 'IMAGE_TYPES', 'VOLUM
            'reading', 'Pair', 'Frame', 'save_list', 'read_table', 'find_pairs', 'read_with', 'pairs_hash',
            'find_images', 'find_masks', 'both_sides', 'plain_size', 'size_text', 'check_stride', 'Geometry',
            'fitting_size', 'auto_window', 'through_window', 'show_slice', 'read_image', 'read_mask', 'read_pair',
-           'foreground_values', 'refuse_classes', 'same_images', 'check_pairs', 'png_of', 'clean_masks', 'group_of',
-           'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment', 'batch_transforms', 'pair_dls',
-           'ImageDataset', 'image_dls']
+           'foreground_values', 'refuse_classes', 'same_images', 'auto_windows', 'check_pairs', 'png_of', 'clean_masks',
+           'group_of', 'split_pairs', 'PairDataset', 'random_stream', 'SeededDL', 'StrongAugment', 'batch_transforms',
+           'pair_dls', 'ImageDataset', 'image_dls']
 
 # %% ../../nbs/api/11_data.pairs.ipynb #25518763
 import contextlib
@@ -1130,6 +1130,18 @@ def _check_classes(pairs, root):
         held = ', '.join(sorted(values))
         rows.append(_row(file, f'holds {held}', 'choose the foreground with --label', 'note'))
     return rows
+
+def auto_windows(pairs: list    # of `Pair`
+                ) -> dict:      # image file -> (lo, hi), of the images with more than 8 bits
+    "What `window='auto'` reads each image through."
+    windows = {}
+    for p in pairs:
+        try:
+            im = _open(p.image, 'image', p.reading.page, p.reading.axis)
+            if not (im.mode in _DEEP or im.deep_colour): continue
+            windows[p.image] = auto_window(_full_values(im, p.image, p.reading.page))
+        except MedsynError: continue        # `check_pairs` names it
+    return windows
 
 def check_pairs(pairs: str | Path | list,       # folder in a known layout, or list of `Pair`
                 stride: int = 32,               # smallest side in pixels that the networks take

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple  # noqa: F401 (named in annotations)
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +50,25 @@ class PatchPCA(nn.Module):
         self.register_buffer('basis', torch.eye(d)[:, :channels].contiguous())
         self.register_buffer('scale', torch.ones(channels))
 
+    def some_patches(self,
+        x0: 'Tensor | Iterable'     # (N,C,H,W) images, or batches of N images in all
+    ) -> Tensor:                    # (n,d), evenly spaced; n is at most about two million
+        "Patches to fit the codec on: of many images, some of each."
+        every, first, found = None, 0, []
+        for batch in [x0] if isinstance(x0, Tensor) else x0:
+            patches = F.pixel_unshuffle(batch, self.stride).movedim(1, -1).flatten(0, -2)
+            every = every or max(1, len(patches)*len(x0)//len(batch)//2**20)
+            found.append(patches[first::every].clone())
+            first = (first - len(patches)) % every
+        return torch.cat(found)
+
     def fit(self,
-        x0: Tensor      # (N,C,H,W) images in [-1,1], at least one
-    ) -> 'PatchPCA':    # itself, fitted; at most about a million patches are used
+        x0: 'Tensor | Iterable' # (N,C,H,W) images in [-1,1], at least one; or batches of N images in all
+    ) -> 'PatchPCA':            # itself, fitted
         "Fit mean, basis and scales in closed form."
         if not len(x0):
             raise MedsynError("the codec is fitted on images and got none: pass the training images")
-        patches = F.pixel_unshuffle(x0, self.stride).movedim(1, -1).flatten(0, -2)
-        patches = patches[::max(1, len(patches)//2**20)].double()
+        patches = self.some_patches(x0).double()
         mean = patches.mean(0)
         covariance = (patches - mean).T @ (patches - mean) / len(patches)
         variances, axes = torch.linalg.eigh(covariance)                     # from the smallest to the largest
@@ -331,7 +342,7 @@ def _tiny_unet(channels, latent, size, attend, dim):
         cross_attention_dim=dim, attention_head_dim=8, norm_num_groups=16)
 
 def tiny(cls,
-         x0: Tensor,                            # (N,3,H,W) training images in [-1,1], to fit the codec
+         x0: 'Tensor | Iterable',               # (N,3,H,W) training images in [-1,1], or batches of them
          size: int | tuple = 64,                # of its images: side, or (height, width), pixels
          channels: tuple = (64, 128, 192),      # U-Net channels per level, multiples of 16
          latent: int = 8,                       # components of the codec

@@ -69,6 +69,7 @@ class Denoiser(nn.Module):
     "A latent diffusion model without a mask; the base class of every generator on a backbone."
     needs_mask, needs_image = False, False
     guidance, guide = 9., 'prompt'      # of sampling on Stable Diffusion (Siamese-Diffusion, Sec. 4.2)
+    can_recompute = True                # its blocks may be computed twice, see `memory.checkpoint_blocks`
     def __init__(self,
         backbone: Backbone  # trained further where `trainable` says so
     ):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import MedsynError, pick, seed_of, track
 from .learner import Cond, Denoiser
 from .schedule import Schedule
+from ..train import autocast_of
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #c8c6162f
 def start_noise(seeds: list,        # one seed an image
@@ -116,7 +117,7 @@ def denoise(model: Denoiser,            # any generator
                 z = _noised_again(schedule, z, t, timesteps[k + 1], noise)
             if kept: z = kept.impose(z, schedule, t_batch.long())
             out = guided(model, scheduler.scale_model_input(z, t), t_batch, cond, null, guidance)
-            z = scheduler.step(out, t, z).prev_sample
+            z = scheduler.step(out.to(z.dtype), t, z).prev_sample
     return kept.impose(z, schedule) if kept else z
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #6b5291da
@@ -178,7 +179,8 @@ def sample(generator: Denoiser,         # any generator
            strength: float = None,      # share of the schedule for `init`, [0,1]; `None`: 0.6, with `keep` 1
            keep: Tensor = None,         # (N,1,H,W) in {0,1}: where `init` is kept (1); the rest is generated
            resample: int = 1,           # with `keep`: how often each step is made (RePaint)
-           desc: str = 'sample'         # title of the progress bar
+           desc: str = 'sample',        # title of the progress bar
+           precision: str = None        # fp32, bf16 or fp16; `None`: what the device is made for
           ) -> np.ndarray:              # (N,H,W,3) uint8
     "Sample one image per mask; `MedsynError` names what does not fit."
     bb = generator.backbone
@@ -205,7 +207,9 @@ def sample(generator: Denoiser,         # any generator
         cond = Cond(part(masks), text.expand(n, -1, -1), part(images) if generator.needs_image else None)
         if kept: cond = generator.with_kept(cond, z0)
         null = GUIDES[guide](cond, empty.expand(n, -1, -1))
-        z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample, seeds[chosen])
+        with autocast_of(bb.device, precision):
+            z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample,
+                        seeds[chosen])
         return to_uint8(bb.codec.decode(z))
 
     was_training, out = generator.training, []

@@ -74,6 +74,7 @@ class Spade(nn.Module):
 class ArSDMGenerator(MaskGenerator):
     "Mask to image: a U-Net with SPADE, computed from the mask, in its decoder."
     guidance, guide = 2., 'mask'
+    can_recompute = False               # the mask is in the normalisations during the forward pass alone
     def __init__(self,
         backbone: Backbone,     # on pixels or on latents; not changed: its U-Net is copied
         hidden: int = 32,       # channels inside SPADE; 128 in the paper

@@ -19,6 +19,7 @@ from fastai.learner import Learner
 from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from ..core import MedsynError, pick, seed_of, seeded
 from ..diffusion.backbone import Backbone, Trunk, head
@@ -147,7 +148,16 @@ def fixed_head(
 ) -> Tensor:                        # the U-Net's output, (B,K,h,w)
     "`head` with parameters that get no gradient; this replaces the deep copy of Eq. 8."
     fixed = {f'unet.{name}': p.detach() for name, p in unet.named_parameters() if p.requires_grad}
-    return functional_call(_Decoder(unet), fixed, (trunk, control))
+    def answer(down, mid): return functional_call(_Decoder(unet), fixed, (trunk, (down, mid)))
+    blocks = [b for b in unet.up_blocks.modules() if getattr(b, 'gradient_checkpointing', False)]
+    if not blocks: return answer(*control)
+
+    def answer_at_once(down, mid):      # blocks that are computed again must find the fixed parameters again
+        for b in blocks: b.gradient_checkpointing = False
+        try: return answer(down, mid)
+        finally:
+            for b in blocks: b.gradient_checkpointing = True
+    return checkpoint(answer_at_once, *control, use_reentrant=False)
 
 # %% ../../nbs/api/31_generate.siamese.ipynb #d110a77c
 class ImageBranchCB(LossTermCB):

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import MedsynError, pick
 from ..data.pairs import Geometry, Pair, both_sides, read_image
 from .models import Segmenter
-from ..train import EMACB, common_cbs
+from ..train import EMACB, autocast_of, common_cbs
 
 # %% ../../nbs/api/52_segment.learner.ipynb #bb94f757
 def foreground(out: Tensor  # network output (B,1,H,W) or (B,2,H,W)
@@ -238,7 +238,8 @@ def predict(model: Segmenter,   # a segmenter, on any device
             bs: int = 16,       # images per batch; it does not change the result
             device: str | torch.device = None, # where to run; `None`: where the model is
             logits: bool = False, # return logits instead of probabilities
-            flips: bool = False # average over the image, its two mirror images and both at once: four passes
+            flips: bool = False, # average over the image, its two mirror images and both at once: four passes
+            precision: str = None # fp32, bf16 or fp16; `None`: what the device is made for
            ) -> list:           # float32 arrays (H,W): each image's prediction at its own size
     "Predict the lesion in each image; the model's mode is restored."
     device, was_training = device or next(model.parameters()).device, model.training
@@ -250,7 +251,7 @@ def predict(model: Segmenter,   # a segmenter, on any device
             side = size or model.config.get('size') or images[0].shape[0]
             geometries = [Geometry(i.shape[:2], side, model.config.get('fit', 'stretch')) for i in images]
             batch = _batch(images, geometries, device)
-            out = flip_averaged(model, batch) if flips else model(batch)
+            with autocast_of(device, precision): out = flip_averaged(model, batch) if flips else model(batch)
             for out_one, geometry in zip(out, geometries, strict=True):
                 logit = _as_predicted(model, to_original(out_one, geometry))
                 predictions.append((logit if logits else logit.sigmoid()).cpu().numpy())
