@@ -195,7 +195,7 @@ def verdict(winner: str,                # the chosen arm
     found = differences[differences.arm == winner].iloc[0]
     which = f"against real images alone, {found.text}"
     said = f"{winner} is best in cross-validation: {which}." if found.lo > 0 else \
-        f"{winner} is best in cross-validation, as far as can be told: {which}."
+        f"{winner} has the highest mean Dice in cross-validation: {which}."
     return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
 # %% ../nbs/api/72_fit.ipynb #ff31ae68
@@ -355,7 +355,9 @@ def _advice(job, winner, gain):
     "What more time would change, in sentences."
     out = []
     if not math.isnan(gain):
-        rising = "more steps would still help" if gain > .5 else "it is flat, more steps alone would not help"
+        if gain > .5: rising = "more steps would still help"
+        elif gain < -.5: rising = "it falls, fewer steps may be better"
+        else: rising = "it is flat, more steps alone would not help"
         out.append(f"The held-out Dice of {winner} changed by {gain:+.1f} points in the last fifth of a run:"
                    f" {rising}.")
     for name, minutes in job.plan.left_out.items():

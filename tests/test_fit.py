@@ -1,5 +1,6 @@
 "The main job: a plan that keeps the time, folds that leak nothing, a choice that resumes; predictions."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -110,8 +111,13 @@ def test_the_plan_keeps_the_time():
 def test_what_the_verdict_says():
     row = lambda lo: pd.DataFrame([dict(arm='fixmatch', lo=lo, text='+2.0 dice')])
     assert 'Real images alone are best' in verdict('real', row(.1), pd.Series({'real': .5}))
-    assert 'as far as can be told' in verdict('fixmatch', row(-.1), None)
-    assert 'as far as can be told' not in verdict('fixmatch', row(.1), None)
+    assert 'fixmatch has the highest mean Dice' in verdict('fixmatch', row(-.1), None)
+    assert 'fixmatch is best' in verdict('fixmatch', row(.1), None)
+
+@pytest.mark.parametrize('gain, words', [(3., 'more steps would still help'), (-2., 'it falls'), (.1, 'it is flat')])
+def test_what_the_curve_says(gain, words):
+    job = SimpleNamespace(plan=SimpleNamespace(left_out={}), unlabelled=['frame'])
+    assert words in module._advice(job, 'real', gain)[0]
 
 def test_bad_input_is_one_sentence(folders, labelled, tmp_path):
     "And nothing is written."
