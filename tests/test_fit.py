@@ -114,7 +114,9 @@ def test_what_the_verdict_says():
     assert 'fixmatch has the highest mean Dice' in verdict('fixmatch', row(-.1), None)
     assert 'fixmatch is best' in verdict('fixmatch', row(.1), None)
 
-@pytest.mark.parametrize('gain, words', [(3., 'more steps would still help'), (-2., 'it falls'), (.1, 'it is flat')])
+CURVES = [(3., 'more steps would still help'), (-2., 'it falls'), (.1, 'it is flat')]
+
+@pytest.mark.parametrize('gain, words', CURVES)
 def test_what_the_curve_says(gain, words):
     job = SimpleNamespace(plan=SimpleNamespace(left_out={}), unlabelled=['frame'])
     assert words in module._advice(job, 'real', gain)[0]
