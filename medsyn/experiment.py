@@ -1046,7 +1046,7 @@ def commands(train: list,   # training pairs
         f"medsyn train {data}/train.csv {source} --out {again}/generator --method {o['method']}"
         f" --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
         f"medsyn synth {again}/generator --data {data}/train.csv --out {again}/synthetic --n {o['n_synth']}"
-        f" --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']}",
+        f" --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']} --anyway",
         f"medsyn compare {data}/train.csv --tests {data}/test.csv --arms real real-twice {again}/synthetic"
         f" --out {again}/results --size {size} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 

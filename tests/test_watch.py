@@ -50,11 +50,11 @@ def test_quickstart(tmp_path, looks):
     experiment.quickstart(out, n_train=12, n_test=4, size=32, pretrain_steps=3, train_steps=4,
                           segment_steps=3, n_synth=3, sample_steps=1, channels=(16, 32), seeds=(0,))
     check_shown(out, looks, 'backbone/pretrain', 3)
-    check_shown(out, looks, 'generator/control', 4, pictures=4)
+    check_shown(out, looks, 'generator/concat', 4, pictures=4)
     runs = [f'results/{arm}_unet_0' for arm in ('real', 'real-twice', 'synthetic')]
     for name in runs: check_shown(out, looks, name, 3)
-    assert list(looks) == ['backbone/pretrain', 'generator/control', *runs]
-    assert list(read_run(out/'backbone')) == ['pretrain'] and list(read_run(out/'generator')) == ['control']
+    assert list(looks) == ['backbone/pretrain', 'generator/concat', *runs]
+    assert list(read_run(out/'backbone')) == ['pretrain'] and list(read_run(out/'generator')) == ['concat']
     assert sorted(read_run(out/'results')) == [name.removeprefix('results/') for name in sorted(runs)]
     shutil.rmtree(out/'generator'/'live')                           # without it the finished tables remain
     assert read_run(out/'generator')['train'].finished
