@@ -457,6 +457,13 @@ def _some(name, given):
     if not len(given): raise MedsynError(f"no {name} to compare with: give at least one")
     return given
 
+def _tidy(result):
+    "Remove what a process left that was killed between writing a run's scores and releasing its claim."
+    claims = list(result.parent.glob(f'{result.name}.claim-*'))
+    if not all(map(_is_void, claims)): return       # somebody is at work: it removes them itself
+    for claim in claims: claim.unlink(missing_ok=True)
+    forget(result.with_suffix('.state'))
+
 def share_runs(runs: Sequence,      # of `Run`
                file_of: Callable,   # run -> the file that it leaves
                work: Callable,      # does a run
@@ -472,6 +479,7 @@ def share_runs(runs: Sequence,      # of `Run`
                     with claimed(file_of(run)) as ours:
                         if ours and not file_of(run).exists(): work(run)
                 if file_of(run).exists():
+                    _tidy(file_of(run))
                     left.remove(run)
                     bar.update()
             if len(left) == before: time.sleep(2)

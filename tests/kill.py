@@ -146,7 +146,7 @@ def record(results, given, rows, found, seconds):
     from medsyn.core import hardware, save_json, versions
     results.mkdir(parents=True, exist_ok=True)
     with open(results/'kills.csv', 'w', newline='') as f:
-        table = csv.DictWriter(f, list(rows[0]))
+        table = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         table.writeheader()
         table.writerows(rows)
     command = f'python tests/kill.py FOLDER {" ".join(given.names)} --kills {given.kills}'

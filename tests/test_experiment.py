@@ -1,5 +1,7 @@
 "Comparisons: one split for everything, equal real streams, runs shared by processes, and factors."
 import json
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -172,3 +174,16 @@ def test_wrong_factors_are_refused(train, test, tmp_path):
 def test_large_sets_are_read_in_part(train):
     assert experiment.images_of(train, 16, most=6).shape == (6, 3, 16, 16)
     assert torch.equal(experiment.images_of(train, 16), experiment.images_of(train, 16, most=20))
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    "Its run is written, its claim and its states are not removed; those of a process at work stay."
+    ended = subprocess.Popen([sys.executable, '-c', ''])
+    ended.wait()
+    for name, pid in (('dead', ended.pid), ('alive', os.getpid())):
+        (tmp_path/f'{name}.csv').touch()
+        (tmp_path/f'{name}.state').mkdir()
+        claim = dict(host=socket.gethostname(), pid=pid)
+        (tmp_path/f'{name}.csv.claim-0000').write_text(json.dumps(claim))
+    experiment.share_runs(['dead', 'alive'], lambda run: tmp_path/f'{run}.csv', None, 'test')
+    left = sorted(f.name for f in tmp_path.iterdir())
+    assert left == ['alive.csv', 'alive.csv.claim-0000', 'alive.state', 'dead.csv']

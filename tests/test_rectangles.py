@@ -107,7 +107,7 @@ def test_the_command_line_takes_height_and_width(data, tmp_path, capsys):
     small = ['--steps', '1', '--bs', '4']
     assert main(['pretrain', str(data), '--out', b, '--size', '32x48', '--channels', '16', '32', *small]) == 0
     assert main(['train', str(data), '--backbone', b, '--out', g, *small]) == 0
-    assert main(['synth', g, '--data', str(data), '--out', s, '-n', '1', '--steps', '1']) == 0
+    assert main(['synth', g, '--data', str(data), '--out', s, '-n', '1', '--steps', '1', '--anyway']) == 0
     assert {p.size for p in map(Image.open, (tmp_path/'s').glob('*/*.png'))} == {(48, 32)}
     assert main(['train', str(data), '--backbone', b, '--out', str(tmp_path/'y'), '--size', '32x44']) == 2
     assert 'use 32x40 or 32x48 px' in capsys.readouterr().err
