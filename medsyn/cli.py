@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import tokenize
 import warnings
 from argparse import ArgumentTypeError
@@ -690,6 +691,8 @@ def parser_of(name: str,            # a command
 # %% ../nbs/api/80_cli.ipynb #f159bd85
 SHARED = 'pretrain', 'train', 'synth', 'compare'     # commands that several processes can share
 
+_WAIT = 20      # seconds
+
 def check_launcher(name: str    # a command
                   ):
     "`MedsynError` for several processes of a command that uses one; of the others only the first prints."
@@ -697,7 +700,9 @@ def check_launcher(name: str    # a command
     if count == 1: return
     if number: sys.stdout = open(os.devnull, 'w')
     if name in SHARED: return
-    if number: raise SystemExit(2)
+    if number:
+        time.sleep(_WAIT)   # a launcher ends all processes when one ends, and the first one has to speak
+        raise SystemExit(2)
     raise MedsynError(f"a launcher started {count} processes, and medsyn {name} uses one: start it without"
                       f" the launcher ({', '.join(SHARED)} can use several)")
 

@@ -95,7 +95,7 @@ def test_keep_from_the_command_line(made, tmp_path, capsys):
     dice = agreement(seg, made/'syn')['dice@0.5']
     bar = round(float(dice.median()), 4)
     argv = ['synth', made/'gen', '--data', made/'train', '--out', tmp_path/'o', '-n', 4, '--steps', 2,
-            '--sampler', 'dpm++', '--keep', made/'seg', '--least', bar]
+            '--anyway', '--sampler', 'dpm++', '--keep', made/'seg', '--least', bar]
     assert main([str(a) for a in argv]) == 0
     assert re.search(r'Made: 4 pairs.*; \d+ were dropped', capsys.readouterr().out)
     rows = [json.loads(l) for l in (tmp_path/'o'/'manifest.jsonl').read_text().splitlines()]
