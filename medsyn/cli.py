@@ -265,7 +265,7 @@ def _pairs_or_images(folder, how):
 
 @command('experiment.make_generator', READING, leave='pairs source settings cbs',
          late='unlabelled prompt set',
-         rare='probe page axis prompt precision accumulate checkpointing eight_bit cache',
+         rare='probe page axis prompt precision accumulate checkpointing eight_bit cache compile',
          example='medsyn train data --backbone backbone --out generator --method siamese --set w_c=1')
 def train(
     data: str,             # folder or list of pairs
@@ -360,24 +360,28 @@ def _obedient(segmenter, least):
 
 # %% ../nbs/api/80_cli.ipynb #4b99a333
 @command('experiment.train_segmenter', READING, leave='pairs device state cbs', late='synthetic',
-         rare='ema curve_every page axis',
+         rare='ema curve_every page axis compile',
          example='medsyn segment data --out model --arm pooled:synthetic')
 def segment(data: str,             # folder or list of real pairs
             out: str,              # folder to write: a segmenter
             arm: str = 'real',     # what is added, as in medsyn compare: real, two-passes, stream:FOLDER, ...
             unlabelled: str = None, # folder of images without masks, for an arm that uses them
             synthetic: Sequence[str] = (), # folders of synthetic pairs, as --arm pooled:FOLDER
+            log: str = None,       # also send losses and the held-out curve to tensorboard, wandb or csv
             how: object = None, # with which choices pairs and images are read
             **kw                   # of `train_segmenter`
            ):
     "Train one segmenter on real pairs and what an arm adds, and keep it."
     from medsyn.data.pairs import find_pairs, pairs_hash, refuse_classes
-    from medsyn.experiment import describe, describe_arm, open_arm, run_log, split_once, train_segmenter
+    from medsyn.experiment import (
+        check_divisible, describe, describe_arm, open_arm, run_log, split_once, train_segmenter)
+    from medsyn.processes import is_main, main_first, parallel_cbs, wait
     from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import own_encoder, segmenter
     from medsyn.segment.polyp_nets import published
-    from medsyn.watch import WatchCB
+    from medsyn.watch import WatchCB, check_log, report_cbs
+    check_log(log)
     split = split_once(find_pairs(data, how=how))
     refuse_classes(split.pairs)
     kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
@@ -388,14 +392,21 @@ def segment(data: str,             # folder or list of real pairs
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, _frames(unlabelled, how))
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
-    config = {k: v for k, v in kw.items() if k != 'save_every'}
-    out = open_run(out, dict(config, pairs=pairs_hash(split.pairs), arm=describe_arm(opened)), 'segment')
-    if not (out/'config.json').exists():
-        learn = train_segmenter(split, opened, state=out/'state', cbs=[WatchCB(out)], **kw)
-        write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
-        learn.model.save_pretrained(out)
-        describe(out, split, opened.unlabelled)
-    forget(out/'state')
+    config = {k: v for k, v in kw.items() if k not in ('save_every', 'compile')}
+    check_divisible(opened, kw['network'], kw.get('preset'))
+    config = dict(config, pairs=pairs_hash(split.pairs), arm=describe_arm(opened))
+    with main_first():
+        out = open_run(out, config, 'segment')
+        finished = (out/'config.json').exists()
+    if not finished:
+        cbs = [WatchCB(out), *report_cbs(log, out), *parallel_cbs(normalise=True)]
+        learn = train_segmenter(split, opened, state=out/'state', cbs=cbs, **kw)
+        if is_main():
+            write_atomic(out/'log.csv', run_log(learn).to_csv(index=False))
+            learn.model.save_pretrained(out)
+            describe(out, split, opened.unlabelled)
+    if is_main(): forget(out/'state')
+    wait()
     print(f'Made: {out} (a segmenter), {out}/log.csv (losses and the held-out curve)')
     print(f'Next: medsyn predict {out} IMAGES --out predictions, or medsyn score {out} --tests TEST_FOLDER')
 
@@ -475,9 +486,11 @@ def _score_segmenter(folder, testsets, out, bs, kw):
     "Scores per image, and their means."
     from medsyn.core import default_device
     from medsyn.evaluate.overlap import evaluate_segmenter, summarise
+    from medsyn.processes import is_main, sharing
     from medsyn.segment.models import Segmenter
     model = Segmenter.from_pretrained(folder).to(default_device()).eval()
-    table = evaluate_segmenter(model, testsets, kw['size'], bs, metrics=kw['metrics'])
+    with sharing(): table = evaluate_segmenter(model, testsets, kw['size'], bs, metrics=kw['metrics'])
+    if not is_main(): return
     if out: write_atomic(out, table.to_csv(index=False))
     print(summarise(table).round(4).to_string())
     from medsyn.evaluate.stats import paired_bootstrap
@@ -499,10 +512,12 @@ def _evaluated(folder, found):
 def _score_images(synthetic, real, out, bs, opened, kw):
     "The report, and its findings."
     from medsyn.evaluate.report import report
+    from medsyn.processes import is_main, sharing
     plain = str(Path(synthetic).with_suffix('')) if synthetic.endswith('.csv') else synthetic.rstrip('/')
     out = Path(out or f'{plain}_report')
     taken = {k: v for k, v in kw.items() if k in options_of('evaluate.report.report')}
-    page = report(synthetic, real, out, bs=bs, **opened, **taken)
+    with sharing(): page = report(synthetic, real, out, bs=bs, **opened, **taken)
+    if not is_main(): return
     found = load_json(out/'report.json')
     if (Path(synthetic)/'manifest.jsonl').is_file():
         _evaluated(synthetic, {k: found[k] for k in ('short', 'numbers')})
@@ -689,7 +704,7 @@ def parser_of(name: str,            # a command
     return parser
 
 # %% ../nbs/api/80_cli.ipynb #f159bd85
-SHARED = 'pretrain', 'train', 'synth', 'compare'     # commands that several processes can share
+SHARED = 'pretrain', 'train', 'synth', 'segment', 'score', 'compare'     # what several processes can share
 
 _WAIT = 20      # seconds
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
-           'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
-           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'prediction_file',
-           'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'ImageStream',
-           'images_of', 'generator_dls', 'make_backbone', 'sampler_of', 'make_generator', 'describe', 'draws_pairs',
-           'picture', 'commands', 'Stage', 'FixedStages', 'quickstart']
+           'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'check_divisible', 'train_segmenter', 'Run',
+           'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs',
+           'prediction_file', 'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report',
+           'table_text', 'ImageStream', 'images_of', 'generator_dls', 'make_backbone', 'sampler_of', 'make_generator',
+           'describe', 'draws_pairs', 'picture', 'commands', 'Stage', 'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -53,7 +53,7 @@ from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
                                      settings_of)
-from .memory import check_memory, memory_of, memory_table, spare
+from .memory import check_memory, compile_network, memory_of, memory_table, spare
 from .processes import count, is_main, main_first, parallel_cbs, wait
 from .resume import fit_resumable, forget
 from .segment.annealing import RealAnchorCB
@@ -66,7 +66,7 @@ from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import EvalCB, precision_of, whole_command
 from .viz import curves, save_png, show_rows
-from .watch import WatchCB
+from .watch import WatchCB, check_log, report_cbs
 
 # %% ../nbs/api/70_experiment.ipynb #a0611976
 LEAST_PAIRS = 8     # fewer labelled pairs are refused
@@ -155,6 +155,19 @@ def _segmenter_dls(split, arm, size, bs, seed, augment, device):
     both.pairs_train, both.pairs_valid, both.size = training, [], size
     return both
 
+def check_divisible(
+    arm: Arm,               # what is trained on
+    network: str,           # its name
+    preset: str = None      # published settings, or none
+):
+    "`MedsynError` for a segmenter whose loss several processes cannot compute in shares of a batch."
+    if count() == 1: return
+    if callbacks_of(arm) or arm.partners is not None: what = 'this arm changes the batch or the loss'
+    elif preset or network == 'ctnet': what = f'this training of {network} compares pixels or resizes'
+    else: return
+    raise MedsynError(f"{what}, for which a step needs its whole batch, and a launcher started {count()}"
+                      " processes: start it without the launcher, or use compare, which divides the runs")
+
 def train_segmenter(
     pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
     arm: 'Arm | str',                    # what is added: an arm, or its short form
@@ -175,6 +188,7 @@ def train_segmenter(
     preset: str = None,                  # paper: published settings instead of lr, loss and augment
     state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
     save_every: float = 10,              # minutes between saved states of the training; 0: after every step
+    compile: str = None,                 # backend of torch.compile: inductor, aot_eager or eager
     cbs: Sequence = ()                   # further callbacks of the fit, as `watch.WatchCB`
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
@@ -198,6 +212,7 @@ def train_segmenter(
             schedule = published_settings.schedule
         settings['cbs'] += [*callbacks_of(arm), *curve]
         learn = segment_learner(dls, model, ema=ema, **settings)
+        compile_network(learn.model, compile)
         fit_resumable(learn, steps, state, save_every, list(cbs), lr=rates, schedule=schedule,
                       desc=f'{network} seed {seed}')
     return learn
@@ -790,10 +805,12 @@ def make_backbone(
     seed: int = 0,                # of weights, order and noise
     unlabelled: Sequence = (),    # (further) images without masks to learn from
     save_every: float = 10,       # minutes between saved states of the training; 0: after every step
+    log: str = None,              # also send the losses to tensorboard, wandb or csv
     cbs: Sequence = ()            # further callbacks of the fit, as `minutes.PaceCB`
 ) -> Backbone:                    # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already."
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
+    check_log(log)
     frames = unlabelled_images(unlabelled)
     alone = not isinstance(pairs, Split) and not len(pairs)
     split = Split([], []) if alone else split_once(pairs)
@@ -814,7 +831,7 @@ def make_backbone(
         forget(out/'state')
         if is_main() and not (out/'README.md').exists(): describe(out, split, frames)
         return Backbone.from_pretrained(out)
-    watch = [WatchCB(out, 'pretrain'), *cbs]
+    watch = [WatchCB(out, 'pretrain'), *report_cbs(log, out, 'pretrain'), *cbs]
     learn = pretrain_backbone(dls, backbone, steps, lr, seed, watch, out/'state', save_every)
     made = _finish([learn], backbone, out)
     if is_main(): describe(out, split, frames)
@@ -914,10 +931,13 @@ def make_generator(
     eight_bit: bool = False,   # AdamW with moments of 8 bits (needs bitsandbytes and a GPU)
     cache: bool = True,        # on Stable Diffusion, encode each image once, and keep that until the end
     dry_run: bool = False,     # print what the run will need, and which options fit; train nothing
+    compile: str = None,       # backend of torch.compile: inductor, aot_eager or eager
+    log: str = None,           # also send losses, margin and samples to tensorboard, wandb or csv
     cbs: Sequence = ()         # further callbacks of every fit, as `minutes.PaceCB`
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
     entry = _check_method(method, backbone, steps)
+    check_log(log)
     split, settings = split_once(pairs), dict(settings or {})
     frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
@@ -950,8 +970,9 @@ def make_generator(
     learners = [spare(learn, precision, accumulate, checkpointing, eight_bit) for learn in make(dls=dls)]
     with whole_command(steps*len(learners)):
         for learn, name in zip(learners, entry.networks or (method,), strict=True):
-            watch = _watching(learn, name, split, size, out, pictures)
-            fit_resumable(learn, steps, out/'state'/name, save_every, [watch, *parallel_cbs(), *cbs],
+            watch = _watching(learn, name, split, size, out, pictures, log)
+            compile_network(learn.model, compile)
+            fit_resumable(learn, steps, out/'state'/name, save_every, [*watch, *parallel_cbs(), *cbs],
                           schedule=entry.schedule, desc=f'train {name}')
     model = learners[-1].model
     (model.backbone if backbone else model).size = size
@@ -960,11 +981,12 @@ def make_generator(
     wait()
     return made
 
-def _watching(learn, name, split, size, out, pictures):
+def _watching(learn, name, split, size, out, pictures, log):
     "What writes tables, and samples of a network that can sample; the guider of a pair cannot."
-    can_sample = isinstance(learn.model, (Denoiser, PairGenerator))
-    draw = sampler_of(split, size) if pictures and can_sample else None
-    return WatchCB(out, name, draw, pictures)
+    can_sample, shows = isinstance(learn.model, (Denoiser, PairGenerator)), log in ('tensorboard', 'wandb')
+    draw = sampler_of(split, size) if can_sample and (pictures or shows) else None
+    watch = WatchCB(out, name, draw if pictures else None, pictures)
+    return [watch, *report_cbs(log, out, name, draw if shows else None)]
 
 def describe(out: str | Path,           # folder of a saved model
              split: Split,              # what it was trained on

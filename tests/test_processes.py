@@ -15,6 +15,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from learners import small_backbone, small_loaders
+from safetensors.torch import load_file
 
 from medsyn import cli
 from medsyn import processes as divided
@@ -88,12 +89,17 @@ def made(tmp_path_factory):
                   (n, f'synth --anyway {base}/1/siamese --data {base}/data --out {out}/drawn'
                       f' -n 7 --bs 2 --steps 2'),
                   (n, f'compare {base}/data --tests test={base}/test --out {out}/results {small} --seeds 0'
-                      ' --arms real copy-paste --encoder mobilenetv3_small_050')]
-    calls += [(2, f'segment {base}/data --out {base}/no {small}'),
+                      ' --arms real copy-paste --encoder mobilenetv3_small_050'),
+                  (n, f'segment {base}/data --out {out}/model {small} --encoder mobilenetv3_small_050'),
+                  (n, f'score {base}/1/model --tests a={base}/test b={base}/data --bs 4 --out {out}/scores.csv'),
+                  (n, f'score {base}/1/drawn --real {base}/data --segmenter {base}/1/model --bs 4'
+                      f' --generator {base}/1/siamese --out {out}/report')]
+    calls += [(2, f'fit {base}/data --out {base}/no'),
+              (2, f'segment {base}/data --out {base}/no {small} --arm copy-paste'),
               (2, f'train {base}/data --backbone {base}/1/backbone --out {base}/odd --bs 5 --steps 4')]
     statuses, said = launched(*calls)
-    assert statuses[:8] == [[0]]*4 + [[0, 0]]*4, said
-    return base, statuses[8:], said
+    assert statuses[:14] == [[0]]*7 + [[0, 0]]*7, said
+    return base, statuses[14:], said
 
 @pytest.mark.parametrize('stage', ('backbone', 'siamese'))
 def test_the_losses_are_those_of_one_process(made, stage):
@@ -118,13 +124,40 @@ def test_compare_shares_its_runs(made):
     tables = [name for name in one if name.startswith('runs/') and name.endswith('.csv')]
     assert one == two and len(tables) == 4      # scores and curve of each arm
 
+def test_segment_has_the_losses_of_one_process(made):
+    "Through batch normalisation, which here sees four values a channel at the deepest level: rounding grows."
+    one, two = (pd.read_csv(made[0]/n/'model'/'log.csv') for n in '12')
+    assert list(one) == list(two) and len(one) == 4
+    pd.testing.assert_frame_equal(one[:2], two[:2], rtol=2e-5, atol=1e-5)
+    pd.testing.assert_frame_equal(one, two, rtol=2e-2, atol=1e-3)
+    one, two = (load_file(made[0]/n/'model'/'model.safetensors') for n in '12')
+    statistics = [name for name in one if name.endswith('running_var')]
+    assert statistics
+    for name in statistics: torch.testing.assert_close(one[name], two[name], rtol=2e-2, atol=1e-3)
+
+def test_score_of_a_segmenter_is_that_of_one_process(made):
+    one, two = (made[0]/n/'scores.csv' for n in '12')
+    assert one.read_bytes() == two.read_bytes() and len(pd.read_csv(one)) == 6 + 24
+
+def test_score_of_images_is_that_of_one_process(made):
+    "Every number and every row of an image; the page has the same tables and pictures."
+    one, two = (json.loads((made[0]/n/'report'/'report.json').read_text()) for n in '12')
+    assert one['numbers'] == two['numbers'] and one['short'] == two['short'] and len(one['numbers']) > 10
+    assert {row['section'] for row in one['numbers']} >= {'fidelity', 'novelty', 'obedience'}
+    tables = [(made[0]/n/'report'/'images.csv').read_bytes() for n in '12']
+    assert tables[0] == tables[1]
+
 def test_what_cannot_use_a_launcher_is_refused_in_one_sentence(made):
     _, statuses, said = made
     assert statuses[0] == [2, 2]
-    assert said.count('a launcher started 2 processes, and medsyn segment uses one') == 1
+    assert said.count('a launcher started 2 processes, and medsyn fit uses one') == 1
+
+def test_an_arm_that_needs_the_whole_batch_is_refused(made):
+    assert made[1][1] == [2, 2]
+    assert 'this arm changes the batch or the loss, for which a step needs its whole batch' in made[2]
 
 def test_a_batch_that_cannot_be_divided(made):
-    assert made[1][1] == [2, 2]
+    assert made[1][2] == [2, 2]
     assert 'a batch of 5 cannot be divided over 2 processes: give a multiple of 2' in made[2]
 
 class CatchCB(Callback):
@@ -153,9 +186,9 @@ def test_the_rows_of_all_processes_are_the_batch_bit_for_bit(tmp_path, monkeypat
 
 def test_one_process_is_not_a_launch(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '1')
-    cli.check_launcher('segment')
+    cli.check_launcher('fit')
     monkeypatch.setenv('WORLD_SIZE', '3')
-    with pytest.raises(MedsynError, match='a launcher started 3'): cli.check_launcher('segment')
+    with pytest.raises(MedsynError, match='a launcher started 3'): cli.check_launcher('fit')
 
 def test_dropped_images_count_as_in_one_process():
     "Two processes made images 4 to 7; one process would have stopped when 5 are kept."

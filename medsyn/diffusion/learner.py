@@ -110,6 +110,15 @@ class Denoiser(nn.Module):
         "`cond` with the part of the answer that does not depend on the mask; here nothing."
         return cond
 
+    def two_answers(self,
+        zt: Tensor,     # (B,K,h,w) noised latents
+        t: Tensor,      # (B,) timesteps
+        cond: Cond,     # the whole condition
+        null: Cond      # the weaker one
+    ) -> tuple:         # the answers under `null` and under `cond`, each (B,K,h,w)
+        "What guidance compares, computed as one batch."
+        return self(torch.cat([zt, zt]), torch.cat([t, t]), null.cat(cond)).chunk(2)
+
     def with_kept(self,
         cond: Cond,     # the condition of a batch
         z0: Tensor      # (B,K,h,w) latents of the real images whose surroundings are kept

@@ -40,7 +40,7 @@ def guided(model: Denoiser,     # any generator
           ) -> Tensor:          # the network's answer, (B,K,h,w)
     "The network's answer, with the difference between the two conditions multiplied by `guidance`."
     if guidance == 1: return model(zt, t, cond)
-    out_null, out = model(torch.cat([zt, zt]), torch.cat([t, t]), null.cat(cond)).chunk(2)
+    out_null, out = model.two_answers(zt, t, cond, null)
     return out_null + guidance*(out - out_null)
 
 TINY_GUIDANCE = 2.      # by the mask, on a tiny backbone
@@ -104,10 +104,12 @@ def denoise(model: Denoiser,            # any generator
             timesteps: Tensor,          # those that are left
             kept: KeptRegion = None,    # what follows a real image, if anything
             resample: int = 1,          # how often each step is made (RePaint)
-            seeds: list = ()            # with `resample`: one seed an image
+            seeds: list = (),           # with `resample`: one seed an image
+            interval: tuple = (0., 1.)  # shares of the timesteps between which guidance is used
            ) -> Tensor:                 # (B,K,h,w) clean latents
     "The reverse process."
     schedule = model.backbone.schedule
+    lowest, highest = (share*schedule.T for share in interval)
     for k, t in enumerate(timesteps):
         t_batch, is_last = t.expand(len(z)), k + 1 == len(timesteps)
         for repeat in range(1 if is_last else resample):
@@ -116,7 +118,8 @@ def denoise(model: Denoiser,            # any generator
                 noise = start_noise(step_seeds, z.shape[1:]).to(z)
                 z = _noised_again(schedule, z, t, timesteps[k + 1], noise)
             if kept: z = kept.impose(z, schedule, t_batch.long())
-            out = guided(model, scheduler.scale_model_input(z, t), t_batch, cond, null, guidance)
+            g = guidance if lowest <= t <= highest else 1.
+            out = guided(model, scheduler.scale_model_input(z, t), t_batch, cond, null, g)
             z = scheduler.step(out.to(z.dtype), t, z).prev_sample
     return kept.impose(z, schedule) if kept else z
 
@@ -180,6 +183,7 @@ def sample(generator: Denoiser,         # any generator
            keep: Tensor = None,         # (N,1,H,W) in {0,1}: where `init` is kept (1); the rest is generated
            resample: int = 1,           # with `keep`: how often each step is made (RePaint)
            desc: str = 'sample',        # title of the progress bar
+           interval: tuple = (0., 1.),  # shares of the timesteps between which guidance is used
            precision: str = None        # fp32, bf16 or fp16; `None`: what the device is made for
           ) -> np.ndarray:              # (N,H,W,3) uint8
     "Sample one image per mask; `MedsynError` names what does not fit."
@@ -188,6 +192,9 @@ def sample(generator: Denoiser,         # any generator
     if keep is not None: keep = check_masks(generator, keep, 'keep')
     seeds = list(range(seeds, seeds + len(masks))) if isinstance(seeds, int) else list(seeds)
     if strength is None: strength = 0.6 if keep is None else 1.
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise MedsynError(f"the interval of guidance is {tuple(interval)}: give two shares of the timesteps,"
+                          " such as (0.2, 0.7)")
     _check_inputs(generator, masks, steps, strength, sampler, resample,
                   seeds=seeds, images=images, init=init, keep=keep)
     guidance, guide = defaults_of(generator, guidance, guide)
@@ -209,7 +216,7 @@ def sample(generator: Denoiser,         # any generator
         null = GUIDES[guide](cond, empty.expand(n, -1, -1))
         with autocast_of(bb.device, precision):
             z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample,
-                        seeds[chosen])
+                        seeds[chosen], interval)
         return to_uint8(bb.codec.decode(z))
 
     was_training, out = generator.training, []

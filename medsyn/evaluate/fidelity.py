@@ -27,9 +27,9 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchvision.models.inception import Inception3, InceptionE
 
 from ..core import (
-    MedsynError, announce_download, content_hash, default_device, file_hash, load_json, pick, track, versions,
-    write_atomic)
+    MedsynError, announce_download, content_hash, default_device, file_hash, load_json, pick, versions, write_atomic)
 from ..data.pairs import Pair, read_image
+from ..processes import each
 from ..segment.models import Segmenter, fit_weights, read_weights
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #7f6f273d
@@ -406,16 +406,20 @@ def extract(images: str | Path | list | np.ndarray,     # as for `image_list`
     file = Path(cache)/f'{extractor.kind}-{extractor.hash}.safetensors' if cache else None
     known = _cached(file) if file else {}
     todo = {key: item for key, item in zip(keys, items) if key not in known}
-    todo_keys, bar = list(todo), track(desc=desc, total=len(todo))
+    todo_keys, computed = list(todo), {}
+    def features_of(batch):
+        "Key -> name -> features, of one batch."
+        out = extractor([FLIPS[flip](_loaded(todo[key])).copy() for key in batch], device)
+        found = {key: {name: values[i].clone() for name, values in out.items()} for i, key in enumerate(batch)}
+        computed.update(found)
+        return found
+
+    batches = [todo_keys[start:start + bs] for start in range(0, len(todo), bs)]
     try:
-        for start in range(0, len(todo), bs):
-            batch = todo_keys[start:start + bs]
-            out = extractor([FLIPS[flip](_loaded(todo[key])).copy() for key in batch], device)
-            for i, key in enumerate(batch): known[key] = {name: values[i] for name, values in out.items()}
-            bar.update(len(batch))
+        for found in each(features_of, batches, desc): known |= found
     finally:
-        bar.close()
-        if file and any(key in known for key in todo): _keep(file, known)
+        known |= computed       # what was computed before an error is kept too
+        if file and computed: _keep(file, known)
     return {name: torch.stack([known[key][name] for key in keys]) for name in known[keys[0]]}
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #932a4267
@@ -454,11 +458,12 @@ def lpips(real: str | Path | list | np.ndarray, # as for `image_list`
     def batch(items, index):
         return 2*_tensor([_loaded(items[i]) for i in index], size, 'bilinear').to(device) - 1
 
-    net, distances = net.to(device), []
-    for start in range(0, len(real_index), bs):
+    net = net.to(device)
+    def distances(start):
         part = slice(start, start + bs)
-        distances.append(net(batch(real, real_index[part]), batch(fake, fake_index[part])).flatten().cpu())
-    return torch.cat(distances).numpy()
+        return net(batch(real, real_index[part]), batch(fake, fake_index[part])).flatten().cpu()
+
+    return torch.cat(each(distances, range(0, len(real_index), bs), 'LPIPS')).numpy()
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #c458b124
 FEW = 2048

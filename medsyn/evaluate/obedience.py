@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import MedsynError, seed_of, track
+from ..core import MedsynError, seed_of
 from ..data.pairs import find_pairs, plain_size, read_image, read_pair, size_text
 from ..diffusion.learner import MASKS, denoising_losses
 from .fidelity import module_hash
 from .overlap import score
 from .stats import paired_bootstrap
+from ..processes import each
 from ..segment.learner import predict
 from ..segment.models import Segmenter
 
@@ -37,18 +38,17 @@ def agreement(segmenter: Segmenter,     # trained on real pairs alone
               desc: str = 'obedience'   # title of the progress bar
              ) -> pd.DataFrame:         # name, `SCORES`, the shares `mask` and `found` of the picture
     "How well a segmenter's predictions agree with the masks of some pairs, one row per pair."
-    pairs, rows = _as_pairs(pairs), []
-    with track(desc=desc, total=len(pairs)) as bar:
-        for start in range(0, len(pairs), bs):
-            batch = pairs[start:start + bs]
-            images, masks = zip(*[read_pair(p, size) for p in batch])
-            one_size = len({a.shape for a in images}) == 1
-            predictions = predict(segmenter, list(images), bs=bs if one_size else 1, device=device)
-            for pair, p, mask in zip(batch, predictions, masks):
-                scores = score(p, mask, SCORES)
-                rows.append(dict(name=pair.name, **scores, mask=mask.mean(), found=(p > .5).mean()))
-            bar.update(len(images))
-    return pd.DataFrame(rows)
+    pairs = _as_pairs(pairs)
+    def agreed(batch):
+        "The rows of one batch."
+        images, masks = zip(*[read_pair(p, size) for p in batch])
+        one_size = len({a.shape for a in images}) == 1
+        predictions = predict(segmenter, list(images), bs=bs if one_size else 1, device=device)
+        return [dict(name=pair.name, **score(p, mask, SCORES), mask=mask.mean(), found=(p > .5).mean())
+                for pair, p, mask in zip(batch, predictions, masks)]
+
+    batches = [pairs[start:start + bs] for start in range(0, len(pairs), bs)]
+    return pd.DataFrame([row for rows in each(agreed, batches, desc) for row in rows])
 
 # %% ../../nbs/api/64_evaluate.obedience.ipynb #22c4c712
 @dataclass
@@ -135,15 +135,19 @@ def denoising_probe(generator: object,      # any generator that takes a mask
     size, device = size or generator.backbone.size, generator.backbone.device
     images, masks = (torch.from_numpy(np.stack(v)) for v in zip(*[read_pair(p, size) for p in pairs]))
     images, masks = images.permute(0, 3, 1, 2), masks[:, None].float()
-    others, tables = masks.roll(1, 0), []
-    for start in track(range(0, len(pairs), 8), 'probe'):   # always 8: the noise depends on the seed alone
+    others = masks.roll(1, 0)
+
+    def probed(start):
+        "The losses of eight pairs."
         part = slice(start, start + 8)
         x0, mask, other = images[part].to(device)/127.5 - 1, masks[part].to(device), others[part].to(device)
         kinds = dict(right=MASKS['right'], shifted=MASKS['shifted'], another=lambda m, other=other: other)
         losses = denoising_losses(generator, x0, mask, kinds, ts, seed_of(seed, 'probe', start))
         table = losses.groupby(['image', 'mask']).loss.mean().unstack()[list(kinds)]
-        tables.append(table.assign(name=[p.name for p in pairs[part]]))
-    probe = pd.concat(tables, ignore_index=True).rename_axis(columns=None)
+        return table.assign(name=[p.name for p in pairs[part]])
+
+    starts = range(0, len(pairs), 8)        # always 8: the noise depends on the seed alone
+    probe = pd.concat(each(probed, starts, 'probe'), ignore_index=True).rename_axis(columns=None)
     for kind in ('shifted', 'another'): probe[f'margin_{kind}'] = probe[kind]/probe.right - 1
     return probe[PROBE_COLUMNS]
 

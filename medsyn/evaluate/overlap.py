@@ -19,8 +19,9 @@ from fastai.learner import Metric as FastaiMetric
 from scipy import ndimage
 from torch import nn
 
-from ..core import MedsynError, pick, track
+from ..core import MedsynError, pick
 from ..data.pairs import find_pairs, read_pair, refuse_classes
+from ..processes import each
 from ..segment.learner import foreground, predict, upsample
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #f65581ec
@@ -243,18 +244,19 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
     for testset, pairs in testsets.items():
         if not len(pairs): raise MedsynError(f"test set {testset!r} is empty: give it pairs or leave it out")
         refuse_classes(pairs)
-    rows, bar = [], track(desc='score', total=sum(map(len, testsets.values())))
-    for testset, pairs in testsets.items():
-        for start in range(0, len(pairs), bs):
-            batch = pairs[start:start + bs]
-            images, masks = zip(*map(read_pair, batch))
-            predictions = predict(model, list(images), size=size, bs=bs, device=device)
-            for pair, p, mask in zip(batch, predictions, masks):
-                rows.append(dict(testset=testset, name=pair.name, **score(p, mask, metrics)))
-                if callback: callback(testset, pair, p)
-            bar.update(len(images))
-    bar.close()
-    return pd.DataFrame(rows)
+    def scored(item):
+        "The rows of one batch."
+        testset, batch = item
+        images, masks = zip(*map(read_pair, batch))
+        predictions, rows = predict(model, list(images), size=size, bs=bs, device=device), []
+        for pair, p, mask in zip(batch, predictions, masks):
+            rows.append(dict(testset=testset, name=pair.name, **score(p, mask, metrics)))
+            if callback: callback(testset, pair, p)
+        return rows
+
+    batches = [(testset, pairs[start:start + bs]) for testset, pairs in testsets.items()
+               for start in range(0, len(pairs), bs)]
+    return pd.DataFrame([row for rows in each(scored, batches, 'score') for row in rows])
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #4f3e035b
 def _set_means(scores, metrics):

@@ -26,6 +26,7 @@ from .novelty import novelty, prdc, reduced, show_closest
 from .obedience import denoising_probe, obedience, plot_obedience
 from .pictures import opinions, show_cases, show_embedding, show_scatter, show_sets
 from .stats import compare_arms, paired_bootstrap
+from ..processes import is_main, wait
 
 # %% ../../nbs/api/66_evaluate.report.ipynb #09e16059
 def _open(source, what):
@@ -436,7 +437,7 @@ def _plain(value):
     return value.item() if hasattr(value, 'item') else value
 
 def _write(out, rows, pictures, frame, missing, about):
-    "The page, the JSON and the table of images."
+    "The page, the JSON and the table of images; of several processes the main one writes them."
     libraries = versions(LIBRARIES)
     versions_text = ', '.join(f'{name} {version}' for name, version in libraries.items())
     rows = [{k: _plain({'versions': versions_text, **row}.get(k)) for k in NUMBERS} for row in rows]
@@ -444,8 +445,13 @@ def _write(out, rows, pictures, frame, missing, about):
     record = dict(about, command=shlex.join(sys.argv), hardware=hardware(), versions=libraries)
     headline = (f"{about['n_fake']} synthetic images ({about['synthetic']}) against {about['n_real']}"
                 f" real ones ({about['real']}); seed {about['seed']}; {record['hardware']}.")
+    if not is_main():
+        wait()
+        return out/'report.html'
     write_atomic(out/'images.csv', frame.to_csv(index=False))
     save_json(out/'report.json', dict(record, short=short, missing=missing, numbers=rows))
     title = f"Synthetic images: {Path(about['synthetic']).name}"
     text = page(title, [headline, versions_text + '.'], short, missing, rows, pictures)
-    return write_atomic(out/'report.html', text)
+    write_atomic(out/'report.html', text)
+    wait()
+    return out/'report.html'

@@ -131,6 +131,22 @@ def forward(self: ControlGenerator,
     if control is None: control = self.features(zt, t, cond.text, self.hint(cond))
     return head(self.backbone.unet, cond.trunk, control)
 
+# %% ../../nbs/api/30_generate.control.ipynb #ec5d8640
+@patch
+def two_answers(self: ControlGenerator,
+                zt: Tensor,     # (B,K,h,w) noised latents
+                t: Tensor,      # (B,) timesteps
+                cond: Cond,     # the whole condition
+                null: Cond      # the weaker one
+               ) -> tuple:      # the answers under `null` and under `cond`, each (B,K,h,w)
+    "What guidance compares; the frozen half is computed once if both have the same text."
+    both, zt2, t2 = null.cat(cond), torch.cat([zt, zt]), torch.cat([t, t])
+    if cond.text is null.text:
+        trunk = self.trunk(zt, t, cond.text)
+        given = {f.name: getattr(both, f.name) for f in fields(Cond)}
+        both = PrecomputedCond(**given, trunk=trunk[[*range(len(zt))]*2])
+    return self(zt2, t2, both).chunk(2)
+
 # %% ../../nbs/api/30_generate.control.ipynb #090d2a19
 class DepthEstimator(nn.Module):
     "A frozen depth network of transformers: images in [-1,1] in, relative depth in [0,1] out."

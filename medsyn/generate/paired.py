@@ -35,7 +35,7 @@ from ..diffusion.backbone import PatchPCA, load_part, load_tensors, save_tensors
 from ..diffusion.learner import PairGenerator
 from ..diffusion.sample import start_noise, to_uint8
 from ..diffusion.schedule import Schedule
-from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs
+from ..train import ORDER, EvalCB, WeightedLossCB, autocast_of, common_cbs
 
 # %% ../../nbs/api/33_generate.paired.ipynb #42942b50
 class GuidedNet(nn.Module):
@@ -231,10 +231,11 @@ def denoise_pair(
     previous = None
     for step, t in enumerate(sampler_x.timesteps):
         t_batch = t.expand(len(x))
-        out_x = pair.guider(sampler_x.scale_model_input(x, t), t_batch, y)
+        out_x = pair.guider(sampler_x.scale_model_input(x, t), t_batch, y).to(x.dtype)
         current = pair.estimate(out_x, x, t_batch), x
         shown = previous if order == 'generator' and previous is not None else current
         out_y = pair.generator(sampler_y.scale_model_input(y, t), t_batch, pair.guidance(*shown))
+        out_y = out_y.to(y.dtype)       # under autocast the networks answer in half precision
         if callback: callback(step, int(t), current[0], pair.estimate(out_y, y, t_batch))
         x = sampler_x.step(out_x, t, x, **fresh_noise(step, 'x', x)).prev_sample
         y = sampler_y.step(out_y, t, y, **fresh_noise(step, 'y', y)).prev_sample
@@ -520,7 +521,8 @@ def sample_pairs(
     eta: float = 0.,            # with ddim: share of fresh noise, see `denoise_pair`
     order: str = 'guider',      # which network goes first in a step: guider (the paper) or generator
     callback: Callable = None,  # called at every step with its number, t, and x0^ and y0^ decoded, in a dict
-    desc: str = 'sample'        # title of the progress bar
+    desc: str = 'sample',       # title of the progress bar
+    precision: str = None       # fp32, bf16 or fp16; `None`: what the device is made for
 ) -> tuple:                     # images (N,H,W,3) uint8, masks (N,H,W) float in about [-1,1]
     "Sample images with their masks; `MedsynError` for steps, size or names that do not fit."
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -539,7 +541,8 @@ def sample_pairs(
             batch_seeds = seeds[i:i + bs]
             noise = start_noise(batch_seeds, (sum(channels), *sides)).to(pair.device)
             x, y = noise.split(channels, 1)
-            x, y = denoise_pair(pair, x, y, steps, sampler, order, eta, batch_seeds, on_step)
+            with autocast_of(pair.device, precision):
+                x, y = denoise_pair(pair, x, y, steps, sampler, order, eta, batch_seeds, on_step)
             pictures = _pictures(pair, x, y)
             images.append(to_uint8(pictures['image']))
             masks.append(pictures['mask'][:, 0].float().cpu().numpy())
