@@ -112,7 +112,8 @@ def plan_time(seconds: dict,  # arm -> seconds per step, by preference; the firs
         while needing_pairs and not generator_steps:
             name = needing_pairs.pop()
             costs[name] = arms.pop(name)
-            if needing_pairs: generator_steps, reserved = _generator_share(generator, arms, budget, worth_steps)
+            if not needing_pairs: break
+            generator_steps, reserved = _generator_share(generator, arms, budget, worth_steps)
         making_pairs = 0 if generator_steps else _generator_seconds(generator, generator['least_steps'])
         left_out = {name: (making_pairs + 2*worth_steps*cost)/60 for name, cost in costs.items()}
     while len(arms) > 1 and run_seconds(worth_steps, arms, 2) + reserved > budget:
