@@ -283,3 +283,20 @@ def test_cosine_schedule_is_kept_on_disk(scene, tmp_path):
     assert torch.allclose(back.abar.float(), oracle, rtol=1e-4, atol=1e-6)
     for sampler in SAMPLERS:
         assert np.isfinite(sample(Denoiser(bb), scene[1], steps=5, sampler=sampler)).all()
+
+def test_the_frozen_half_is_computed_once_for_both_answers(backbone, monkeypatch):
+    "Guided by the mask; by the prompt, the text differs and everything is computed for both."
+    generator = ControlGenerator(backbone).eval()
+    with torch.no_grad():
+        for p in generator.control.parameters(): p.add_(.05*torch.randn(p.shape, generator=torch.manual_seed(0)))
+    masks, seen = torch.zeros(2, 1, 32, 32), []
+    masks[..., 8:20, 8:20] = 1
+    backbone.unet.conv_in.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
+    shared = sample(generator, masks, steps=3)
+    assert seen == [2]*3
+    seen.clear()
+    by_prompt = sample(generator, masks, steps=3, guidance=3., guide='prompt')
+    assert seen == [4]*3 and (by_prompt != shared).any()
+    monkeypatch.setattr(ControlGenerator, 'two_answers', Denoiser.two_answers)
+    apart = sample(generator, masks, steps=3)
+    assert np.abs(shared.astype(int) - apart).max() <= 1

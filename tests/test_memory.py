@@ -189,6 +189,51 @@ def test_sampling_in_bf16_is_near(monkeypatch):
     assert set(seen) == {torch.bfloat16}
     assert abs(plain.astype(int) - low).mean() < 4 and (plain != low).any()
 
+def test_sampling_pairs_in_bf16_is_near(folder, monkeypatch):
+    "The networks answer in half precision, the two samplers compute in float32."
+    from medsyn.generate import paired as module
+    settings = dict(SETTINGS.get('paired', {}))
+    pair = generator_learners('paired', small_loaders(folder), None, probe=10**6, **settings)[-1].model
+    plain, plain_masks = pair.sample_pairs(2, steps=3)
+    seen = []
+    pair.generator.register_forward_hook(lambda m, x, out: seen.append((x[0].dtype, out.dtype)))
+    monkeypatch.setattr(module, 'autocast_of', lambda *_: torch.autocast('cpu', torch.bfloat16))
+    low, low_masks = pair.sample_pairs(2, steps=3)
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+    assert abs(plain.astype(int) - low).mean() < 8 and (plain != low).any() and low_masks.dtype == 'float32'
+    with pytest.raises(MedsynError, match='bf16 was requested on cpu'):
+        monkeypatch.undo()
+        pair.sample_pairs(1, steps=1, precision='bf16')
+
+# Compiled ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('method', ('control', 'siamese'))
+def test_compiled_blocks_change_no_loss(folder, method):
+    "To float tolerance; and the weights keep their names."
+    def trained(backend):
+        learn, = generator_learners(method, small_loaders(folder), small_backbone(), probe=10**6,
+                                    **SETTINGS.get(method, {}))
+        n = memory.compile_network(learn.model, backend)
+        return n, fit_steps(learn, 2).history.frame(), list(learn.model.state_dict())
+    (none, plain, names), (blocks, compiled, same) = trained(None), trained('eager')
+    assert none == 0 and blocks > 8 and names == same
+    pd.testing.assert_frame_equal(plain, compiled, rtol=1e-5, atol=1e-7)
+
+def test_a_compiled_segmenter_has_the_same_losses(folder):
+    "And is saved and opened like any other."
+    def trained(compile):
+        learn = experiment.train_segmenter(find_pairs(folder), 'real', encoder='mobilenetv3_small_050', size=32,
+                                           steps=2, bs=4, compile=compile)
+        return learn.model, learn.history.frame()
+    (_, plain), (model, compiled) = trained(None), trained('eager')
+    pd.testing.assert_frame_equal(plain, compiled, rtol=1e-5, atol=1e-7)
+    assert model._compiled_call_impl is not None
+    assert not any('_orig_mod' in name for name in model.state_dict())
+
+def test_an_unknown_backend_is_named(folder):
+    with pytest.raises(MedsynError, match="unknown backend of torch.compile 'fast'"):
+        memory.compile_network(torch.nn.Linear(1, 1), 'fast')
+
 # Data -------------------------------------------------------------------------------------------------------
 
 def test_a_codec_is_fitted_on_a_stream(tmp_path, monkeypatch):

@@ -1,17 +1,21 @@
 "Every stage can be watched: what `medsyn view` reads each time that a run writes, and afterwards."
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from medsyn import cli, experiment
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs
-from medsyn.fit import SYNTHETIC_ARM, Synthesis, fit
+from medsyn.fit import Synthesis, fit
 from medsyn.pages.review import Site
 from medsyn.pages.runs import training_curves, training_page, training_picture, training_state
-from medsyn.watch import WatchCB, read_run
+from medsyn.watch import LOGS, WatchCB, read_run
 
 SMALL = ['--encoder', 'mobilenetv3_small_050', '--size', '32', '--steps', '3', '--bs', '4']
 
@@ -77,7 +81,7 @@ def test_fit(tmp_path, pairs, looks):
     out, tiny = tmp_path/'out', Synthesis(least_steps=2, most_steps=2, bs=4, channels=(16, 32), per_pair=1,
                                           sample_steps=1)
     fit(pairs, out, encoder='mobilenetv3_small_050', size=32, bs=4, minutes=5, least_steps=1, most_steps=2,
-        most_folds=2, arms=['real', SYNTHETIC_ARM], synthesis=tiny)
+        most_folds=2, arms=['real', 'mcpmix-scheduled'], synthesis=tiny)
     for k in (0, 1): check_shown(out, looks, f'cv/fold{k}/generator/concat', 2)
     check_shown(out, looks, 'model', 2)
     assert list(looks)[-1] == 'model'
@@ -111,3 +115,74 @@ def test_a_run_that_was_killed_is_not_called_running(tmp_path, pairs, looks, mon
     assert view.text.startswith('running, 1 of 5 steps')
     monkeypatch.setattr('medsyn.watch.time.time', lambda: view.written + 600)
     assert 'nothing written for 10 minutes, it may have been stopped, 1 of 5 steps' in view.text
+
+# Other places ----------------------------------------------------------------------------------------------
+
+PAIR = dict(channels=(16, 32), layers=1, attend=())
+
+def module(name, **content):
+    "A library of that name."
+    made = ModuleType(name)
+    made.__spec__ = ModuleSpec(name, None)
+    vars(made).update(content)
+    return made
+
+def test_csv_has_every_number_of_the_run(tmp_path, pairs):
+    "By command: the losses of each step, the learning rate, and the held-out curve."
+    data, out = str(pairs[0].image.parent.parent), tmp_path/'out'
+    assert cli.main(['segment', data, '--out', str(out), *SMALL, '--log', 'csv']) == 0
+    found = pd.read_csv(out/'logs'/'train.csv').pivot(index='step', columns='name', values='value')
+    log = pd.read_csv(out/'log.csv').set_index('step')
+    assert sorted(found) == sorted(log) == ['held-out dice@0.5', 'loss', 'lr']
+    pd.testing.assert_frame_equal(found[list(log)], log, check_names=False, atol=1e-6)
+
+def test_a_resumed_record_has_each_step_once(tmp_path):
+    writer = LOGS['csv'](tmp_path, 'train', 0)
+    for step in (1, 2, 3): writer.scalars(step, dict(loss=step/10))
+    resumed = LOGS['csv'](tmp_path, 'train', 2)         # the third step was not saved
+    resumed.scalars(3, dict(loss=.5))
+    table = pd.read_csv(tmp_path/'logs'/'train.csv')
+    assert table.step.tolist() == [1, 2, 3] and table.value.tolist() == [.1, .2, .5]
+
+def test_tensorboard_gets_losses_terms_margin_and_samples(tmp_path, pairs, monkeypatch):
+    "Through PyTorch's SummaryWriter, which needs the library tensorboard; here a stand-in takes its calls."
+    scalars, images, closed = [], [], []
+    class Writer:
+        def __init__(self, folder, purge_step): self.folder = folder.rpartition('/')[2]
+        def add_scalar(self, name, value, step): scalars.append((self.folder, name, step))
+        def add_image(self, name, image, step, dataformats):
+            images.append((self.folder, step, image.shape, dataformats))
+        def close(self): closed.append(self.folder)
+    monkeypatch.setitem(sys.modules, 'tensorboard', module('tensorboard'))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module('tensorboard', SummaryWriter=Writer))
+    experiment.make_generator(pairs, None, tmp_path/'out', 'paired', steps=2, bs=4, size=32, settings=PAIR,
+                              log='tensorboard')
+    assert {(run, step) for run, name, step in scalars if name == 'loss'} == {
+        (run, step) for run in ('guider', 'generator') for step in (1, 2)}
+    assert ('generator', 'margin', 2) in scalars
+    assert [(run, step) for run, step, *_ in images] == [('generator', 1), ('generator', 2)]
+    assert images[0][2:] == ((64, 4*32, 3), 'HWC') and closed == ['guider', 'generator']
+
+def test_wandb_gets_the_same(tmp_path, pairs, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, sorted(values))),
+                          finish=lambda: calls.append('finish'))
+    begun = []
+    def init(**given):
+        begun.append(given)
+        return run
+    monkeypatch.setitem(sys.modules, 'wandb', module('wandb', init=init, Image=lambda image: image.shape))
+    experiment.make_backbone(pairs, tmp_path/'out', size=32, steps=2, bs=4, channels=(16, 32), log='wandb')
+    assert begun[0]['project'] == 'medsyn' and begun[0]['resume'] == 'allow'
+    assert calls[0] == (1, ['loss', 'lr']) and calls[-1] == 'finish' and len(calls) == 3
+
+@pytest.mark.parametrize('log', ('tensorboard', 'wandb'))
+def test_a_missing_library_is_one_sentence(tmp_path, pairs, capsys, monkeypatch, log):
+    monkeypatch.setattr('medsyn.watch.importlib.util.find_spec', lambda name: None)
+    data = str(pairs[0].image.parent.parent)
+    with pytest.raises(experiment.MedsynError, match=f'--log {log} needs a library that is not installed: pip'):
+        experiment.make_backbone(pairs, tmp_path/'out', size=32, steps=2, bs=4, log=log)
+    monkeypatch.undo()
+    assert cli.main(['segment', data, '--out', str(tmp_path/'out'), *SMALL, '--log', 'tensorbord']) == 2
+    assert "unknown log 'tensorbord' (did you mean 'tensorboard'?)" in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()
