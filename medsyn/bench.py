@@ -508,10 +508,10 @@ class _ClockCB(Callback):
     "Keeps the time at the end of each step."
     order, run_valid, name = 99, False, 'clock'
     def before_fit(self): self.times = []
-    def after_batch(self): self.times.append(time.perf_counter())
+    def after_batch(self): self.times.append(time.process_time())
 
 def _learner_steps(learn, steps):
-    "Seconds between the steps of a fit."
+    "CPU seconds of the steps of a fit, all threads together."
     clock = _ClockCB()
     fit_steps(learn, steps, cbs=[clock])
     return np.diff(clock.times)
@@ -527,7 +527,7 @@ def _bare_steps(model, loader, steps):
             nn.utils.clip_grad_norm_(model.parameters(), 1.)
             opt.step()
             opt.zero_grad()
-            times.append(time.perf_counter())
+            times.append(time.process_time())
             if len(times) == steps: break
     return np.diff(times)
 
@@ -537,7 +537,7 @@ def segmenter_seconds(size: int = 64,   # side in pixels
                       turns: int = 3,   # of each way
                       encoder: str = 'tu-tf_efficientnet_lite0' # of the U-Net
                      ) -> pd.DataFrame: # one row a way: seconds a step
-    "Seconds of a step of `segment_learner`, of the same in the default memory format, and of a bare loop."
+    "CPU seconds of a step of `segment_learner`, in the default memory format too, and of a bare loop."
     with tempfile.TemporaryDirectory() as folder:
         dls = pair_dls(find_pairs(lesion_folder(f'{folder}/data', 4*bs, size, 0)), size, bs, valid=.1, seed=0,
                        augment='none', device='cpu')
@@ -601,7 +601,7 @@ def small_generator(folder: str | Path,     # to work in
                     size: int = 32,         # side in pixels
                     steps: int = 400,       # of the backbone, and of the generator
                     channels: Sequence[int] = (32, 64)  # U-Net channels per level
-                   ) -> tuple:              # generator, segmenter, pairs: masks, and real images to compare with
+                   ) -> tuple:              # generator, segmenter, and real pairs
     "A ControlNet and a segmenter, trained for a short while on rendered lesions."
     folder = Path(folder)
     pairs = find_pairs(lesion_folder(folder/'data', 96, size, 0))
@@ -631,7 +631,7 @@ def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `
              bs: int = 16,              # images sampled together
              guidance: float = None,    # of all ways; `None`: the generator's
              steps: int = 400           # of the small generator
-            ) -> pd.DataFrame:          # one row a way and seed: seconds an image, KD, obedience
+            ) -> pd.DataFrame:          # one row a way and seed: CPU seconds an image, KD, obedience
     "Ways of sampling beside 50 steps of DDIM with ordinary guidance."
     with tempfile.TemporaryDirectory() as folder:
         if gen is None: gen, model, pairs = small_generator(folder, steps=steps)
@@ -641,17 +641,17 @@ def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `
     rows = []
     for seed in track(range(seeds), 'samplers'):
         for way, (settings, shares) in WAYS.items():
-            start = time.perf_counter()
+            start = time.process_time()
             with _in_full(gen, shares):
                 images = sample(gen, masks, seeds=1000*seed, bs=bs, guidance=guidance, desc=way, **settings)
-            seconds = (time.perf_counter() - start)/len(masks)
+            seconds = (time.process_time() - start)/len(masks)
             rows.append(dict(way=way, seed=seed, seconds=seconds, **_quality(images, masks, real, model)))
     return pd.DataFrame(rows)
 
 def differences(table: pd.DataFrame,    # of `samplers`
                 way: str,               # compared with the first way
                 metric: str             # KD or obedience
-               ) -> tuple:              # |difference of the means|, and the larger standard deviation over seeds
+               ) -> tuple:              # |difference of the means|, and the larger deviation over seeds
     "How far a way is from the ordinary one, beside the spread of seeds."
     values = table.pivot(index='seed', columns='way', values=metric)
     base = table.way.iloc[0]
@@ -670,7 +670,8 @@ def jobs(size: int = 64,        # side in pixels
                 size=size, steps=n, bs=16, encoder='tu-tf_efficientnet_lite0', jobs=jobs)
         return time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        for name, n, seed in (('data', 48, 0), ('test', 4, 1)): lesion_folder(f'{folder}/{name}', n, size, seed)
+        lesion_folder(f'{folder}/data', 48, size, seed=0)
+        lesion_folder(f'{folder}/test', 4, size, seed=1)
         try:
             torch.set_num_threads(2)
             for way, n_jobs in {'one process, two threads': 1, 'two processes, one thread': 2}.items():
@@ -693,8 +694,10 @@ def _row(name, value, at_least=None, at_most=None, note=''):
 
 def _segmenter_rows(**kw):
     seconds = segmenter_seconds(**kw).set_index('way').seconds
-    yield _row('segmenter: default format / channels_last', seconds['learner, default format']/seconds['learner'], 1.2)
-    yield _row('segmenter: our step / bare loop', seconds['learner']/seconds['bare loop'], at_most=1.05)
+    gain = seconds['learner, default format']/seconds['learner']
+    yield _row('segmenter: default format / channels_last', gain, 1.2, note='CPU seconds')
+    yield _row('segmenter: our step / bare loop', seconds['learner']/seconds['bare loop'], at_most=1.05,
+               note='CPU seconds')
 
 def _control_rows(**kw):
     table = control_step(**kw).set_index('way')
@@ -713,8 +716,9 @@ def _sampler_rows(table):
     ways = list(seconds.index)
     bars = dict(zip(ways[1:], (2., 1.1, 1.1), strict=True))
     for previous, way in zip(ways, ways[1:], strict=False):
-        yield _row(f'{previous} / {way}', seconds[previous]/seconds[way], bars[way], note='seconds an image')
-    yield _row('DDIM 50 / all of them', seconds[ways[0]]/seconds[ways[-1]], 3.5, note='seconds an image')
+        gain = seconds[previous]/seconds[way]
+        yield _row(f'{previous} / {way}', gain, bars[way], note='CPU seconds an image')
+    yield _row('DDIM 50 / all of them', seconds[ways[0]]/seconds[ways[-1]], 3.5, note='CPU seconds an image')
     for way in (ways[1], ways[-1]):
         for metric in ('KD', 'obedience'):
             difference, spread = differences(table, way, metric)
@@ -729,8 +733,8 @@ def _jobs_rows(**kw):
     yield _row('two threads / compare --jobs 2', seconds[0]/seconds[1], 1, note='seconds of two runs')
 
 def ratios(given: dict = None   # stage -> keywords of its function
-          ) -> pd.DataFrame:    # ratio, value, wanted, verdict (pass, short, not measured), note; also printed
-    "Every ratio of speed that this project claims, measured in one run, each beside the number wanted."
+          ) -> pd.DataFrame:    # ratio, value, wanted, verdict (pass, short, not measured), note
+    "Every ratio of speed that this project claims, measured in one run and printed beside the number wanted."
     given, start, rows = given or {}, time.perf_counter(), []
     stages = dict(segmenter=_segmenter_rows, control=_control_rows, siamese=_siamese_rows,
                   samplers=lambda **kw: _sampler_rows(samplers(**kw)), jobs=_jobs_rows)

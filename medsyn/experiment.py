@@ -64,7 +64,7 @@ from .segment.models import own_encoder, segmenter
 from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
-from .train import EvalCB, precision_of, whole_command
+from .train import CommandClock, EvalCB, precision_of, whole_command
 from .viz import curves, save_png, show_rows
 from .watch import WatchCB, check_log, report_cbs
 
@@ -1082,8 +1082,11 @@ class Stage:
 class FixedStages:
     "The lengths of a quickstart's stages, given beforehand; `minutes.Pace` decides them one by one."
     def __init__(self,
-        **lengths   # pretrain, train, synth, segment: steps, and pairs
-    ): self.lengths = lengths
+        fits: dict = None,  # how many fits of its length a stage has, for the time left in all
+        **lengths           # pretrain, train, synth, segment: steps, and pairs
+    ):
+        self.lengths, self.fits, self.behind = lengths, fits or {}, 0
+        self.clock = CommandClock(sum(lengths[name]*n for name, n in self.fits.items()))
 
     @contextlib.contextmanager
     def stage(self,
@@ -1091,7 +1094,10 @@ class FixedStages:
         networks: int = 1   # that are fitted in it, one after another
     ):                      # yields a `Stage`
         "Around the work of a stage."
-        yield Stage(self.lengths[name])
+        with whole_command(self.clock): yield Stage(self.lengths[name])
+        self.behind += self.lengths[name]*self.fits.get(name, 0)
+        missing = self.behind - self.clock.done     # of a stage that was finished before
+        if missing > 0: self.clock.count(missing, resumed=missing)
 
     def rounds(self,
         seeds: Sequence # that were asked for
@@ -1139,20 +1145,22 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
     if choices := how.chosen(): request['reading'] = choices
     out = open_run(out, request, 'quickstart')
     train, test = _data(out, data, o['n_train'], n_test, size, seed, how)
-    pace = pace or FixedStages(pretrain=o['pretrain_steps'], train=o['train_steps'],
+    entry, n_arms = METHODS[method], 3
+    fits = dict(pretrain=int(entry.backbone), train=len(entry.networks) or 1, segment=n_arms*len(seeds))
+    pace = pace or FixedStages(fits, pretrain=o['pretrain_steps'], train=o['train_steps'],
                                segment=o['segment_steps'], synth=n_synth or len(train))
 
     split = split_once(train)
     check_unlabelled(frames, [*split.held, *test], 'held-out or test')
     learns_from = frames if 'unlabelled' in settings_of(method) else []
     backbone, source = None, ''
-    if METHODS[method].backbone:
+    if entry.backbone:
         with pace.stage('pretrain') as stage:
             backbone = make_backbone(split, out/'backbone', size, stage.n, bs, channels=channels, seed=seed,
                                      unlabelled=frames, cbs=stage.cbs)
         o['pretrain_steps'] = stage.n
         source = file_hash(out/'backbone'/'unet'/'diffusion_pytorch_model.safetensors')
-    with pace.stage('train', len(METHODS[method].networks) or 1) as stage:
+    with pace.stage('train', fits['train']) as stage:
         generator = make_generator(split, backbone, out/'generator', method, stage.n, bs, size=size,
                                    seed=seed, source=source, unlabelled=learns_from, pictures=4,
                                    cbs=stage.cbs)

@@ -154,7 +154,8 @@ def compile_network(model: nn.Module,   # a generator, or a segmenter; compiled 
     "Compile the blocks of a network of diffusers, or any other network as a whole."
     if backend is None: return 0
     pick(backend, BACKENDS, 'backend of torch.compile')
-    named = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+    named = [m for m in model.modules()
+             if type(m).__name__ in BLOCKS and type(m).__module__.startswith('diffusers')]
     inner = {id(part) for block in named for part in block.modules() if part is not block}
     blocks = [block for block in named if id(block) not in inner] or [model]
     for block in blocks: block.compile(backend=backend)

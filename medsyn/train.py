@@ -285,10 +285,11 @@ class CommandClock:
 _CLOCK = contextvars.ContextVar('clock', default=None)
 
 @contextlib.contextmanager
-def whole_command(steps: int    # of all fits inside together
-                 ):             # yields a `CommandClock`
+def whole_command(steps: int | CommandClock # of all fits inside together; or a clock that runs already
+                 ):                         # yields the `CommandClock`: that of an outer command, if there is one
     "Inside, the bar of each fit also says the time that is left for all of them."
-    token = _CLOCK.set(CommandClock(steps))
+    given = steps if isinstance(steps, CommandClock) else CommandClock(steps)
+    token = _CLOCK.set(_CLOCK.get() or given)
     try: yield _CLOCK.get()
     finally: _CLOCK.reset(token)
 

@@ -115,12 +115,11 @@ class _TensorBoardWriter:
 class _WandbWriter:
     "A run of Weights & Biases."
     def __init__(self, out, run, step):
-        import wandb
+        self.wandb = importlib.import_module('wandb')
         place = out.resolve()
         name = f'{place.name}-{run}'
         identity = f'{name}-{content_hash(str(place), n=8)}'
-        self.wandb = wandb
-        self.run = wandb.init(project='medsyn', name=name, id=identity, dir=str(out), resume='allow')
+        self.run = self.wandb.init(project='medsyn', name=name, id=identity, dir=str(out), resume='allow')
 
     def scalars(self, step, values): self.run.log(dict(values), step=step)
     def image(self, step, image): self.run.log(dict(samples=self.wandb.Image(image)), step=step)

@@ -15,6 +15,7 @@ from medsyn.data.pairs import find_pairs
 from medsyn.fit import Synthesis, fit
 from medsyn.pages.review import Site
 from medsyn.pages.runs import training_curves, training_page, training_picture, training_state
+from medsyn.train import CommandClock
 from medsyn.watch import LOGS, WatchCB, read_run
 
 SMALL = ['--encoder', 'mobilenetv3_small_050', '--size', '32', '--steps', '3', '--bs', '4']
@@ -48,11 +49,16 @@ def check_shown(out, looks, name, steps, pictures=0):
     assert training_curves(site, name).startswith(b'\x89PNG')
     for stem in state['pictures']: assert training_picture(site, name, stem).startswith(b'\x89PNG')
 
-def test_quickstart(tmp_path, looks):
+def test_quickstart(tmp_path, looks, monkeypatch):
     "Backbone, generator with samples, and each run of the comparison; then the folders on their own."
-    out = tmp_path/'out'
+    out, clocks, begin = tmp_path/'out', [], CommandClock.__init__
+    def beginning(self, total):
+        begin(self, total)
+        clocks.append(self)
+    monkeypatch.setattr(CommandClock, '__init__', beginning)
     experiment.quickstart(out, n_train=12, n_test=4, size=32, pretrain_steps=3, train_steps=4,
                           segment_steps=3, n_synth=3, sample_steps=1, channels=(16, 32), seeds=(0,))
+    assert clocks[0].done == clocks[0].total == 3 + 4 + 3*3     # the bars say the time left for all stages
     check_shown(out, looks, 'backbone/pretrain', 3)
     check_shown(out, looks, 'generator/concat', 4, pictures=4)
     runs = [f'results/{arm}_unet_0' for arm in ('real', 'real-twice', 'synthetic')]
