@@ -1,8 +1,9 @@
 """Run the producer of a figure notebook: its cells with `#| eval: false`, in their order, as one program.
 
-`MEDSYN_DATA=data MEDSYN_WORK=runs python tests/produce.py nbs/figures/rivals.ipynb` makes what the page reads; the
-same command resumes. Cells that only import run too. A producer takes its paths from the environment: MEDSYN_DATA
-(the data sets), MEDSYN_WEIGHTS (an encoder's ImageNet weights, a file), MEDSYN_WORK (a folder for everything large)."""
+`MEDSYN_DATA=data MEDSYN_WORK=runs python tests/produce.py nbs/figures/rivals.ipynb` makes what the page
+reads; the same command resumes. Cells that only import run too. A producer takes its paths from the
+environment: MEDSYN_DATA (the data sets), MEDSYN_WEIGHTS (an encoder's ImageNet weights, a file), MEDSYN_WORK
+(a folder for everything large), and for some pages MEDSYN_BACKBONE (a folder of `medsyn pretrain`)."""
 import argparse
 import ast
 import os
@@ -23,7 +24,8 @@ def is_produced(cell):
 
 def commit():
     "The commit that the working tree stands on, with a + if it was changed."
-    def git(*words): return subprocess.run(['git', *words], capture_output=True, text=True).stdout.strip()
+    def git(*words):
+        return subprocess.run(['git', *words], capture_output=True, text=True).stdout.strip()
     return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--', 'medsyn', 'nbs'))
 
 def produce(path, until=None):
