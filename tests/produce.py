@@ -29,11 +29,11 @@ def commit():
     return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '--', 'medsyn', 'nbs'))
 
 def produce(path, until=None):
-    "Run the producer's cells, to the one whose id is `until`, in one namespace, from the notebook's folder."
+    "Run the producer's cells, to the one whose id is `until`, from the notebook's folder."
     cells = [c for c in nbformat.read(path, as_version=4).cells if is_produced(c)]
     ids = [c.id for c in cells]
     if until is not None:
-        if until not in ids: sys.exit(f"{path} has no producer cell {until!r}: its cells are {', '.join(ids)}")
+        if until not in ids: sys.exit(f"{path} has no producer cell {until!r}: they are {', '.join(ids)}")
         cells = cells[:ids.index(until) + 1]
     os.environ.setdefault('MEDSYN_COMMIT', commit())
     os.chdir(Path(path).parent)

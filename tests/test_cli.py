@@ -317,8 +317,8 @@ def test_generators_and_networks_are_crossed(made, tmp_path):
     "Every synthetic set with every network, in one command."
     for name in ('one', 'two'): shutil.copytree(made/'syn', tmp_path/name)
     networks = 'unet segformer sanet polyp_pvt ctnet'
-    line = (f'compare {made}/train --tests {made}/test --out {tmp_path}/c --size 64 --steps 1 --bs 2 --seeds 0'
-            f' --arms made=stream:{tmp_path}/{{generator}} --generators one two --encoder lcnet_050'
+    line = (f'compare {made}/train --tests {made}/test --out {tmp_path}/c --size 64 --steps 1 --bs 2'
+            f' --seeds 0 --arms made=stream:{tmp_path}/{{generator}} --generators one two --encoder lcnet_050'
             f' --network {networks}')
     assert medsyn(line) == 0
     scores = pd.read_csv(tmp_path/'c'/'scores.csv', keep_default_na=False)
