@@ -288,7 +288,8 @@ def test_the_frozen_half_is_computed_once_for_both_answers(backbone, monkeypatch
     "Guided by the mask; by the prompt, the text differs and everything is computed for both."
     generator = ControlGenerator(backbone).eval()
     with torch.no_grad():
-        for p in generator.control.parameters(): p.add_(.05*torch.randn(p.shape, generator=torch.manual_seed(0)))
+        rng = torch.Generator().manual_seed(0)
+        for p in generator.control.parameters(): p.add_(.05*torch.randn(p.shape, generator=rng))
     masks, seen = torch.zeros(2, 1, 32, 32), []
     masks[..., 8:20, 8:20] = 1
     backbone.unet.conv_in.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))

@@ -91,7 +91,8 @@ def made(tmp_path_factory):
                   (n, f'compare {base}/data --tests test={base}/test --out {out}/results {small} --seeds 0'
                       ' --arms real copy-paste --encoder mobilenetv3_small_050'),
                   (n, f'segment {base}/data --out {out}/model {small} --encoder mobilenetv3_small_050'),
-                  (n, f'score {base}/1/model --tests a={base}/test b={base}/data --bs 4 --out {out}/scores.csv'),
+                  (n, f'score {base}/1/model --tests a={base}/test b={base}/data --bs 4'
+                      f' --out {out}/scores.csv'),
                   (n, f'score {base}/1/drawn --real {base}/data --segmenter {base}/1/model --bs 4'
                       f' --generator {base}/1/siamese --out {out}/report')]
     calls += [(2, f'fit {base}/data --out {base}/no'),
