@@ -211,8 +211,10 @@ class EMACB(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')     # a learning-rate search keeps no average
-        if self.run: self.avg = EMAModel(self.params(), decay=self.largest_decay())
-    def after_step(self): self.avg.step(self.params())
+        if not self.run: return
+        self.trained = self.params()        # found once: a walk through the modules takes long beside a small step
+        self.avg = EMAModel(self.trained, decay=self.largest_decay())
+    def after_step(self): self.avg.step(self.trained)
     def after_fit(self): self.avg.copy_to(self.params())
 
     @contextlib.contextmanager
