@@ -11,7 +11,7 @@ from medsyn import fit as module
 from medsyn.core import MedsynError
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs
-from medsyn.fit import SYNTHETIC_ARM, Synthesis, fit, make_folds, plan_time, predict_images, verdict
+from medsyn.fit import Synthesis, default_arms, fit, make_folds, plan_time, predict_images, verdict
 
 SMALL = dict(encoder='mobilenetv3_small_050', size=32, bs=4, minutes=5, least_steps=1, most_steps=2,
              most_folds=2)
@@ -53,16 +53,18 @@ def test_folds_keep_groups_together(folders, tmp_path):
     with pytest.raises(MedsynError, match='cannot be split'): make_folds(pairs, 5)
 
 def test_generators_of_a_fold_do_not_see_what_it_holds_out(folders, labelled, tmp_path):
-    "With time for a generator: one per fold, which draws from its training pairs alone."
+    "With time for a generator: one per fold, shared by arms, which draws from its training pairs alone."
     tiny = Synthesis(bs=4, channels=(16, 32), least_steps=1, most_steps=2, per_pair=1, sample_steps=1)
-    out = fit(folders/'labelled', tmp_path/'out', arms=['real', SYNTHETIC_ARM], synthesis=tiny, **SMALL)
+    arms = ['real', 'fixmatch+mcpmix-scheduled', 'stream-annealed,w=0.5']
+    frames = folders/'frames'/'images'
+    out = fit(folders/'labelled', tmp_path/'out', frames, arms=arms, synthesis=tiny, **SMALL)
     plan = json.loads((out/'plan.json').read_text())
-    assert plan['folds'] == 2 and plan['generator_steps'] == 2 and plan['arms'] == ['real', SYNTHETIC_ARM]
+    assert plan['folds'] == 2 and plan['generator_steps'] == 2 and plan['arms'] == arms
+    assert set(pd.read_csv(out/'cv'/'scores.csv').arm) == set(arms)
     for i, split in enumerate(make_folds(labelled, 2)):
         lines = (out/'cv'/f'fold{i}'/'synthetic'/'manifest.jsonl').read_text().splitlines()
-        sources = {json.loads(line)['source'] for line in lines}
-        assert sources and sources <= names(split.train)
-    assert SYNTHETIC_ARM in (out/'report.md').read_text() and (out/'model'/'model.safetensors').exists()
+        assert {json.loads(line)['source'] for line in lines} == names(split.train)
+    assert arms[1] in (out/'report.md').read_text() and (out/'model'/'model.safetensors').exists()
 
 def test_a_job_that_is_stopped_resumes(folders, tmp_path, monkeypatch, job):
     "Stopped in its third run: the plan and the finished runs stay, and it ends as an unbroken one."
@@ -100,13 +102,37 @@ def test_little_time_gives_one_arm(labelled, tmp_path, monkeypatch):
 def test_the_plan_keeps_the_time():
     "More minutes, never fewer arms, folds of at most five, and never more time than given."
     seconds = {'real': .5, 'two-passes': .9, 'fixmatch': 1.2, 'stream': .9}
-    generator = dict(arm='stream', step=.2, drawing=60, least_steps=1500, most_steps=8000)
+    generator = dict(arms=['stream'], step=.2, drawing=60, least_steps=1500, most_steps=8000)
     plans = [plan_time(seconds, m, 60, 200, 3000, generator) for m in (2, 5, 15, 30, 60, 120, 240, 1000)]
     n_arms = [len(p.arms) for p in plans]
     assert n_arms == sorted(n_arms) and n_arms[0] == 1 and n_arms[-1] == 4
     for p, minutes in zip(plans, (2, 5, 15, 30, 60, 120, 240, 1000)):
         assert p.minutes <= minutes and 200 <= p.steps <= 3000 and p.folds in (0, 2, 3, 5)
         assert {*p.arms, *p.left_out} == set(seconds)
+
+def test_arms_that_share_a_generator():
+    "Where two of them do not fit, the first may; each that is left out names what it would take."
+    seconds = {'real': .5, 'mcpmix-scheduled': .9, 'stream': 6.}
+    generator = dict(arms=list(seconds)[1:], step=.2, drawing=60, least_steps=1500, most_steps=8000)
+    plans = [plan_time(seconds, m, 60, 200, 3000, generator) for m in range(5, 400, 20)]
+    tried = [tuple(p.arms) for p in plans]
+    assert {('real',), ('real', 'mcpmix-scheduled'), tuple(seconds)} == set(tried)
+    for p in plans:
+        assert {*p.arms, *p.left_out} == set(seconds) and bool(p.generator_steps) == (len(p.arms) > 1)
+        assert all(minutes > 0 for minutes in p.left_out.values())
+
+def test_arms_worth_trying():
+    assert default_arms(False) == ['real', 'two-passes', 'mcpmix-scheduled']
+    assert default_arms(True) == ['real', 'two-passes', 'fixmatch', 'fixmatch+mcpmix-scheduled']
+
+@pytest.mark.parametrize('changed, words', [
+    (dict(start='paste'), r"start='paste' changes the masks: use start='real' or 'noise'"),
+    (dict(method='paired'), "'paired' makes its own masks: use another method")])
+def test_pairs_that_cannot_be_partners_are_refused_first(labelled, tmp_path, changed, words):
+    "Before a generator is trained for hours."
+    call = dict(arms=['real', 'mcpmix-scheduled'], synthesis=Synthesis(**changed), **SMALL)
+    with pytest.raises(MedsynError, match=words): fit(labelled, tmp_path/'out', **call)
+    assert not (tmp_path/'out').exists()
 
 def test_what_the_verdict_says():
     row = lambda lo: pd.DataFrame([dict(arm='fixmatch', lo=lo, text='+2.0 dice')])
@@ -131,6 +157,7 @@ def test_bad_input_is_one_sentence(folders, labelled, tmp_path):
         r'1 of 1 images without masks are labelled images \(renamed.bmp': dict(unlabelled=again),
         "did you mean 'two-passes'": dict(arms=['two-pases']),
         'needs images without masks': dict(arms=['real', 'paste-onto']),
+        "arm 'stream' has no setting 'wx'": dict(arms=['real', 'stream,wx=1']),
         'unknown encoder': dict(encoder='resnet81'),
         'must be multiples of 32': dict(size=40),
         "unknown loss 'dice'": dict(loss='dice'),

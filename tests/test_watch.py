@@ -8,7 +8,7 @@ from PIL import Image
 from medsyn import cli, experiment
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs
-from medsyn.fit import SYNTHETIC_ARM, Synthesis, fit
+from medsyn.fit import Synthesis, fit
 from medsyn.pages.review import Site
 from medsyn.pages.runs import training_curves, training_page, training_picture, training_state
 from medsyn.watch import WatchCB, read_run
@@ -77,7 +77,7 @@ def test_fit(tmp_path, pairs, looks):
     out, tiny = tmp_path/'out', Synthesis(least_steps=2, most_steps=2, bs=4, channels=(16, 32), per_pair=1,
                                           sample_steps=1)
     fit(pairs, out, encoder='mobilenetv3_small_050', size=32, bs=4, minutes=5, least_steps=1, most_steps=2,
-        most_folds=2, arms=['real', SYNTHETIC_ARM], synthesis=tiny)
+        most_folds=2, arms=['real', 'mcpmix-scheduled'], synthesis=tiny)
     for k in (0, 1): check_shown(out, looks, f'cv/fold{k}/generator/concat', 2)
     check_shown(out, looks, 'model', 2)
     assert list(looks)[-1] == 'model'
