@@ -84,7 +84,8 @@ print(json.dumps(dict(measured=measured/2**30, table=table.to_dict('index'))))
     ('siamese', dict(accumulate=4, checkpointing=True), '--checkpointing --accumulate 4')])
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, method, options, row):
     "The growth of the resident memory of a process in training, against what was counted without data."
-    call = [sys.executable, '-W', 'ignore', '-c', MEASURE, str(tmp_path/'pairs'), method, json.dumps(options), row]
+    given = [str(tmp_path/'pairs'), method, json.dumps(options), row]
+    call = [sys.executable, '-W', 'ignore', '-c', MEASURE, *given]
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', OMP_NUM_THREADS='1')     # freed memory goes back
     done = subprocess.run(call, capture_output=True, text=True, env=env)
     assert not done.returncode, done.stderr
