@@ -14,6 +14,7 @@ import contextlib
 import copy
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import threading
@@ -47,7 +48,7 @@ from .diffusion.schedule import Schedule
 from .evaluate.fidelity import (
     Extractor, InceptionFID, extract, fidelity, image_list, kernel_distance)
 from .evaluate.overlap import score
-from .experiment import compare, make_backbone, make_generator, train_segmenter
+from .experiment import make_backbone, make_generator, train_segmenter
 from .generate.catalog import METHODS
 from .segment.feedback import GenerativeFeedbackCB
 from .segment.learner import bce_dice, predict, segment_learner
@@ -663,22 +664,24 @@ def jobs(size: int = 64,        # side in pixels
          steps: Sequence[int] = (5, 45)     # of a short and a long comparison
         ) -> pd.DataFrame:      # one row a way: seconds for the additional steps of two runs
     "Two runs of one thread each at the same time, beside one process of two threads."
-    threads, rows = torch.get_num_threads(), []
-    def seconds(folder, n, jobs):
-        pairs, tests = find_pairs(f'{folder}/data'), dict(test=find_pairs(f'{folder}/test'))
+    def seconds(folder, n, n_jobs):
+        "Those of the command, started anew."
+        options = (f'--arms real real-twice --seeds 0 --size {size} --steps {n} --bs 16 --jobs {n_jobs}'
+                   ' --encoder tu-tf_efficientnet_lite0')
+        places = ['--tests', f'{folder}/test', '--out', f'{folder}/{n_jobs}-{n}']
+        command = [sys.executable, '-m', 'medsyn', 'compare', f'{folder}/data', *places, *options.split()]
+        environment = dict(os.environ, OMP_NUM_THREADS=str(2//n_jobs))
         start = time.perf_counter()
-        compare(pairs, tests, dict(real='real', twice='real-twice'), f'{folder}/{jobs}-{n}', seeds=(0,),
-                size=size, steps=n, bs=16, encoder='tu-tf_efficientnet_lite0', jobs=jobs)
+        subprocess.run(command, check=True, capture_output=True, env=environment)
         return time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
         lesion_folder(f'{folder}/data', 48, size, seed=0)
         lesion_folder(f'{folder}/test', 4, size, seed=1)
-        try:
-            torch.set_num_threads(2)
-            for way, n_jobs in {'one process, two threads': 1, 'two processes, one thread': 2}.items():
-                short, long = (seconds(folder, n, n_jobs) for n in steps)
-                rows.append(dict(way=way, seconds=long - short))
-        finally: torch.set_num_threads(threads)
+        for way, n_jobs in {'one process, two threads': 1, 'two processes, one thread': 2}.items():
+            short, long = (seconds(folder, n, n_jobs) for n in steps)
+            rows.append(dict(way=way, seconds=long - short))
     return pd.DataFrame(rows)
 
 def cores() -> int:

@@ -288,7 +288,7 @@ _CLOCK = contextvars.ContextVar('clock', default=None)
 
 @contextlib.contextmanager
 def whole_command(steps: int | CommandClock # of all fits inside together; or a clock that runs already
-                 ):                         # yields the `CommandClock`: that of an outer command, if there is one
+                 ):                         # yields the `CommandClock`, of an outer command if there is one
     "Inside, the bar of each fit also says the time that is left for all of them."
     given = steps if isinstance(steps, CommandClock) else CommandClock(steps)
     token = _CLOCK.set(_CLOCK.get() or given)

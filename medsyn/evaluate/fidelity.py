@@ -27,9 +27,10 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchvision.models.inception import Inception3, InceptionE
 
 from ..core import (
-    MedsynError, announce_download, content_hash, default_device, file_hash, load_json, pick, versions, write_atomic)
+    MedsynError, announce_download, content_hash, default_device, file_hash, load_json, pick, versions,
+    write_atomic)
 from ..data.pairs import Pair, read_image
-from ..processes import each
+from ..processes import map_shared
 from ..segment.models import Segmenter, fit_weights, read_weights
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #7f6f273d
@@ -410,13 +411,14 @@ def extract(images: str | Path | list | np.ndarray,     # as for `image_list`
     def features_of(batch):
         "Key -> name -> features, of one batch."
         out = extractor([FLIPS[flip](_loaded(todo[key])).copy() for key in batch], device)
-        found = {key: {name: values[i].clone() for name, values in out.items()} for i, key in enumerate(batch)}
+        found = {key: {name: values[i].clone() for name, values in out.items()}
+                 for i, key in enumerate(batch)}
         computed.update(found)
         return found
 
     batches = [todo_keys[start:start + bs] for start in range(0, len(todo), bs)]
     try:
-        for found in each(features_of, batches, desc): known |= found
+        for found in map_shared(features_of, batches, desc): known |= found
     finally:
         known |= computed       # what was computed before an error is kept too
         if file and computed: _keep(file, known)
@@ -463,7 +465,7 @@ def lpips(real: str | Path | list | np.ndarray, # as for `image_list`
         part = slice(start, start + bs)
         return net(batch(real, real_index[part]), batch(fake, fake_index[part])).flatten().cpu()
 
-    return torch.cat(each(distances, range(0, len(real_index), bs), 'LPIPS')).numpy()
+    return torch.cat(map_shared(distances, range(0, len(real_index), bs), 'LPIPS')).numpy()
 
 # %% ../../nbs/api/61_evaluate.fidelity.ipynb #c458b124
 FEW = 2048

@@ -21,7 +21,7 @@ from ..diffusion.learner import MASKS, denoising_losses
 from .fidelity import module_hash
 from .overlap import score
 from .stats import paired_bootstrap
-from ..processes import each
+from ..processes import map_shared
 from ..segment.learner import predict
 from ..segment.models import Segmenter
 
@@ -48,7 +48,7 @@ def agreement(segmenter: Segmenter,     # trained on real pairs alone
                 for pair, p, mask in zip(batch, predictions, masks)]
 
     batches = [pairs[start:start + bs] for start in range(0, len(pairs), bs)]
-    return pd.DataFrame([row for rows in each(agreed, batches, desc) for row in rows])
+    return pd.DataFrame([row for rows in map_shared(agreed, batches, desc) for row in rows])
 
 # %% ../../nbs/api/64_evaluate.obedience.ipynb #22c4c712
 @dataclass
@@ -147,7 +147,7 @@ def denoising_probe(generator: object,      # any generator that takes a mask
         return table.assign(name=[p.name for p in pairs[part]])
 
     starts = range(0, len(pairs), 8)        # always 8: the noise depends on the seed alone
-    probe = pd.concat(each(probed, starts, 'probe'), ignore_index=True).rename_axis(columns=None)
+    probe = pd.concat(map_shared(probed, starts, 'probe'), ignore_index=True).rename_axis(columns=None)
     for kind in ('shifted', 'another'): probe[f'margin_{kind}'] = probe[kind]/probe.right - 1
     return probe[PROBE_COLUMNS]
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core import MedsynError, pick
 from ..data.pairs import find_pairs, read_pair, refuse_classes
-from ..processes import each
+from ..processes import map_shared
 from ..segment.learner import foreground, predict, upsample
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #f65581ec
@@ -256,7 +256,7 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
 
     batches = [(testset, pairs[start:start + bs]) for testset, pairs in testsets.items()
                for start in range(0, len(pairs), bs)]
-    return pd.DataFrame([row for rows in each(scored, batches, 'score') for row in rows])
+    return pd.DataFrame([row for rows in map_shared(scored, batches, 'score') for row in rows])
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #4f3e035b
 def _set_means(scores, metrics):
