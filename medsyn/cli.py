@@ -282,8 +282,8 @@ def train(
     from medsyn.diffusion.backbone import Backbone
     from medsyn.diffusion.learner import PairGenerator
     from medsyn.experiment import make_generator
-    from medsyn.generate.catalog import METHODS
-    method = METHODS[pick(kw['method'], METHODS, 'method')]
+    from medsyn.generate.catalog import METHODS, method_name
+    method = METHODS[method_name(kw['method'])]
     pairs = find_pairs(data, how=how)
     opened = Backbone.from_pretrained(backbone, kw['size'], prompt) if backbone else None
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
@@ -320,7 +320,10 @@ def synth(
     from medsyn.synth import finished, synthesize
     opened = load_generator(generator).to(default_device())
     if data is None and not draws_pairs(opened):
-        raise MedsynError("this generator draws under given masks: say whose with --data")
+        if opened.needs_mask:
+            raise MedsynError("this generator draws under given masks: say whose with --data")
+        raise MedsynError(f"{generator} was trained without masks, so its images have none: give a generator"
+                          " that was trained with masks")
     pairs = None if draws_pairs(opened) else _lenders(data, how)
     if into and kw['start'] == 'noise': kw['start'] = 'inpaint'
     made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into, how),
@@ -543,12 +546,12 @@ def named_arms(forms: Sequence[str] # short forms, folders, or `name=form`
     return out
 
 @command('experiment.compare', READING, leave='train segmenters', late='subsets',
-         rare='subsets generators curve_every metrics page axis ema baseline lr',
+         rare='folds subsets generators curve_every metrics page axis ema baseline lr',
          example='medsyn compare data --tests test --arms real two-passes synthetic --out results')
 def compare(
     data: str,                          # folder or list of real training pairs
-    tests: Sequence[str],               # test folders or lists; NAME=FOLDER names one
     out: str,                           # results folder; the same command resumes, started twice it is shared
+    tests: Sequence[str] = (),          # test folders or lists, NAME=FOLDER names one; none with --folds
     arms: Sequence[str] = ('real', 'two-passes'),  # short forms (see medsyn catalog), or folders of pairs
     network: Sequence[str] = ('unet',),  # unet, segformer, sanet, polyp_pvt or ctnet
     unlabelled: str = None,             # folder of images without masks, for the arms that use them
@@ -570,12 +573,13 @@ def compare(
 @command(example='medsyn catalog')
 def catalog():
     "List the methods of generators, and the arms that compare, segment and fit train."
-    from medsyn.generate.catalog import METHODS, settings_of
+    from medsyn.generate.catalog import ALIASES, METHODS, settings_of
     from medsyn.segment.catalog import ARMS
     print('Methods of medsyn train --method, and what --set changes:')
     for name, method in METHODS.items():
         print(f'  {name:18} {method.about}')
         print(' '*21 + ', '.join(f'{k}={setting.default}' for k, setting in settings_of(name).items()))
+    print('Further names: ' + ', '.join(f'{alias} is {name}' for alias, name in ALIASES.items()))
     print('', 'Arms of medsyn compare --arms and medsyn segment --arm; they combine with +:', sep='\n')
     for name, arm in ARMS.items():
         form = f'{name}:{arm.folder.upper()}' if arm.folder else name

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
            'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'train_segmenter', 'Run', 'arm_form', 'design',
-           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'share_runs', 'prediction_file',
+           'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'fold_parts', 'share_runs', 'prediction_file',
            'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'ImageStream',
-           'images_of', 'generator_dls', 'make_backbone', 'sampler_of', 'make_generator', 'describe', 'draws_pairs',
-           'picture', 'commands', 'Stage', 'FixedStages', 'quickstart']
+           'images_of', 'generator_dls', 'make_backbone', 'sampler_of', 'opened_networks', 'make_generator', 'describe',
+           'draws_pairs', 'picture', 'commands', 'Stage', 'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -52,7 +52,7 @@ from .diffusion.sample import sample
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
-                                     settings_of)
+                                     method_name, settings_of)
 from .memory import check_memory, memory_of, memory_table, spare
 from .processes import count, is_main, main_first, parallel_cbs, wait
 from .resume import fit_resumable, forget
@@ -60,7 +60,7 @@ from .segment.annealing import RealAnchorCB
 from .segment.catalog import Arm, as_arm, callbacks_of
 from .segment.learner import LOSSES, DiceMetric, segment_learner
 from .segment.mixing import check_partners, partner_dls
-from .segment.models import own_encoder, segmenter
+from .segment.models import Segmenter, own_encoder, segmenter
 from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
@@ -400,13 +400,14 @@ FACTORS = ['arm', 'segmenter', 'subset', 'generator', 'seed']
 class _Plan:
     "Everything that the runs of a comparison need, checked."
     splits: dict        # labelled subset -> `Split`
-    tests: dict         # name -> list of `Pair`
+    tests: dict         # labelled subset -> name -> list of `Pair`
     networks: dict      # name -> keywords of `train_segmenter`
     runs: list          # of `Run`
     arms: dict          # (arm, subset, generator) -> `Arm`
     metrics: list       # per-image scores
     options: dict       # further keywords of `train_segmenter`, the same in every run
     save_every: float   # minutes between saved states of a run
+    folded: bool = False # whether each subset has test sets of its own
 
     def by_cell(self, describe):
         "A description of each arm, by its name, subset and generator."
@@ -415,14 +416,15 @@ class _Plan:
     def config(self):
         "What determines the scores."
         train = {k: pairs_hash(s.pairs) for k, s in self.splits.items()}
-        tests = {k: pairs_hash(v) for k, v in self.tests.items()}
+        tests = {subset: {k: pairs_hash(v) for k, v in own.items()} for subset, own in self.tests.items()}
+        if not self.folded: tests = next(iter(tests.values()))      # the same for every subset
         return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
                     arms=self.by_cell(describe_arm))
 
     def score(self, run, file):
         "Train and score one run."
         arm = self.arms[run.arm, run.subset, run.generator]
-        score_run(file, self.splits[run.subset], self.tests, arm, self.metrics, seed=run.seed,
+        score_run(file, self.splits[run.subset], self.tests[run.subset], arm, self.metrics, seed=run.seed,
                   save_every=self.save_every, **self.networks[run.segmenter], **self.options)
 
 def open_comparison(out: str | Path,    # results folder
@@ -451,6 +453,49 @@ def _resolved_arms(runs, forms, splits, unlabelled, reviewed):
     return arms
 
 def _pairs_of(given): return list(given) if isinstance(given, (list, tuple)) else find_pairs(given)
+
+def fold_parts(pairs: Sequence, # labelled `Pair`s
+               k: int,          # folds, 2 or more
+               seed: int = 0    # another seed gives other folds
+              ) -> list:        # of `k` lists that divide the pairs; a group is never divided
+    "Divide labelled pairs for cross-validation; `MedsynError` if there are fewer pairs or groups than folds."
+    if k < 2: raise MedsynError(f"{k} folds: cross-validation needs 2 or more")
+    remaining, parts = sorted(pairs), []
+    for i in range(k - 1):
+        remaining, held = split_pairs(remaining, 1/(k - i), seed_of(seed, 'fold', i))
+        parts.append(held)
+    return [*parts, remaining]
+
+def _folded(train, tests, subsets, folds):
+    "Training sets and test sets of the folds, each by the fold's name."
+    if len(tests) or subsets is not None:
+        raise MedsynError("with folds the training pairs are divided into training and test sets: leave tests"
+                          " and subsets out")
+    if isinstance(folds, dict):
+        parts = {str(name): (str(name), _pairs_of(part)) for name, part in folds.items()}
+    else:
+        pairs = train.pairs if isinstance(train, Split) else _pairs_of(train)
+        parts = {f'fold{i}': ('folds', part) for i, part in enumerate(fold_parts(pairs, folds), 1)}
+    everything = [p for _, part in parts.values() for p in part]
+    training = {name: [p for p in everything if p not in {*part}] for name, (_, part) in parts.items()}
+    return training, {name: {testset: part} for name, (testset, part) in parts.items()}
+
+def _merged(tests_of):
+    "The test sets of all folds; parts of the same name become one set."
+    merged = {}
+    for own in tests_of.values():
+        for name, pairs in own.items(): merged[name] = [*merged.get(name, ()), *pairs]
+    return merged
+
+def _check_fold_arms(arms):
+    "`MedsynError` for an arm that brings the same files into every fold, the test images of one among them."
+    for name, form in arms.items():
+        depends = isinstance(form, dict) or callable(form) or '{subset}' in str(form)
+        brings_files = not isinstance(form, (str, Path)) or {':', '/'} & {*str(form)}
+        if brings_files and not depends:
+            raise MedsynError(f"arm {name!r} brings the same files into every fold, and its generator may"
+                              " have seen the fold's test images: make a set for each fold and write {subset}"
+                              " for its name (fold1, fold2, ...)")
 
 def _some(name, given):
     "`MedsynError` if nothing is given."
@@ -543,7 +588,7 @@ def read_scores(runs: Sequence,     # of `Run`
 
 def compare(
     train: 'list | str | Path | Split',  # real `Pair`s (8 or more) or their folder; `None` with `subsets`
-    tests: dict,                 # name -> list of `Pair` or folder; no test image may be a training image
+    tests: dict,                 # name -> list of `Pair` or folder, no training image; {} with folds
     arms: dict,                  # name -> what `as_arm` takes, or a form that `arm_form` resolves
     out: str | Path,             # results folder; the same call resumes, another with more arms adds them
     segmenters: Sequence = ('unet',),  # names of networks, or dicts of `train_segmenter`'s network keywords
@@ -563,6 +608,7 @@ def compare(
     unlabelled: Sequence = (),   # image files without masks, for the arms that use them
     subsets: dict = None,        # name -> labelled pairs, folder or `Split`; each is trained on with all arms
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
+    folds: int | dict = None,    # cross-validation: so many parts, each tests what the others train
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
     preset: str = None,          # paper: the networks' published settings instead of lr, loss and augment
     jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
@@ -576,14 +622,21 @@ def compare(
     started, request = time.time(), {k: v for k, v in locals().items() if k not in ('out', 'jobs')}
     if jobs > 1 and count() > 1:
         raise MedsynError("jobs and a launcher both divide the runs: use one of them")
-    subsets = {'': train} if subsets is None else subsets
+    if folds is not None:
+        _check_fold_arms(arms)
+        subsets, tests_of = _folded(train, tests, subsets, folds)
+        tests = _merged(tests_of)
+    else:
+        subsets = {'': train} if subsets is None else subsets
+        tests = {k: _pairs_of(v) for k, v in _some('tests', tests).items()}
+        tests_of = {str(k): tests for k in subsets}
     splits = {str(k): split_once(v) for k, v in _some('subsets', subsets).items()}
-    tests = {k: _pairs_of(v) for k, v in _some('tests', tests).items()}
     unlabelled = unlabelled_images(unlabelled)
-    for split in splits.values():
-        _check_apart(split, tests)
+    for subset, split in splits.items():
+        _check_apart(split, tests_of[subset])
         check_unlabelled(unlabelled, split.pairs, 'labelled')
-    for name, pairs in tests.items(): check_unlabelled(unlabelled, pairs, f'test ({name})')
+    for own in tests_of.values():
+        for name, pairs in own.items(): check_unlabelled(unlabelled, pairs, f'test ({name})')
     baseline = baseline_of(_some('arms', arms), baseline)
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
@@ -592,7 +645,8 @@ def compare(
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)
     resolved = _resolved_arms(runs, arms, splits, unlabelled, reviewed)
-    plan = _Plan(splits, tests, networks, runs, resolved, list(metrics), options, save_every)
+    plan = _Plan(splits, tests_of, networks, runs, resolved, list(metrics), options, save_every,
+                 folds is not None)
 
     with main_first(): out = open_comparison(out, plan.config())
     file_of = lambda run: out/'runs'/f'{run.file}.csv'
@@ -607,7 +661,9 @@ def compare(
     if is_main():
         save_json(out/'run.json', about)
         _save_tests(out, tests)
-        report(read_scores(runs, file_of), out, baseline, metric)
+        scores = read_scores(runs, file_of)
+        if folds is not None: scores = scores.drop(columns='subset')    # each image is in one fold
+        report(scores, out, baseline, metric)
     wait()
     return out
 
@@ -883,7 +939,7 @@ def _above_its_mask(images, soft):
 
 def _check_method(method, backbone, steps):
     "The method's entry in the catalog; `MedsynError` if it lacks a backbone or has one too many."
-    entry = METHODS[pick(method, METHODS, 'method')]
+    entry = METHODS[method_name(method)]
     if entry.backbone and backbone is None:
         raise MedsynError(f"method {method!r} stands on a pretrained backbone: give one"
                           " (medsyn pretrain makes one)")
@@ -891,6 +947,20 @@ def _check_method(method, backbone, steps):
         raise MedsynError(f"method {method!r} has networks of its own: leave the backbone out")
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     return entry
+
+def opened_networks(
+    method: str,    # a key of `METHODS`
+    settings: dict  # of the method, by name
+) -> dict:          # the same, with networks in place of their folders
+    "Open the segmenters that a method's settings name by their folders, such as ArSDM's `refine`."
+    networks = [name for name, one in settings_of(method).items() if one.type is nn.Module]
+    opened = dict(settings)
+    for name in networks:
+        if not isinstance(folder := settings.get(name), (str, Path)): continue
+        try: opened[name] = Segmenter.from_pretrained(folder)
+        except MedsynError as e:
+            raise MedsynError(f"setting {name!r} of method {method!r} needs a segmenter, and {e}") from e
+    return opened
 
 def make_generator(
     pairs: 'list | Split',     # training `Pair`s, or their split, made once
@@ -917,8 +987,8 @@ def make_generator(
     cbs: Sequence = ()         # further callbacks of every fit, as `minutes.PaceCB`
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
-    entry = _check_method(method, backbone, steps)
-    split, settings = split_once(pairs), dict(settings or {})
+    entry, method = _check_method(method, backbone, steps), method_name(method)
+    split, settings = split_once(pairs), opened_networks(method, settings or {})
     frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
     if frames and 'unlabelled' not in settings_of(method):
@@ -931,7 +1001,8 @@ def make_generator(
     if backbone: backbone.check_size(size)
     config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,
                   lr=lr, size=size, seed=seed)
-    given = dict(settings=dict(settings), precision=precision, eight_bit=eight_bit,
+    marks = {name: generator_hash(v) if isinstance(v, nn.Module) else v for name, v in settings.items()}
+    given = dict(settings=marks, precision=precision, eight_bit=eight_bit,
                  unlabelled=[file_hash(f) for f in frames])
     config |= {name: value for name, value in given.items() if value}
     if frames: settings['unlabelled'] = frames
@@ -1104,7 +1175,8 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
         raise MedsynError(f"rendered images are square, not {size_text(size)}: give one side,"
                           " or a folder of your own (--data)")
     segmenter('unet', size=size)            # a size that does not fit shows before anything is written
-    o = dict(method=pick(method, METHODS, 'method'), n_train=n_train or (200 if given else 50), n_test=n_test,
+    method = method_name(method)
+    o = dict(method=method, n_train=n_train or (200 if given else 50), n_test=n_test,
              size=size, n_synth=n_synth, bs=bs, channels=list(channels),
              pretrain_steps=pretrain_steps or (600 if given else 100),
              train_steps=train_steps or (480 if given else 300),

@@ -30,7 +30,7 @@ from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, ste
 from .diffusion.backbone import Backbone
 from .diffusion.learner import PairGenerator
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, ImageStream, Run, Split,
-                               check_unlabelled, describe, draws_pairs, generator_dls,
+                               check_unlabelled, describe, draws_pairs, fold_parts, generator_dls,
                                make_backbone, make_generator, open_arm, read_scores, report,
                                run_log, score_run, share_runs, split_once, train_segmenter,
                                unlabelled_images)
@@ -49,13 +49,8 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
                seed: int = 0        # another seed gives other folds
               ) -> list:            # of k `Split`s whose held-out parts are all the pairs
     "Divide labelled pairs for cross-validation; `MedsynError` if there are fewer pairs or groups than folds."
-    if k < 2: raise MedsynError(f"{k} folds: cross-validation needs 2 or more")
-    remaining, held_parts = sorted(pairs), []
-    for i in range(k - 1):
-        remaining, held = split_pairs(remaining, 1/(k - i), seed_of(seed, 'fold', i))
-        held_parts.append(held)
-    held_parts.append(remaining)
-    return [Split([p for p in sorted(pairs) if p not in set(held)], held) for held in held_parts]
+    parts = fold_parts(pairs, k, seed)
+    return [Split([p for p in sorted(pairs) if p not in {*held}], held) for held in parts]
 
 # %% ../nbs/api/72_fit.ipynb #134f9505
 PLANNED_SHARE = .9      # share of the minutes that the plan uses

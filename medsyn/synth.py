@@ -477,8 +477,11 @@ def _digest_of(items):
 def _check_masks_alone(pairs, needs_image, start, into):
     "`MedsynError` if a mask has no image and the start needs one."
     alone = next((p.mask for p in pairs if p.image is None), None)
+    if alone and needs_image:
+        raise MedsynError(f"{alone} is a mask without an image, and a generator of mask and image (M+I) sees"
+                          " both: give pairs, or a generator of masks alone")
     without_image = start == 'noise' or start == 'inpaint' and into is not None
-    if alone and (needs_image or not without_image):
+    if alone and not without_image:
         raise MedsynError(f"{alone} is a mask without an image, and start={start!r} needs its image:"
                           " use start='noise', or start='inpaint' with into")
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 from medsyn.cli import COMMANDS, main, parser_of
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, save_list
+from medsyn.generate.catalog import ALIASES, METHODS, load_generator, method_name
 
 warnings.filterwarnings('ignore')
 
@@ -99,6 +100,17 @@ def test_compare_takes_folders_as_arms(made):
 QUICK = ('--size 32 --pretrain-steps 2 --train-steps 2 --segment-steps 2 --sample-steps 2'
          ' --channels 16 32 --seeds 0')
 
+def lines_of(script, tmp_path):
+    "What bash makes of a script's commands of medsyn: they are noted, to be run in this process."
+    noted = tmp_path/'noted'
+    program = tmp_path/'bin'/'medsyn'
+    program.parent.mkdir()
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >> {noted}\necho >> {noted}\n')
+    program.chmod(0o755)
+    env = dict(os.environ, PATH=f'{program.parent}{os.pathsep}{os.environ["PATH"]}')
+    subprocess.run(['bash', '-e', str(script)], check=True, env=env, capture_output=True)
+    return noted.read_text().splitlines()
+
 def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
     "The images that the commands draw again are the same to the byte: their hashes are in the manifest."
     q = tmp_path/'q'
@@ -106,8 +118,9 @@ def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
     files = ('pairs.png', 'probe.png', 'commands.sh', 'quickstart.json', 'synthetic/manifest.jsonl',
              'results/table.md', 'results/run.json')
     for f in files: assert (q/f).exists(), f
-    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
-    subprocess.run(['bash', '-e', str(q/'commands.sh')], check=True, env=env, capture_output=True)
+    lines = lines_of(q/'commands.sh', tmp_path)
+    assert [line.split()[0] for line in lines] == ['check', 'pretrain', 'train', 'synth', 'compare']
+    for line in lines: assert medsyn(line) == 0, line
     assert manifest(q/'synthetic') == manifest(q/'again'/'synthetic')
 
 def test_quickstart_on_a_folder(made, tmp_path):
@@ -270,6 +283,79 @@ def test_checkpoint_of_another_architecture(made, tmp_path, capsys):
     shutil.copy(made/'gen'/'codec'/'model.safetensors', tmp_path/'gen'/'prompts'/'model.safetensors')
     e = fails(capsys, f'synth --anyway {tmp_path}/gen --data {made}/train --out {tmp_path}/o -n 1')
     assert 'belongs to another model' in e and not (tmp_path/'o').exists()
+
+# Every method, every network -----------------------------------------------------------------------
+
+SMALLEST = {'arsdm': 'channels=(16,32) hidden=8', 'anomaly': 'encoder=resnet10t',
+            'ddpm': 'channels=(16,32)', 'paired': 'channels=(16,32)'}
+
+@pytest.fixture(scope='module')
+def polyps(made):
+    "Sixteen pairs: real polyps where MEDSYN_DATA has them, else rendered lesions."
+    root = os.environ.get('MEDSYN_DATA')
+    if not root: return made/'train'
+    return save_list(made/'polyps.csv', find_pairs(Path(root)/'polypgen', where=dict(centre=['C1']))[:16])
+
+@pytest.mark.parametrize('method', [*METHODS, *ALIASES])
+def test_every_method_trains(made, polyps, tmp_path, method):
+    name = method_name(method)
+    source = f'--backbone {made}/bb' if METHODS[name].backbone else '--size 32'
+    given = f'--set {SMALLEST[name]}' if SMALLEST.get(name) else ''
+    line = f'train {polyps} {source} --out {tmp_path}/g --method {method} --steps 1 --bs 4 {given}'
+    assert medsyn(line) == 0
+    assert type(load_generator(tmp_path/'g')) is METHODS[name].opens
+    assert pd.read_csv(tmp_path/'g'/'log.csv').loss.notna().all()
+
+def test_two_names_of_a_method_are_one_run(made, tmp_path):
+    line = f'train {made}/train --backbone {made}/bb --out {tmp_path}/g --steps 1 --bs 4 --method'
+    assert medsyn(f'{line} uncond') == 0
+    before = (tmp_path/'g'/'log.csv').stat().st_mtime_ns
+    assert medsyn(f'{line} unconditional') == 0
+    assert (tmp_path/'g'/'log.csv').stat().st_mtime_ns == before
+    e = json.loads((tmp_path/'g'/'train.json').read_text())
+    assert e['method'] == 'unconditional'
+
+def test_refinement_from_the_command_line(made, tmp_path, capsys):
+    "ArSDM's refinement takes a segmenter's folder: its term is logged, and without it the run is another."
+    line = f'train {made}/train --size 32 --method arsdm --steps 4 --bs 4 --out {tmp_path}'
+    small = '--set hidden=8 channels=(16,32)'
+    assert medsyn(f'{line}/g {small} refine={made}/seg') == 0
+    assert pd.read_csv(tmp_path/'g'/'log.csv').L_refine.iloc[-1] > 0
+    assert 'holds another train run' in fails(capsys, f'{line}/g {small}')
+    e = fails(capsys, f'{line}/h {small} refine={made}/bb')
+    assert "setting 'refine' of method 'arsdm' needs a segmenter" in e and not (tmp_path/'h').exists()
+
+def test_generators_and_networks_are_crossed(made, tmp_path):
+    "Every synthetic set with every network, in one command."
+    for name in ('one', 'two'): shutil.copytree(made/'syn', tmp_path/name)
+    networks = 'unet segformer sanet polyp_pvt ctnet'
+    line = (f'compare {made}/train --tests {made}/test --out {tmp_path}/c --size 64 --steps 1 --bs 2'
+            f' --seeds 0 --arms made=stream:{tmp_path}/{{generator}} --generators one two --encoder lcnet_050'
+            f' --network {networks}')
+    assert medsyn(line) == 0
+    scores = pd.read_csv(tmp_path/'c'/'scores.csv', keep_default_na=False)
+    runs = {*zip(scores.segmenter, scores.arm, scores.generator, strict=True)}
+    cells = [('made', 'one'), ('made', 'two')]
+    assert runs == {(network, *cell) for network in networks.split() for cell in cells}
+
+def test_what_a_method_lacks(made, tmp_path, capsys):
+    "A mask, an image: one sentence each, and nothing is written."
+    train = f'train {made}/train --backbone {made}/bb --steps 1 --bs 4'
+    assert medsyn(f'{train} --method uncond --out {tmp_path}/u') == 0
+    assert medsyn(f'{train} --method control-mi --out {tmp_path}/mi') == 0
+    out, data = f'--out {tmp_path}/x', f'{made}/train'
+    refused = {
+        f'train {data}/images --backbone {made}/bb --steps 1 {out}': 'no image/mask pairs',
+        f'synth {tmp_path}/u {out}': 'was trained without masks, so its images have none',
+        f'synth {tmp_path}/u --data {data} {out}': 'takes no mask',
+        f'synth {made}/gen {out}': 'say whose with --data',
+        f'synth {tmp_path}/mi --anyway --data {data} {out}': "samples under a real image's own mask",
+        f'synth {tmp_path}/mi --anyway --masks real --data {data}/masks {out}': 'sees both: give pairs',
+        f'compare {data} --tests {made}/test --arms feedback:{tmp_path}/u --size 32 {out}':
+            'cannot judge one',
+    }
+    for line, words in refused.items(): assert words in fails(capsys, line), line
+    assert not (tmp_path/'x').exists()
 
 # Help ----------------------------------------------------------------------------------------------
 

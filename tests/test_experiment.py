@@ -139,6 +139,36 @@ def test_subsets_and_generators_are_factors(train, test, folders, tmp_path):
     marks = json.loads((out/'compare.json').read_text())['arms']
     assert marks['own_a']['cbs'] == [] and 'MixUpCB' in marks['own_b']['cbs'][0]
 
+def test_folds(train, tmp_path):
+    "Every image is tested once, by a network that did not learn from it; arms need files of the fold alone."
+    learned = {}
+    def made(subset): return learned.setdefault(subset, 'real-twice')
+    arms = {'real': 'real', 'made': made}
+    out = compare(train, {}, arms, tmp_path/'out', folds=2, seeds=(0,), steps=1, **SMALL)
+    scores = pd.read_csv(out/'scores.csv', dtype=dict(name=str))
+    for _, rows in scores.groupby('arm'): assert sorted(rows.name) == sorted(p.name for p in train)
+    assert 'subset' not in scores and {*scores.testset} == {'folds'}
+    assert [*learned] == ['fold1', 'fold2']
+    runs = {f: next((out/'runs').glob(f'real_{f}_unet-*_0.csv')) for f in learned}
+    tested = {f: {*pd.read_csv(run).name} for f, run in runs.items()}
+    assert sum(map(len, tested.values())) == len(train)
+    marks = json.loads((out/'run.json').read_text())['train']
+    for fold, names in tested.items():
+        assert marks[fold]['training'] + marks[fold]['held_out'] == len(train) - len(names)
+
+def test_wrong_folds(train, test, tmp_path):
+    kw = dict(out=tmp_path/'x', seeds=(0,), steps=1, **SMALL)
+    for words, arms, changed in [
+        ('write .subset. for its name', {'real': 'real', 'drawn': 'stream:somewhere'}, {}),
+        ('write .subset. for its name', {'real': 'real', 'drawn': [*test]}, {}),
+        ('leave tests and subsets out', {'real': 'real'}, dict(tests={'t': test})),
+        ('2 or more', {'real': 'real'}, dict(folds=1)),
+        ('no tests', {'real': 'real'}, dict(folds=None)),
+    ]:
+        with pytest.raises(MedsynError, match=words):
+            compare(train, arms=arms, **{'tests': {}, 'folds': 3, **kw, **changed})
+    assert not (tmp_path/'x').exists()
+
 def test_a_folder_gains_arms(train, test, tmp_path):
     "A second call adds an arm and a seed, and leaves finished runs alone; other settings are refused."
     def run(arms, **kw):

@@ -217,7 +217,7 @@ def arsdm_learner(
     hidden: int = 32,               # channels inside SPADE; 128 in the paper
     adaptive: bool = True,          # weight the loss by the mask
     normalise: bool = False,        # divide these weights by their mean in each image
-    refine: nn.Module = None,       # a segmenter that judges the denoised images; `None`: no refinement
+    refine: nn.Module = None,       # a segmenter that judges denoised images (`medsyn train`: its folder)
     refine_weight: float = 1.,      # of its term, 0 or more
     released: bool = False,         # the judge's term has no gradient, as in the released code
     drop_mask: float = .15,         # share of samples trained without their mask, [0,1]; 0 in the paper

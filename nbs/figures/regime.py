@@ -1,0 +1,61 @@
+"""The regime of the pages on PolypGen: which pairs are labelled, what is tested on, how a segmenter is trained.
+
+Producers of figure notebooks import it (`python tests/produce.py NOTEBOOK`). `does_it_pay` established it: an ImageNet
+encoder, strong augmentation, and a second pass over real pairs as the control of every arm that adds images."""
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medsyn.core import hardware, save_json, versions
+from medsyn.data.pairs import find_pairs, group_of
+
+torch.set_num_threads(1)
+POLYPGEN = Path(os.environ['MEDSYN_DATA'])/'polypgen'
+WEIGHTS = os.environ.get('MEDSYN_WEIGHTS')      # of an EfficientNet-Lite0, a file
+WORK = Path(os.environ['MEDSYN_WORK'])          # a folder for everything large
+ENCODER = 'tf_efficientnet_lite0'
+
+def training(steps):
+    """The keywords of `compare` and `train_segmenter` that every page shares.
+
+    The averaged weights cover the same share of a run of any length: a decay of 0.995 at 750 steps."""
+    return dict(size=64, steps=steps, bs=16, augment='strong', ema=1 - 3.75/steps,
+                encoder=ENCODER, encoder_weights=WEIGHTS)
+
+def centre(*names):
+    "The pairs of some hospitals."
+    return find_pairs(POLYPGEN, where=dict(centre=list(names)))
+
+def shuffled_groups(pairs, seed):
+    "Lists of pairs, one for each group (a video or a patient), in random order."
+    groups = {}
+    for p in pairs: groups.setdefault(group_of(p), []).append(p)
+    names = sorted(groups)
+    return [groups[names[i]] for i in np.random.default_rng(seed).permutation(len(names))]
+
+def tests_and_rest():
+    "Test sets by name (150 frames of C1 to C3, and C5), and the frames of C1 to C3 that are left."
+    test, rest = [], []
+    for group in reversed(shuffled_groups(centre('C1', 'C2', 'C3'), seed=0)):
+        (test if len(test) < 150 else rest).extend(group)
+    return {'in distribution': test, 'C5': centre('C5')}, rest
+
+def labelled_subset(k=0, n=100):
+    "`n` labelled pairs, and the image files of all other frames of C1 to C3 that are not tested on."
+    order = [p for group in shuffled_groups(tests_and_rest()[1], 100 + k) for p in group]
+    return order[:n], [p.image for p in order[n:]]
+
+def keep_record(file, notebook, started, **more):
+    "Write command, commit, hardware and versions beside stored rows."
+    save_json(file, dict(command=f'python tests/produce.py nbs/figures/{notebook}.ipynb',
+                         commit=os.environ.get('MEDSYN_COMMIT', ''), versions=versions(),
+                         hardware=f'{hardware()}, one thread, shared with other work',
+                         seconds=round(time.time() - started), **more))
+
+def say(*words):
+    "Print at once, for a log."
+    print(time.strftime('%H:%M:%S'), *words, flush=True, file=sys.stdout)
