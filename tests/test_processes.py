@@ -90,10 +90,11 @@ def made(tmp_path_factory):
                       f' -n 7 --bs 2 --steps 2'),
                   (n, f'compare {base}/data --tests test={base}/test --out {out}/results {small} --seeds 0'
                       ' --arms real copy-paste --encoder mobilenetv3_small_050'),
-                  (n, f'segment {base}/data --out {out}/model {small} --encoder mobilenetv3_small_050'),
+                  (n, f'segment {base}/data --out {out}/model --size 32 --bs 4 --steps 2'
+                      ' --encoder mobilenetv3_small_050'),
                   (n, f'score {base}/1/model --tests a={base}/test b={base}/data --bs 4'
                       f' --out {out}/scores.csv'),
-                  (n, f'score {base}/1/drawn --real {base}/data --segmenter {base}/1/model --bs 4'
+                  (n, f'score {base}/test --real {base}/data --segmenter {base}/1/model --bs 4'
                       f' --generator {base}/1/siamese --out {out}/report')]
     calls += [(2, f'fit {base}/data --out {base}/no'),
               (2, f'segment {base}/data --out {base}/no {small} --arm copy-paste'),
@@ -126,22 +127,24 @@ def test_compare_shares_its_runs(made):
     assert one == two and len(tables) == 4      # scores and curve of each arm
 
 def test_segment_has_the_losses_of_one_process(made):
-    "Through batch normalisation, which here sees four values a channel at the deepest level: rounding grows."
+    """Through batch normalisation, whose running statistics agree too.
+
+    Two steps: at the deepest level a channel has four values, and AdamW enlarges what rounding changes."""
     one, two = (pd.read_csv(made[0]/n/'model'/'log.csv') for n in '12')
-    assert list(one) == list(two) and len(one) == 4
-    pd.testing.assert_frame_equal(one[:2], two[:2], rtol=2e-5, atol=1e-5)
-    pd.testing.assert_frame_equal(one, two, rtol=2e-2, atol=1e-3)
+    assert list(one) == list(two) and len(one) == 2
+    pd.testing.assert_frame_equal(one[['loss', 'lr']], two[['loss', 'lr']], rtol=5e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(one, two, rtol=1e-2)      # a Dice is taken of thresholded pixels
     one, two = (load_file(made[0]/n/'model'/'model.safetensors') for n in '12')
     statistics = [name for name in one if name.endswith('running_var')]
     assert statistics
-    for name in statistics: torch.testing.assert_close(one[name], two[name], rtol=2e-2, atol=1e-3)
+    for name in statistics: torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 def test_score_of_a_segmenter_is_that_of_one_process(made):
     one, two = (made[0]/n/'scores.csv' for n in '12')
     assert one.read_bytes() == two.read_bytes() and len(pd.read_csv(one)) == 6 + 24
 
 def test_score_of_images_is_that_of_one_process(made):
-    "Every number and every row of an image; the page has the same tables and pictures."
+    "Every number, every sentence, and every row of an image."
     one, two = (json.loads((made[0]/n/'report'/'report.json').read_text()) for n in '12')
     assert one['numbers'] == two['numbers'] and one['short'] == two['short'] and len(one['numbers']) > 10
     assert {row['section'] for row in one['numbers']} >= {'fidelity', 'novelty', 'obedience'}
