@@ -170,7 +170,8 @@ def siamese_flops(size: int = 384, # side in pixels
                  'Siamese, shared': (partial(one_step, gen, cbs, n), 0.2),
                  'Siamese, as released': (partial(as_released, gen, n), 1 - 0.8**bs)}
         for name, (step, share) in steps.items():
-            early, late = (flops(partial(step, k, 9)) for k in (1, 8))
+            early = flops(partial(step, 1, 9))
+            late = flops(partial(step, 8, 9)) if share else early
             average = early + 2/3*share*(late - early)
             rows.append(dict(step=name, hint='dense' if dense else 'sparse', TFLOP=average))
     table = pd.DataFrame(rows)

@@ -11,6 +11,7 @@ __all__ = ['PACKAGES', 'MedsynError', 'pick', 'Setting', 'settings_in', 'check_v
 import ast
 import contextlib
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -49,21 +50,23 @@ def pick(name: str,             # what the user typed
 class Setting(NamedTuple):
     "One setting of a function or a class."
     type: type          # float, int, bool, str or tuple
-    default: object     # where there is one in a paper, it is the paper's value
+    default: object     # the paper's value, where a paper gives one
     doc: str            # one line about it
 
 def settings_in(function: Callable,     # with docments
-                without: tuple = ()     # names that are no settings
+                without: tuple = ()     # names of parameters to leave out
                ) -> dict:               # name -> `Setting`
     "The parameters of a function that have a default."
     parameters = docments(function, full=True, returns=False)
-    given = {name: p for name, p in parameters.items() if p['default'] is not inspect.Parameter.empty}
-    def type_of(p): return type(p['default']) if p['anno'] is inspect.Parameter.empty else p['anno']
-    return {name: Setting(type_of(p), p['default'], p['docment'])
-            for name, p in given.items() if name not in without}
+    missing, found = inspect.Parameter.empty, {}
+    for name, p in parameters.items():
+        if name in without or p['default'] is missing: continue
+        annotated = p['anno'] is not missing
+        found[name] = Setting(p['anno'] if annotated else type(p['default']), p['default'], p['docment'])
+    return found
 
 def _is_possible(value, setting):
-    "Whether a value can be meant: for a number only numbers, and `None` if that is the default."
+    "Whether a value fits: where a number is needed, only a number, or `None` if that is the default."
     if setting.type not in (float, int) or (value is None and setting.default is None): return True
     return isinstance(value, (int, setting.type)) and not isinstance(value, bool)
 
@@ -71,7 +74,7 @@ def check_values(values: dict,  # name -> value
                  own: dict,     # name -> `Setting`
                  whose: str     # what takes them, "method 'siamese'" for instance
                 ):
-    "`MedsynError` for a name that is no setting, or a value that is not the number it has to be."
+    "`MedsynError` for an unknown setting, or for another value where a number is needed."
     for name, value in values.items():
         if name in own and not _is_possible(value, own[name]):
             kind = own[name].type.__name__
@@ -86,7 +89,7 @@ def check_values(values: dict,  # name -> value
 
 def read_values(texts: list     # of `name=value`
                ) -> dict:       # name -> number, bool, tuple or text
-    "Settings from text; `MedsynError` for what is not of the form."
+    "The settings that the texts give; `MedsynError` for a text that is not of this form."
     out = {}
     for text in texts:
         name, equals, value = text.partition('=')
@@ -217,10 +220,14 @@ PACKAGES = ('medsyn', 'torch', 'diffusers', 'transformers', 'fastai', 'segmentat
 def versions(packages: tuple = PACKAGES # distribution names
             ) -> dict:                  # name -> version, plus Python's
     "What is installed: written into every results folder."
-    found = {'python': platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
-    return found
+    found = {name: _version(name) for name in packages}
+    return {'python': platform.python_version(), **{k: v for k, v in found.items() if v}}
+
+@functools.cache
+def _version(name):
+    "The installed version, read from disk once in a process; `None` if there is none."
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return None
 
 # %% ../nbs/api/00_core.ipynb #ecfca0e5
 @contextlib.contextmanager

@@ -211,8 +211,10 @@ class EMACB(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')     # a learning-rate search keeps no average
-        if self.run: self.avg = EMAModel(self.params(), decay=self.largest_decay())
-    def after_step(self): self.avg.step(self.params())
+        if not self.run: return
+        self.trained = self.params()        # found once: a search through all modules at every step is slow
+        self.avg = EMAModel(self.trained, decay=self.largest_decay())
+    def after_step(self): self.avg.step(self.trained)
     def after_fit(self): self.avg.copy_to(self.params())
 
     @contextlib.contextmanager

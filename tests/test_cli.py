@@ -100,6 +100,17 @@ def test_compare_takes_folders_as_arms(made):
 QUICK = ('--size 32 --pretrain-steps 2 --train-steps 2 --segment-steps 2 --sample-steps 2'
          ' --channels 16 32 --seeds 0')
 
+def lines_of(script, tmp_path):
+    "What bash makes of a script's commands of medsyn: they are noted, to be run in this process."
+    noted = tmp_path/'noted'
+    program = tmp_path/'bin'/'medsyn'
+    program.parent.mkdir()
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >> {noted}\necho >> {noted}\n')
+    program.chmod(0o755)
+    env = dict(os.environ, PATH=f'{program.parent}{os.pathsep}{os.environ["PATH"]}')
+    subprocess.run(['bash', '-e', str(script)], check=True, env=env, capture_output=True)
+    return noted.read_text().splitlines()
+
 def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
     "The images that the commands draw again are the same to the byte: their hashes are in the manifest."
     q = tmp_path/'q'
@@ -107,8 +118,9 @@ def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
     files = ('pairs.png', 'probe.png', 'commands.sh', 'quickstart.json', 'synthetic/manifest.jsonl',
              'results/table.md', 'results/run.json')
     for f in files: assert (q/f).exists(), f
-    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
-    subprocess.run(['bash', '-e', str(q/'commands.sh')], check=True, env=env, capture_output=True)
+    lines = lines_of(q/'commands.sh', tmp_path)
+    assert [line.split()[0] for line in lines] == ['check', 'pretrain', 'train', 'synth', 'compare']
+    for line in lines: assert medsyn(line) == 0, line
     assert manifest(q/'synthetic') == manifest(q/'again'/'synthetic')
 
 def test_quickstart_on_a_folder(made, tmp_path):

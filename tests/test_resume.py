@@ -186,7 +186,7 @@ def test_killed_commands(tmp_path):
     "No file that was reported as written is lost, and every result is that of the uninterrupted run."
     script = Path(__file__).with_name('kill.py')
     commands = 'pretrain', 'train', 'segment', 'compare', 'fit'
-    call = [sys.executable, script, tmp_path, *commands, '--kills', KILLS, '--steps', 6]
+    call = [sys.executable, script, tmp_path, *commands, '--kills', KILLS, '--steps', 4]
     done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
     *_, found, total = done.stdout.splitlines()

@@ -62,7 +62,7 @@ class Given:
     def of(self,
            callback: type   # a class
           ) -> dict:        # name -> value
-        "Those of the settings that a callback takes."
+        "The settings that this callback takes."
         own = settings_in(callback.__init__)
         return {name: value for name, value in self.settings.items() if name in own}
 
@@ -71,7 +71,7 @@ class Given:
         return find_pairs(self.path, reviewed=self.reviewed)
 
     def partners(self) -> dict:
-        "For each real pair, those of the folder's pairs that lie under its mask."
+        "For each real pair, the folder's pairs that have its mask."
         found = find_partners(self.path, self.train)
         if not self.reviewed: return found
         kept = {*self.pairs()}
@@ -93,8 +93,9 @@ class ArmMethod:
         "Name -> `Setting`: what can be given besides the folder."
         found = {}
         for callback in self.callbacks: found |= settings_in(callback.__init__, (*_FIXED, *self.without))
-        def own(name, setting): return setting._replace(default=self.defaults.get(name, setting.default))
-        return {name: own(name, setting) for name, setting in found.items()}
+        for name, default in self.defaults.items():
+            if name in found: found[name] = found[name]._replace(default=default)
+        return found
 
 _FIXED = ('schedule', 'method', 'ignore', 'seed')   # set by the name of the arm, or by the run
 _MIXINGS = {'mcpmix-fixed': dict(s=.5), 'mcpmix-scheduled': dict(s=1., schedule='cosine'),
@@ -278,7 +279,7 @@ def combine(arms: list  # of `Arm`, one or more
            ) -> Arm:    # all of them at once
     "Put arms together; `MedsynError` where two of them contradict each other."
     def the_only(name, what):
-        "The arm that sets this field, or one that does not if none does."
+        "The one arm that sets this field; an empty arm if none does."
         having = [a for a in arms if getattr(a, name)]
         if len(having) > 1: raise MedsynError(f"two of the combined arms bring {what}: leave one of them out")
         return having[0] if having else Arm()
