@@ -26,13 +26,16 @@ from medsyn.synth import _wanted
 from medsyn.train import ORDER, fit_steps
 
 FORK = '''
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 from pathlib import Path
 import medsyn.experiment
 from accelerate import PartialState
 from medsyn.cli import main
-for number, (processes, command, *stopped) in enumerate(json.load(sys.stdin)):
+for processes, command, *stopped in json.load(sys.stdin):
     children = []
+    with socket.socket() as free:               # tests that run at the same time get other ports
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
     for rank in range(processes):
         child = os.fork()
         if child:
@@ -41,7 +44,7 @@ for number, (processes, command, *stopped) in enumerate(json.load(sys.stdin)):
         if processes > 1:
             os.environ.update(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank),
                               LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1',
-                              MASTER_PORT=str(29600 + os.getppid() % 300 + number))
+                              MASTER_PORT=str(port))
             PartialState._reset_state()         # a launcher sets the variables before anything is imported
         sys.stdout = open(os.devnull, 'w')
         status = 70

@@ -237,10 +237,15 @@ function review() {
     mark(found)
     return found
   }
-  async function judge(sent) {
+  let turn = Promise.resolve()            // one request after another, in the order of the keys
+  function judge(sent) {
     if (chosen < 0) { complain('Choose a picture first.'); return }
     if (!named()) return
-    const tile = tiles[chosen], i = chosen
+    const i = chosen
+    turn = turn.then(() => save(i, sent))
+  }
+  async function save(i, sent) {
+    const tile = tiles[i]
     const found = await ask('/review', {id: tile.dataset.id, ...sent})
     if (!found) return
     tile.className = 'tile ' + found.state
