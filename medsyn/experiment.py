@@ -1134,10 +1134,10 @@ def third_arm(method: str,  # of the generator, a key of `METHODS`
               n_synth: int, # synthetic pairs
               n_train: int  # training pairs, without those held out
              ) -> str:      # the short form of an arm, without its folder
-    """What a quickstart compares with `real` and `two-passes`: it adds a batch to each step, as `two-passes` does.
+    """The arm that a quickstart compares with `real` and `two-passes`: it too adds a batch to each step.
 
-    Mixing needs a partner for every training pair. If there are fewer, or if the generator makes its own masks,
-    the synthetic pairs are a stream of their own."""
+    Mixing needs a partner for every training pair. If there are fewer, or if the generator makes its
+    own masks, the synthetic pairs are a stream of their own."""
     return 'stream' if not _from_real(method) or n_synth < n_train else 'mcpmix-scheduled'
 
 def _from_real(method):
