@@ -8,7 +8,7 @@ __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS',
            'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'fold_parts',
            'share_runs', 'prediction_file', 'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs',
            'report', 'table_text', 'ImageStream', 'images_of', 'generator_dls', 'make_backbone', 'sampler_of',
-           'opened_networks', 'make_generator', 'describe', 'draws_pairs', 'picture', 'commands', 'Stage',
+           'opened_networks', 'make_generator', 'describe', 'draws_pairs', 'picture', 'third_arm', 'commands', 'Stage',
            'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
@@ -44,8 +44,8 @@ from .cards import write_card
 from .data.lesions import lesion_folder
 from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_images, find_pairs,
                                image_dls, pair_dls,
-                               pairs_hash, plain_size, random_stream, read_image, read_pair, reading,
-                               same_images, save_list, size_text, split_pairs)
+                               pairs_hash, plain_size, random_stream, read_image, read_mask, read_pair,
+                               reading, same_images, save_list, size_text, split_pairs)
 from .diffusion.backbone import Backbone
 from .diffusion.cache import cached_dls
 from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
@@ -59,9 +59,9 @@ from .memory import check_memory, compile_network, memory_of, memory_table, spar
 from .processes import count, is_main, main_first, parallel_cbs, wait
 from .resume import fit_resumable, forget
 from .segment.annealing import RealAnchorCB
-from .segment.catalog import Arm, as_arm, callbacks_of
+from .segment.catalog import Arm, as_arm, callbacks_of, with_pairs
 from .segment.learner import LOSSES, DiceMetric, segment_learner
-from .segment.mixing import check_partners, partner_dls
+from .segment.mixing import check_partners, find_partners, partner_dls
 from .segment.models import Segmenter, own_encoder, segmenter
 from .segment.polyp_nets import published
 from .segment.semi import diffusion_segmenter
@@ -941,7 +941,8 @@ def sampler_of(split: Split,    # the labelled pairs
 
     The mask is that of a held-out pair, or the one that was sampled with the image."""
     held = [p for p in split.held if read_pair(p, size)[1].any()]
-    images, masks = _with_lesion(held or split.train, size, n, seed_of(0, 'watch'))
+    shown = _with_lesion(held or split.train, size, n, seed_of(0, 'watch'))
+    images, masks = _read_all(shown, size)
     real = torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1
     def draw(generator):
         if isinstance(generator, PairGenerator):
@@ -1078,13 +1079,17 @@ def draws_pairs(generator: nn.Module    # any generator
     return isinstance(generator, PairGenerator)
 
 def _with_lesion(pairs, size, n, seed):
-    "Up to `n` images and masks that have a lesion, chosen by the seed."
+    "Up to `n` pairs, chosen by the seed: those with a lesion, or any if none has one."
     chosen = []
-    for i in np.random.default_rng(seed).permutation(len(pairs)):
-        image, mask = read_pair(pairs[i], size)
-        if mask.any(): chosen.append((image, mask))
+    shuffled = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+    for pair in shuffled:
+        if read_mask(pair, size).any(): chosen.append(pair)
         if len(chosen) == n: break
-    images, masks = zip(*chosen, strict=True)
+    return chosen or shuffled[:n]
+
+def _read_all(pairs, size):
+    "The images and the masks of some pairs."
+    images, masks = zip(*[read_pair(p, size) for p in pairs], strict=True)
     return np.stack(images), np.stack(masks)
 
 def _probe_picture(out):
@@ -1098,37 +1103,59 @@ def _probe_picture(out):
 def picture(out: str | Path,    # folder of a quickstart, with generator/probe.csv
             generator: nn.Module,# the trained generator
             pairs: list,        # real `Pair`s
-            synthetic: list,    # synthetic `Pair`s
+            synthetic: list,    # `Pair`s of the folder synthetic
             steps: int,         # sampler steps
             sampler: str,       # ddim, dpm++ or unipc
             seed: int,          # of the choice and of the noise
             n: int = 8          # columns
            ) -> Path:           # pairs.png
-    "real | mask | synthetic, and random mask | synthetic, as pairs.png; the probe's curves as probe.png."
+    """Real images, their masks and synthetic images as pairs.png; the probe's curves as probe.png.
+
+    A generator under given masks is shown twice: sampled from noise, and from the real image itself."""
     out, with_masks = Path(out), draws_pairs(generator)
     size = generator.size if with_masks else generator.backbone.size
-    images, masks = _with_lesion(pairs, size, min(n, len(pairs), len(synthetic)), seed)
-    sampled_images, sampled_masks = zip(*[read_pair(p, size) for p in synthetic[:len(images)]], strict=True)
+    partners = {} if with_masks else find_partners(out/'synthetic', pairs)
+    candidates = pairs if with_masks else [p for p in pairs if p.name in partners]
+    chosen = _with_lesion(candidates, size, min(n, len(pairs), len(synthetic)), seed)
+    images, masks = _read_all(chosen, size)
     rows = {'real': images, 'its mask': masks}
-    if not with_masks:
+    if with_masks:
+        rows['synthetic'], rows['sampled mask'] = _read_all(synthetic[:len(chosen)], size)
+    else:
         seeds = [seed_of(seed, 'picture', i) for i in range(len(masks))]
-        rows['synthetic,\nsame mask'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds)
-    rows['sampled mask' if with_masks else 'random mask'] = np.stack(sampled_masks)
-    rows['synthetic'] = np.stack(sampled_images)
+        rows['synthetic,\nfrom noise'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds)
+        variants, _ = _read_all([partners[p.name][0] for p in chosen], size)
+        rows['synthetic,\nfrom the real'] = variants
     show_rows(rows, n=len(images), path=out/'pairs.png', dpi=100)
     _probe_picture(out)
     return out/'pairs.png'
 
 # %% ../nbs/api/70_experiment.ipynb #4b4c4de7
+def third_arm(method: str,  # of the generator, a key of `METHODS`
+              n_synth: int, # synthetic pairs
+              n_train: int  # training pairs, without those held out
+             ) -> str:      # the short form of an arm, without its folder
+    """The arm that a quickstart compares with `real` and `two-passes`: it too adds a batch to each step.
+
+    Mixing needs a partner for every training pair. If there are fewer, or if the generator makes its
+    own masks, the synthetic pairs are a stream of their own."""
+    return 'stream' if not _from_real(method) or n_synth < n_train else 'mcpmix-scheduled'
+
+def _from_real(method):
+    "The options of `synthesize` that make partners: variants of the real images under their own masks."
+    return {} if issubclass(METHODS[method].opens, PairGenerator) else dict(masks='real', start='real')
+
 def commands(train: list,   # training pairs
              test: list,    # test pairs
              out: Path,     # folder of the quickstart
-             o: dict        # its settings, by the names of its parameters
+             o: dict,       # its settings, by the names of its parameters
+             added: str     # the third arm, see `third_arm`
             ) -> str:       # a shell script
     "The command lines that make each stage again, from the lists in data/."
     data, again = shlex.quote(str(out/'data')), shlex.quote(str(out/'again'))
     seeds, channels = ' '.join(map(str, o['seeds'])), ' '.join(map(str, o['channels']))
     on_backbone = METHODS[o['method']].backbone
+    options = ''.join(f' --{name} {value}' for name, value in _from_real(o['method']).items())
     size = size_text(o['size'])
     source = f'--backbone {again}/backbone' if on_backbone else f'--size {size}'
     pretrain = [f"medsyn pretrain {data}/train.csv --out {again}/backbone --size {size}"
@@ -1141,8 +1168,9 @@ def commands(train: list,   # training pairs
         f"medsyn train {data}/train.csv {source} --out {again}/generator --method {o['method']}"
         f" --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
         f"medsyn synth {again}/generator --data {data}/train.csv --out {again}/synthetic --n {o['n_synth']}"
-        f" --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']} --anyway",
-        f"medsyn compare {data}/train.csv --tests {data}/test.csv --arms real real-twice {again}/synthetic"
+        f"{options} --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']} --anyway",
+        f"medsyn compare {data}/train.csv --tests {data}/test.csv"
+        f" --arms real two-passes {with_pairs(added, f'{again}/synthetic')}"
         f" --out {again}/results --size {size} --steps {o['segment_steps']} --bs 8 --seeds {seeds}", ''])
 
 # %% ../nbs/api/70_experiment.ipynb #e1e65279
@@ -1241,13 +1269,14 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
     o['train_steps'], generator = stage.n, generator.to(default_device())
     with pace.stage('synth') as stage:
         drawn = synthesize(generator, split.train, out/'synthetic', stage.n, steps=sample_steps,
-                           sampler=sampler, bs=16, seed=seed)
+                           sampler=sampler, bs=16, seed=seed, **_from_real(method))
     o['n_synth'] = stage.n
     picture(out, generator, split.train, drawn, sample_steps, sampler, seed)
-    arms = {'real': 'real', 'real-twice': 'real-twice', 'synthetic': drawn}
+    added = third_arm(method, len(drawn), len(split.train))
+    arms = {name: with_pairs(name, out/'synthetic') for name in ('real', 'two-passes', added)}
     with pace.stage('segment') as stage:
         for o['seeds'] in pace.rounds(seeds):
             compare(split, {'test': test}, arms, out/'results', seeds=o['seeds'], size=size,
                     steps=stage.n, bs=8)
-    write_atomic(out/'commands.sh', commands(train, test, out, dict(o, segment_steps=stage.n)))
+    write_atomic(out/'commands.sh', commands(train, test, out, dict(o, segment_steps=stage.n), added))
     return out

@@ -112,9 +112,9 @@ def lines_of(script, tmp_path):
     return noted.read_text().splitlines()
 
 def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
-    "The images that the commands draw again are the same to the byte: their hashes are in the manifest."
+    "The images that the commands sample again are the same to the byte: their hashes are in the manifest."
     q = tmp_path/'q'
-    assert medsyn(f'quickstart --out {q} --n-train 12 --n-test 8 --n-synth 8 {QUICK}') == 0
+    assert medsyn(f'quickstart --out {q} --n-train 12 --n-test 8 {QUICK}') == 0
     files = ('pairs.png', 'probe.png', 'commands.sh', 'quickstart.json', 'synthetic/manifest.jsonl',
              'results/table.md', 'results/run.json')
     for f in files: assert (q/f).exists(), f
@@ -122,6 +122,9 @@ def test_quickstart_leaves_everything_and_its_commands_run(tmp_path):
     assert [line.split()[0] for line in lines] == ['check', 'pretrain', 'train', 'synth', 'compare']
     for line in lines: assert medsyn(line) == 0, line
     assert manifest(q/'synthetic') == manifest(q/'again'/'synthetic')
+    first, again = (pd.read_csv(folder/'results'/'scores.csv') for folder in (q, q/'again'))
+    assert list(first.arm.unique()) == ['real', 'two-passes', 'mcpmix-scheduled']
+    pd.testing.assert_frame_equal(first, again)
 
 def test_quickstart_on_a_folder(made, tmp_path):
     assert medsyn(f'quickstart --data {made}/train --out {tmp_path}/q --n-synth 4 {QUICK}') == 0

@@ -61,7 +61,7 @@ def test_quickstart(tmp_path, looks, monkeypatch):
     assert clocks[0].done == clocks[0].total == 3 + 4 + 3*3     # the bars say the time left for all stages
     check_shown(out, looks, 'backbone/pretrain', 3)
     check_shown(out, looks, 'generator/concat', 4, pictures=4)
-    runs = [f'results/{arm}_unet_0' for arm in ('real', 'real-twice', 'synthetic')]
+    runs = [f'results/{arm}_unet_0' for arm in ('real', 'two-passes', 'stream')]
     for name in runs: check_shown(out, looks, name, 3)
     assert list(looks) == ['backbone/pretrain', 'generator/concat', *runs]
     assert list(read_run(out/'backbone')) == ['pretrain'] and list(read_run(out/'generator')) == ['concat']
