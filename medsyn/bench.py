@@ -6,8 +6,8 @@
 __all__ = ['BENCHES', 'WAYS', 'one_step', 'stable_diffusion_shapes', 'made_up_batch', 'as_released', 'flops', 'siamese_flops',
            'timed', 'siamese_seconds', 'siamese_full_size', 'resident_bytes', 'peak_memory', 'random_inception',
            'naive_fidelity', 'fidelity_cost', 'segment_step', 'feedback_flops', 'feedback_seconds', 'feedback',
-           'siamese', 'bench', 'segmenter_seconds', 'as_in_diffusers', 'control_step', 'small_generator', 'samplers',
-           'differences', 'jobs', 'cores', 'ratios']
+           'siamese', 'bench', 'one_thread', 'segmenter_seconds', 'as_in_diffusers', 'control_step', 'small_generator',
+           'samplers', 'sampling_flops', 'differences', 'jobs', 'cores', 'ratios']
 
 # %% ../nbs/api/71_bench.ipynb #1f9824a5
 import contextlib
@@ -43,7 +43,7 @@ from .data.lesions import lesion_folder
 from .data.pairs import find_pairs, pair_dls, read_image, read_pair
 from .diffusion.backbone import Backbone, KLCodec, head, trunk
 from .diffusion.learner import Cond, Denoiser, Noised  # noqa: F401 (named in annotations)
-from .diffusion.sample import sample
+from .diffusion.sample import GUIDES, sample
 from .diffusion.schedule import Schedule
 from .evaluate.fidelity import (
     Extractor, InceptionFID, extract, fidelity, image_list, kernel_distance)
@@ -506,6 +506,14 @@ def bench(what: str = 'siamese',    # siamese, fidelity, feedback, or all: every
     return BENCHES[pick(what, BENCHES, 'benchmark')](**kw)
 
 # %% ../nbs/api/71_bench.ipynb #f174ae7a
+@contextlib.contextmanager
+def one_thread():
+    "Inside, torch computes in one thread, so that no CPU seconds are spent in waiting for another."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 class _ClockCB(Callback):
     "Keeps the time at the end of each step."
     order, run_valid, name = 99, False, 'clock'
@@ -552,7 +560,8 @@ def segmenter_seconds(size: int = 64,   # side in pixels
                 'bare loop': partial(_bare_steps, bare, dls.train, steps)}
         found = {way: [] for way in ways}
         for _ in track(range(turns), 'segmenter'):
-            for way, run in ways.items(): found[way].append(float(np.median(run())))
+            for way, run in ways.items():
+                with one_thread(): found[way].append(float(np.median(run())))
     return pd.DataFrame([dict(way=way, seconds=min(seconds)) for way, seconds in found.items()])
 
 # %% ../nbs/api/71_bench.ipynb #72205caa
@@ -593,11 +602,11 @@ def control_step(size: int = 384,       # side in pixels at which operations are
                          for way, loss in counted.items()])
 
 # %% ../nbs/api/71_bench.ipynb #45351b7c
-WAYS = {        # way -> keywords of `sample`, and whether the two halves of guidance share the frozen half
+WAYS = {        # way -> keywords of `sample`, and whether parts that are equal in both halves or all steps run once
     'DDIM 50': (dict(steps=50, sampler='ddim'), False),
     'DPM-Solver++ 20': (dict(steps=20, sampler='dpm++'), False),
-    'and the frozen half once': (dict(steps=20, sampler='dpm++'), True),
-    'and guidance in (0.2, 0.7)': (dict(steps=20, sampler='dpm++', interval=(.2, .7)), True)}
+    'and equal parts once': (dict(steps=20, sampler='dpm++'), True),
+    'and guidance in (0.2, 0.6)': (dict(steps=20, sampler='dpm++', interval=(.2, .6)), True)}
 
 def small_generator(folder: str | Path,     # to work in
                     size: int = 32,         # side in pixels
@@ -620,10 +629,11 @@ def _quality(images, masks, real, model):
 
 @contextlib.contextmanager
 def _in_full(gen, shares):
-    "Inside, both halves of guidance are computed in full, unless they may share."
-    if not shares: gen.two_answers = partial(Denoiser.two_answers, gen)
+    "Inside, every part of both halves is computed at every step, unless they may share."
+    if not shares: gen.two_answers, gen.steady_parts = partial(Denoiser.two_answers, gen), list
     try: yield
-    finally: vars(gen).pop('two_answers', None)
+    finally:
+        for name in ('two_answers', 'steady_parts'): vars(gen).pop(name, None)
 
 def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `small_generator`
              model: nn.Module = None,   # a segmenter trained on real pairs
@@ -632,7 +642,7 @@ def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `
              seeds: int = 3,            # sets of each way
              bs: int = 16,              # images sampled together
              guidance: float = None,    # of all ways; `None`: the generator's
-             steps: int = 400           # of the small generator
+             steps: int = 300           # of the small generator
             ) -> pd.DataFrame:          # one row a way and seed: CPU seconds an image, KD, obedience
     "Ways of sampling beside 50 steps of DDIM with ordinary guidance."
     with tempfile.TemporaryDirectory() as folder:
@@ -644,11 +654,36 @@ def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `
     for seed in track(range(seeds), 'samplers'):
         for way, (settings, shares) in WAYS.items():
             start = time.process_time()
-            with _in_full(gen, shares):
+            with _in_full(gen, shares), one_thread():
                 images = sample(gen, masks, seeds=1000*seed, bs=bs, guidance=guidance, desc=way, **settings)
             seconds = (time.process_time() - start)/len(masks)
             rows.append(dict(way=way, seed=seed, seconds=seconds, **_quality(images, masks, real, model)))
     return pd.DataFrame(rows)
+
+def sampling_flops(size: int = 384,     # side in pixels
+                   width: int = 320     # U-Net channels of the first level
+                  ) -> pd.DataFrame:    # one row a guide and way: TFLOP an image, and how much less that is
+    "Operations of the network for one image, without codec and text encoder (meta device)."
+    bb, rows = stable_diffusion_shapes(width=width), []
+    n = made_up_batch(bb, 1, size, t=torch.tensor([100]))
+    with torch.device('meta'): gen = METHODS['control'].opens(bb)
+    with torch.no_grad():
+        plain = flops(lambda: gen(n.zt, n.t, n.cond))
+        hint = flops(lambda: gen.steady_parts()[0](gen.hint(n.cond)))
+        for guide, weaker in GUIDES.items():
+            null = weaker(n.cond, torch.zeros_like(n.cond.text))
+            guided = flops(lambda null=null: gen.two_answers(n.zt, n.t, n.cond, null))
+            for way, (settings, shares) in WAYS.items():
+                scheduler = bb.schedule.sampler(settings['sampler'])
+                scheduler.set_timesteps(settings['steps'])
+                low, high = (share*bb.schedule.T for share in settings.get('interval', (0, 1)))
+                n_guided = sum(low <= t < high for t in scheduler.timesteps.tolist())
+                n_plain = settings['steps'] - n_guided
+                if shares: TFLOP = n_guided*(guided - 2*hint) + n_plain*(plain - hint) + 2*hint
+                else: TFLOP = (2*n_guided + n_plain)*plain
+                rows.append(dict(guide=guide, way=way, TFLOP=TFLOP))
+    table = pd.DataFrame(rows)
+    return table.assign(gain=table.groupby('guide').TFLOP.transform('first')/table.TFLOP)
 
 def differences(table: pd.DataFrame,    # of `samplers`
                 way: str,               # compared with the first way
@@ -723,6 +758,10 @@ def _sampler_rows(table):
         gain = seconds[previous]/seconds[way]
         yield _row(f'{previous} / {way}', gain, bars[way], note='CPU seconds an image')
     yield _row('DDIM 50 / all of them', seconds[ways[0]]/seconds[ways[-1]], 3.5, note='CPU seconds an image')
+    counted = sampling_flops()
+    for guide, gain in counted[counted.way == ways[-1]].set_index('guide').gain.items():
+        yield _row(f"the same at Stable Diffusion's size, guided by the {guide}", gain, 3.5,
+                   note='operations an image')
     for way in (ways[1], ways[-1]):
         for metric in ('KD', 'obedience'):
             difference, spread = differences(table, way, metric)
@@ -742,10 +781,16 @@ def ratios(given: dict = None   # stage -> keywords of its function
     given, start, rows = given or {}, time.perf_counter(), []
     stages = dict(segmenter=_segmenter_rows, control=_control_rows, siamese=_siamese_rows,
                   samplers=lambda **kw: _sampler_rows(samplers(**kw)), jobs=_jobs_rows)
-    for stage, measure in stages.items(): rows += measure(**given.get(stage, {}))
+    took = {}
+    for stage, measure in stages.items():
+        before = time.perf_counter()
+        rows += measure(**given.get(stage, {}))
+        took[stage] = time.perf_counter() - before
     table = pd.DataFrame(rows)
-    minutes = (time.perf_counter() - start)/60
-    print(f'{hardware()}, {torch.get_num_threads()} threads, {cores()} cores allowed; {minutes:.1f} minutes.')
+    seconds = time.perf_counter() - start
+    stages_took = ', '.join(f'{stage} {s:.0f} s' for stage, s in took.items())
+    print(f'{hardware()}, {torch.get_num_threads()} threads, {cores()} cores allowed')
+    print(f'{seconds:.0f} seconds: {stages_took}')
     print(table.round(dict(value=2)).to_string(index=False))
     return table
 
