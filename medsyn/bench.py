@@ -226,7 +226,7 @@ def siamese_seconds(size: int = 64,          # side in pixels
                     channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
                     bs: int = 8,             # images per step
                     steps: int = 9,          # moments of a run that are timed
-                    repeat: int = 2          # times each; the quickest counts
+                    repeat: int = 1          # times each; the quickest counts
                    ) -> pd.DataFrame:        # one row a step and hint: seconds, and the ratio to ControlNet's
     "Seconds of a training step on a tiny network."
     rows = []
@@ -638,11 +638,11 @@ def _in_full(gen, shares):
 def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `small_generator`
              model: nn.Module = None,   # a segmenter trained on real pairs
              pairs: list = None,        # real `Pair`s: their masks are drawn under
-             n: int = 32,               # images in a set
+             n: int = 24,               # images in a set
              seeds: int = 3,            # sets of each way
-             bs: int = 16,              # images sampled together
+             bs: int = 12,              # images sampled together
              guidance: float = None,    # of all ways; `None`: the generator's
-             steps: int = 300           # of the small generator
+             steps: int = 200           # of the small generator
             ) -> pd.DataFrame:          # one row a way and seed: CPU seconds an image, KD, obedience
     "Ways of sampling beside 50 steps of DDIM with ordinary guidance."
     with tempfile.TemporaryDirectory() as folder:
@@ -696,7 +696,7 @@ def differences(table: pd.DataFrame,    # of `samplers`
 
 # %% ../nbs/api/71_bench.ipynb #07e739a2
 def jobs(size: int = 64,        # side in pixels
-         steps: Sequence[int] = (5, 45)     # of a short and a long comparison
+         steps: Sequence[int] = (5, 35)     # of a short and a long comparison
         ) -> pd.DataFrame:      # one row a way: seconds for the additional steps of two runs
     "Two runs of one thread each at the same time, beside one process of two threads."
     def seconds(folder, n, n_jobs):
@@ -778,19 +778,17 @@ def _jobs_rows(**kw):
 def ratios(given: dict = None   # stage -> keywords of its function
           ) -> pd.DataFrame:    # ratio, value, wanted, verdict (pass, short, not measured), note
     "Every ratio of speed that this project claims, measured in one run and printed beside the number wanted."
-    given, start, rows = given or {}, time.perf_counter(), []
+    given, start, rows, took = given or {}, time.perf_counter(), [], {}
     stages = dict(segmenter=_segmenter_rows, control=_control_rows, siamese=_siamese_rows,
                   samplers=lambda **kw: _sampler_rows(samplers(**kw)), jobs=_jobs_rows)
-    took = {}
     for stage, measure in stages.items():
         before = time.perf_counter()
         rows += measure(**given.get(stage, {}))
         took[stage] = time.perf_counter() - before
+        print(f'{stage}: {took[stage]:.0f} s', flush=True)
     table = pd.DataFrame(rows)
     seconds = time.perf_counter() - start
-    stages_took = ', '.join(f'{stage} {s:.0f} s' for stage, s in took.items())
-    print(f'{hardware()}, {torch.get_num_threads()} threads, {cores()} cores allowed')
-    print(f'{seconds:.0f} seconds: {stages_took}')
+    print(f'{hardware()}, {torch.get_num_threads()} threads, {cores()} cores allowed, {seconds:.0f} seconds')
     print(table.round(dict(value=2)).to_string(index=False))
     return table
 
