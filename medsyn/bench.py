@@ -778,14 +778,13 @@ def _jobs_rows(**kw):
 def ratios(given: dict = None   # stage -> keywords of its function
           ) -> pd.DataFrame:    # ratio, value, wanted, verdict (pass, short, not measured), note
     "Every ratio of speed that this project claims, measured in one run and printed beside the number wanted."
-    given, start, rows, took = given or {}, time.perf_counter(), [], {}
+    given, start, rows = given or {}, time.perf_counter(), []
     stages = dict(segmenter=_segmenter_rows, control=_control_rows, siamese=_siamese_rows,
                   samplers=lambda **kw: _sampler_rows(samplers(**kw)), jobs=_jobs_rows)
     for stage, measure in stages.items():
         before = time.perf_counter()
         rows += measure(**given.get(stage, {}))
-        took[stage] = time.perf_counter() - before
-        print(f'{stage}: {took[stage]:.0f} s', flush=True)
+        print(f'{stage}: {time.perf_counter() - before:.0f} s', flush=True)
     table = pd.DataFrame(rows)
     seconds = time.perf_counter() - start
     print(f'{hardware()}, {torch.get_num_threads()} threads, {cores()} cores allowed, {seconds:.0f} seconds')
