@@ -444,7 +444,7 @@ def fit(
     encoder = own_encoder(network) if encoder is None else encoder
     segmenter(network, encoder, size=size)
     names = list(arms or default_arms(bool(unlabelled)))
-    if names[0] != 'real': names = ['real', *[n for n in names if n != 'real']]
+    names = ['real', *[name for name in names if name != 'real']]      # `real` comes first
     training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs,
                     lr=lr, loss=loss, augment=augment)
     synthesis = synthesis or Synthesis()

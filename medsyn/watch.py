@@ -35,7 +35,7 @@ class WatchCB(Callback):
         out: str | Path,        # folder of the run
         run: str = 'train',     # `NAME` in the names of the files
         draw: Callable = None,  # (model) -> uint8 (N,H,W,3), samples of the current model; `None`: none
-        pictures: int = 5,      # how many times `draw` is called in a run
+        pictures: int = 5,      # about how many times `draw` is called in a run
         seconds: float = 2.     # shortest time between two writings, in seconds
     ):
         self.folder, self.run_name = Path(out)/LIVE, run
@@ -145,7 +145,7 @@ class ReportCB(Callback):
         out: str | Path,        # folder of the run
         run: str = 'train',     # `NAME` in the names of the files
         draw: Callable = None,  # (model) -> uint8 (N,H,W,3), samples of the current model; `None`: none
-        pictures: int = 5       # how many times `draw` is called in a run
+        pictures: int = 5       # about how many times `draw` is called in a run
     ):
         check_log(log)
         self.log, self.out, self.run_name, self.draw, self.pictures = log, Path(out), run, draw, pictures
@@ -167,7 +167,7 @@ class ReportCB(Callback):
     def open(self,
         step: int   # the last one that is done already: 0, or where the run resumes
     ):
-        "Open the record; its rows after that step are replaced."
+        "Open the record; later steps that it has from a killed process are not kept twice."
         rows = self.learn.history.rows
         self.n_sent = sum(row.get('step', 0) <= step for row in rows)
         self.writer = LOGS[self.log](self.out, self.run_name, step)
