@@ -47,11 +47,20 @@ def _parsed(module):
     comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
     return ast.parse(source), comments
 
-def _constant(tree, node):
-    "The value of a default: a literal, or the name of one; `None` for anything else."
+def _origin(module, tree, name):
+    "The module below medsyn from which a name is imported; `None` if from none."
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
+            return '.'.join([*module.split('.')[:-node.level], node.module])
+
+def _constant(module, node):
+    "The value of a default: a literal, or the name of one, also imported; `None` for anything else."
     if isinstance(node, ast.Name):
+        tree, _ = _parsed(module)
         assignments = [n for n in tree.body if isinstance(n, ast.Assign)]
         named = [n.value for n in assignments if node.id in map(ast.unparse, n.targets)]
+        origin = _origin(module, tree, node.id)
+        if origin and not named: return _constant(origin, node)
         node = named[0] if named else node
     try: return ast.literal_eval(node)
     except ValueError: return None
@@ -66,37 +75,36 @@ def sides(text: str # of the command line: 64, or 64x96
     height, width = int(found[1]), int(found[2] or found[1])
     return height if height == width else (height, width)
 
-def _option(tree, comments, argument, default):
+def _option(module, argument, default):
     "One parameter as an `Option`."
-    value = None if default is None else _constant(tree, default)
+    value = None if default is None else _constant(module, default)
     text = ast.unparse(argument.annotation) if argument.annotation else ''
     many = isinstance(value, (tuple, list)) or text.startswith(('Sequence', 'list', 'tuple'))
     simple = re.search(r'\b(bool|int|float)\b', text)
     kind = dict(bool=bool, int=int, float=float)[simple[1]] if simple else str
     if argument.arg == 'size': kind, many = sides, False
     if not text and value is not None: kind = type(value[0] if many and value else value)
-    comment = comments.get((default or argument).end_lineno, '')
+    comment = _parsed(module)[1].get((default or argument).end_lineno, '')
     return Option(argument.arg, comment, kind, value, default is None, many)
 
 def _definition(dotted):
-    "The module's tree and comments, and the function's own node."
+    "The module's name, and the function's own node."
     module, _, function = dotted.rpartition('.')
-    tree, comments = _parsed(module)
-    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
-    return tree, comments, node
+    tree, _ = _parsed(module)
+    return module, next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
 
 def options_of(dotted: str  # a function below medsyn: "experiment.compare"
               ) -> dict:    # name -> `Option`, in the order of its signature
     "The parameters of a function, without importing it."
-    tree, comments, node = _definition(dotted)
+    module, node = _definition(dotted)
     args = node.args.args
     defaults = [None]*(len(args) - len(node.args.defaults)) + node.args.defaults
-    return {a.arg: _option(tree, comments, a, d) for a, d in zip(args, defaults, strict=True)}
+    return {a.arg: _option(module, a, d) for a, d in zip(args, defaults, strict=True)}
 
 def about(dotted: str   # a function below medsyn
          ) -> str:      # its docstring's first paragraph
     "What a function does, without importing it."
-    return (ast.get_docstring(_definition(dotted)[2]) or '').split('\n\n')[0]
+    return (ast.get_docstring(_definition(dotted)[1]) or '').split('\n\n')[0]
 
 # %% ../nbs/api/80_cli.ipynb #2bbef038
 @dataclass(frozen=True)
@@ -299,7 +307,7 @@ def train(
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
 @command('synth.synthesize', READING, leave='pairs hardness fit', late='into keep least',
-         rare='page axis tries bs prompt guide least_margin anyway sampler',
+         rare='page axis tries bs prompt guide interval least_margin anyway sampler',
          example='medsyn synth generator --data data --out synthetic -n 200')
 def synth(
     generator: str,    # folder of medsyn train

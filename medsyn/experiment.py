@@ -50,6 +50,7 @@ from .diffusion.backbone import Backbone
 from .diffusion.cache import cached_dls
 from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
+from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
@@ -934,7 +935,7 @@ def _print_needs(learners, precision, n_images, backbone):
 def sampler_of(split: Split,    # the labelled pairs
                size: int | tuple, # side, or (height, width), in pixels
                n: int = 4,      # images
-               steps: int = 20  # sampler steps
+               steps: int = SAMPLE_STEPS # of the sampler
               ) -> Callable:    # (generator) -> uint8 (n,H,W,3), for `watch.WatchCB`
     """Samples from the same noise every time, each above its mask.
 
@@ -945,9 +946,9 @@ def sampler_of(split: Split,    # the labelled pairs
     real = torch.from_numpy(images).permute(0, 3, 1, 2)/127.5 - 1
     def draw(generator):
         if isinstance(generator, PairGenerator):
-            return _above_its_mask(*generator.sample_pairs(n, steps, 'dpm++'))
+            return _above_its_mask(*generator.sample_pairs(n, steps, SAMPLER))
         shown = real if generator.needs_image else None
-        sampled = sample(generator, masks, steps, sampler='dpm++', images=shown, desc='watch')
+        sampled = sample(generator, masks, steps, images=shown, desc='watch')
         return _above_its_mask(sampled, masks) if generator.needs_mask else sampled
     return draw
 
@@ -1215,8 +1216,8 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
                train_steps: int = None, # default 300, with a folder 480
                segment_steps: int = None, # default 30, with a folder 110
                n_synth: int = None, # synthetic pairs (default: as many as training pairs)
-               sample_steps: int = 20, # sampler steps
-               sampler: str = 'dpm++', # ddim, dpm++ or unipc
+               sample_steps: int = SAMPLE_STEPS, # sampler steps
+               sampler: str = SAMPLER, # ddim, dpm++ or unipc
                bs: int = None,  # batch size (default 8, with a folder 16)
                channels: Sequence[int] = (48, 96, 144), # U-Net channels per level
                seeds: Sequence[int] = (0, 1, 2), # segmenter runs per arm

@@ -29,6 +29,7 @@ from .data.pairs import (Frame, Reading, find_images, group_of, pairs_hash, read
 from .data.volumes import is_volume, open_volume, refuse_unread, save_masks, stem_of
 from .diffusion.backbone import Backbone
 from .diffusion.learner import PairGenerator
+from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, ImageStream, Run, Split,
                                check_unlabelled, describe, draws_pairs, fold_parts, generator_dls,
                                make_backbone, make_generator, open_arm, read_scores, report,
@@ -218,7 +219,7 @@ class Synthesis:
     least_steps: int = 1500                         # of a generator; with fewer none is trained
     most_steps: int = 8000                          # largest number of steps of a generator
     per_pair: int = 2                               # synthetic pairs per labelled one
-    sample_steps: int = 20                          # of the sampler
+    sample_steps: int = SAMPLE_STEPS                # of the sampler
     start: str = 'real'                             # the start of sampling, see `synth.STARTS`
     strength: float = None                          # noise of the start, in [0,1]; `None`: its default
 
@@ -276,7 +277,7 @@ class Synthesis:
         n_pairs = self.per_pair*len(under)
         own_masks = dict(masks='real') if self.start in ('real', 'noise') else {}
         options = {} if draws_pairs(generator) else dict(own_masks, start=self.start, strength=self.strength)
-        synthesize(generator, under, out/'synthetic', n_pairs, steps=self.sample_steps, sampler='dpm++',
+        synthesize(generator, under, out/'synthetic', n_pairs, steps=self.sample_steps, sampler=SAMPLER,
                    seed=seed, **options)
         return out/'synthetic'
 

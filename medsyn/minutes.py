@@ -25,6 +25,7 @@ from .core import MedsynError, load_json, save_json
 from .data.pairs import Reading, find_pairs
 from .diffusion.backbone import Backbone
 from .diffusion.learner import pretrain_backbone
+from .diffusion.schedule import SAMPLE_STEPS
 from .evaluate.overlap import evaluate_segmenter
 from .experiment import (METRICS_SHOWN, ImageStream, Split, Stage, generator_dls, open_arm, quickstart,
                                split_once, third_arm, train_segmenter)
@@ -308,7 +309,7 @@ def quickstart_in(
     out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
     method: str = 'concat',             # a name that `medsyn catalog` lists
     size: int | tuple = 64,             # side, or (height, width), in pixels
-    sample_steps: int = 20,             # sampler steps
+    sample_steps: int = SAMPLE_STEPS,   # sampler steps
     bs: int = 16,                       # batch size
     channels: Sequence[int] = (48, 96, 144),    # U-Net channels per level
     seeds: Sequence[int] = (0, 1, 2),   # segmenter runs per arm, fewer or more as the time allows

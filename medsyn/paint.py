@@ -23,6 +23,7 @@ from .data.masks import transform_mask
 from .data.pairs import Pair, read_image, read_mask, size_text
 from .diffusion.learner import PairGenerator
 from .diffusion.sample import defaults_of
+from .diffusion.schedule import SAMPLE_STEPS, SAMPLER, SAMPLERS
 from .evaluate.gallery import RealSet, novelty_text, obedience_text
 from .evaluate.overlap import score
 from .review import append_line, json_lines, reviewer_name
@@ -138,13 +139,13 @@ class Painter:
     def sample(self,
         mask: np.ndarray,           # uint8 (size,size) in {0,1} with a lesion
         seeds: list = (0, 1, 2, 3), # one per image, at most 16
-        steps: int = 20,            # sampler steps, 1 to 1000
+        steps: int = SAMPLE_STEPS,  # sampler steps, 1 to 1000
         guidance: float = None,     # 1 is none; `None`: the generator's own
-        sampler: str = 'dpm++',     # ddim, dpm++ or unipc
+        sampler: str = SAMPLER,     # ddim, dpm++ or unipc
         into: np.ndarray = None     # uint8 (size,size,3), a healthy image; `None`: all is new
     ) -> list:                      # of `Painted`
         "One image for each seed, judged."
-        pick(sampler, ('ddim', 'dpm++', 'unipc'), 'sampler')
+        pick(sampler, SAMPLERS, 'sampler')
         if not 1 <= len(seeds) <= 16 or not 1 <= steps <= 1000:
             raise MedsynError(f"{len(seeds)} seeds and {steps} steps: give 1 to 16 seeds and 1 to 1000 steps")
         if not all(0 <= seed < 2**63 for seed in seeds):

@@ -12,9 +12,9 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,8 @@ from .data.pairs import (Pair, Reading, both_sides, plain_size, read_image, read
 from .data.volumes import stem_of
 from .data.paste import feathered, move, paste, random_moves
 from .diffusion.learner import PairGenerator, denoising_losses, margin
-from .diffusion.sample import defaults_of, sample
+from .diffusion.sample import check_interval, defaults_of, sample
+from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from .processes import count, gathered, is_main, main_first, number, wait
 
 # %% ../nbs/api/40_synth.ipynb #8ffd390a
@@ -257,7 +258,7 @@ def put_back(images: np.ndarray,    # (N,H,W,3) uint8, as sampled
 def render(generator: object,   # takes a mask
            drafts: list,        # of `Draft`
            strength: float,     # how far pictures are noised, in [0,1]; 0 leaves them as they are
-           settings: dict,      # steps, guidance, guide, sampler, prompt: as in `sample`
+           settings: dict,      # steps, guidance, guide, sampler, prompt, interval: as in `sample`
            feather: float = 1.5 # border of what is new, pixels
           ) -> np.ndarray:      # (N,H,W,3) uint8
     "The images of some drafts."
@@ -374,7 +375,8 @@ def _judged(keep, image, mask):
 # %% ../nbs/api/40_synth.ipynb #44f030b3
 def _under_masks(generator, job, start, strength, settings):
     "Makes images under masks: function of indices -> list of (image, draft, entry of the manifest)."
-    for_sampler = {k: settings[k] for k in ('steps', 'guidance', 'guide', 'sampler', 'prompt')}
+    names = 'steps', 'guidance', 'guide', 'sampler', 'prompt', 'interval'
+    for_sampler = {name: settings[name] for name in names if name in settings}
     def draw(indices):
         drafts = [STARTS[start](job, i) for i in indices]
         images = render(generator, drafts, strength, for_sampler, job.feather)
@@ -452,6 +454,12 @@ def _check_start(start, masks, strength, into):
         raise MedsynError(f"masks is {masks!r}, and start={start!r} uses real masks: leave masks out")
     return ('real' if start in ('real', 'paste') else masks or 'random'), strength
 
+def _within(interval):
+    "The setting for an interval of guidance; none for that of all timesteps."
+    if interval is None: return {}
+    low, high = check_interval(interval)
+    return {} if (low, high) == (0, 1) else dict(interval=[low, high])
+
 def _check_hardness(hardness, pairs):
     "`MedsynError` unless every pair has a weight and some weight is over 0."
     if hardness is None: return
@@ -502,7 +510,8 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
     backbone, given = generator.backbone, dict(settings)
     given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
     given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
-    given['steps'] = given['steps'] or 50
+    given['steps'], given['sampler'] = given['steps'] or SAMPLE_STEPS, given['sampler'] or SAMPLER
+    given.update(_within(given.pop('interval')))
     backbone.check_size(size); backbone.schedule.sampler(given['sampler']); backbone.text([given['prompt']])
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size)
     _check_hardness(hardness, pairs)
@@ -517,17 +526,18 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
 def _plan_pairs(generator, masks, size, settings, start, strength, into, hardness):
     "The settings for a generator that makes its own masks; what such a one cannot follow is refused."
     fixed = dict(masks=masks, strength=strength, into=into, hardness=hardness)
-    fixed.update({name: settings[name] for name in ('guidance', 'guide', 'prompt')})
+    fixed.update({name: settings[name] for name in ('guidance', 'guide', 'prompt', 'interval')})
     fixed['start'] = None if start == 'noise' else start
     for name, value in fixed.items():
         if value is not None:
             raise MedsynError(f"{name} is {value!r}, and {type(generator).__name__} draws its own masks,"
                               " from a seed alone:"
-                              " leave masks, guidance, guide, prompt, start, strength, into and hardness out")
+                              " leave masks, guidance, interval, guide, prompt, start, strength, into and"
+                              " hardness out")
     generator.check_size(size)
-    generator.schedule.sampler(settings['sampler'])
-    steps = settings['steps'] or generator.steps
-    used = dict(sampler=settings['sampler'], steps=steps, start='noise', generator=generator_hash(generator))
+    sampler, steps = settings['sampler'] or generator.sampler, settings['steps'] or generator.steps
+    generator.schedule.sampler(sampler)
+    used = dict(sampler=sampler, steps=steps, start='noise', generator=generator_hash(generator))
     return dict(generator.config, **used)
 
 # %% ../nbs/api/40_synth.ipynb #b9a4108b
@@ -537,10 +547,11 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                n: int,                      # pairs to make; with `keep` or masks of its own, to keep
                masks: str = None,           # random: flipped, scaled, shifted (default), or real
                seed: int = 0,               # of everything
-               steps: int = None,           # sampler steps; `None`: 50, and 256 for PIG
+               steps: int = None,           # sampler steps; `None`: 20, and 256 for PIG
                guidance: float = None,      # `None`: the generator's own; 1 is none
+               interval: Sequence[float] = None, # shares of the timesteps that are guided; `None`: all
                guide: str = None,           # prompt or mask, see `sample`; `None`: the generator's own
-               sampler: str = 'ddim',       # ddim, dpm++ or unipc
+               sampler: str = None,         # ddim, dpm++ or unipc; `None`: dpm++, and ddim for PIG
                prompt: str = None,          # default: the backbone's
                bs: int = 8,                 # images made together; does not change them
                size: int | tuple = None,    # side, or HxW, in pixels; default: the generator's
@@ -559,7 +570,8 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     if n < 1 or tries < 1:
         raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
     if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
-    settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt)
+    settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt,
+                    interval=interval)
     begin = start, strength, into, hardness
     if draws_pairs:
         size = plain_size(size or generator.size)

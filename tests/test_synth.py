@@ -11,6 +11,8 @@ from medsyn.data.lesions import lesion_folder
 from medsyn.data.paste import feathered
 from medsyn.data.pairs import find_pairs, read_image, read_mask, read_pair
 from medsyn.diffusion.backbone import Backbone
+from medsyn.diffusion.sample import sample
+from medsyn.diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from medsyn.generate.control import ControlGenerator
 from medsyn.segment.mixing import find_partners
 from medsyn.segment.streams import read_ignored
@@ -54,6 +56,30 @@ def test_a_run_resumes_with_the_same_bytes(made, tmp_path, kw):
         assert tree(tmp_path/f'b{cut}') == tree(tmp_path/'a')
     with pytest.raises(MedsynError, match='holds another synth run'):
         synthesize(generator, pairs, tmp_path/'a', **QUICK, **dict(kw, strength=.9))
+
+def test_guidance_within_an_interval(made, tmp_path):
+    "The whole interval is none, byte for byte; an empty one is no guidance; another one is neither."
+    pairs, _, generator = made
+    def run(name, **kw):
+        synthesize(generator, pairs, tmp_path/name, **QUICK, **kw)
+        return tree(tmp_path/name)
+    plain = run('plain')
+    assert run('whole', interval=(0, 1)) == plain
+    def images(files): return {name: data for name, data in files.items() if name.startswith('images')}
+    empty, part = run('empty', interval=(.5, .5)), run('part', interval=(.2, .7))
+    assert images(empty) == images(run('unguided', guidance=1))
+    assert images(part) != images(plain) and images(part) != images(empty)
+    assert all(row['interval'] == [.2, .7] for row in rows(tmp_path/'part'))
+    assert 'interval' not in rows(tmp_path/'plain')[0]
+    with pytest.raises(MedsynError, match='holds another synth run'): run('part', interval=(.2, .6))
+
+def test_the_default_sampler(made, tmp_path):
+    pairs, _, generator = made
+    synthesize(generator, pairs, tmp_path/'a', 1)
+    assert (rows(tmp_path/'a')[0]['sampler'], rows(tmp_path/'a')[0]['steps']) == (SAMPLER, SAMPLE_STEPS)
+    masks = np.stack([read_mask(p.mask) for p in pairs[:2]])
+    plain, named = sample(generator, masks), sample(generator, masks, 20, sampler='dpm++')
+    assert (plain == named).all() and (plain != sample(generator, masks, 20, sampler='ddim')).any()
 
 @pytest.mark.parametrize('start', ['real', 'paste', 'inpaint'])
 def test_strength_zero_asks_no_generator(made, tmp_path, start):

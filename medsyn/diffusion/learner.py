@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core import MedsynError, load_json, os_errors, save_json, seed_of
 from .backbone import Backbone, full_precision
-from .schedule import min_snr_weight
+from .schedule import SAMPLE_STEPS, SAMPLER, min_snr_weight
 from ..processes import parallel_cbs
 from ..resume import fit_resumable
 from ..train import ORDER, EvalCB, WeightedLossCB, common_cbs
@@ -119,6 +119,10 @@ class Denoiser(nn.Module):
         "What guidance compares, computed as one batch."
         return self(torch.cat([zt, zt]), torch.cat([t, t]), null.cat(cond)).chunk(2)
 
+    def steady_parts(self) -> list:
+        "Modules whose input is the same at every timestep: sampling computes each once for a batch."
+        return []
+
     def with_kept(self,
         cond: Cond,     # the condition of a batch
         z0: Tensor      # (B,K,h,w) latents of the real images whose surroundings are kept
@@ -188,7 +192,8 @@ class PairGenerator(nn.Module):
     "Base class of generators that sample images and masks together."
     needs_mask, needs_image = False, False
     size: int | tuple   # of its training images: side, or (height, width), pixels
-    steps: int = 50     # sampler steps unless told otherwise
+    steps: int = SAMPLE_STEPS   # sampler steps unless told otherwise
+    sampler: str = SAMPLER      # and its sampler
     schedule = None     # its noise schedule
     grey: bool = False  # whether its images have one channel
     config: dict = {}   # its constructor's settings, as they are saved
@@ -196,7 +201,7 @@ class PairGenerator(nn.Module):
     def sample_pairs(self,
         seeds,                  # one seed a pair, or a number n for 0 to n-1
         steps: int = None,      # sampler steps; `None`: the generator's own
-        sampler: str = 'ddim',  # ddim, dpm++ or unipc
+        sampler: str = None,    # ddim, dpm++ or unipc; `None`: the generator's own
         size: int | tuple = None, # side, or (height, width), pixels; `None`: the one it was trained at
         bs: int = 8             # pairs sampled together; does not change them
     ) -> tuple:                 # images (N,H,W,3) uint8, soft masks (N,H,W) float in about [-1,1]

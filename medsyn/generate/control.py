@@ -147,6 +147,12 @@ def two_answers(self: ControlGenerator,
         both = PrecomputedCond(**given, trunk=trunk[[*range(len(zt))]*2])
     return self(zt2, t2, both).chunk(2)
 
+@patch
+def steady_parts(self: ControlGenerator) -> list:
+    "The hint network, and the depth network if there is one."
+    hint_network = self.control.controlnet_cond_embedding
+    return [hint_network] if self.depth is None else [hint_network, self.depth]
+
 # %% ../../nbs/api/30_generate.control.ipynb #090d2a19
 class DepthEstimator(nn.Module):
     "A frozen depth network of transformers: images in [-1,1] in, relative depth in [0,1] out."

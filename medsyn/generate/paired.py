@@ -121,7 +121,7 @@ GUIDES, BINARISE, FIRST = ('x0', 'xt', 'clean', 'none'), ('never', 'both', 'samp
 
 class PairedGenerator(PairGenerator):
     "Guider and generator, their schedule and codecs: generates images together with their masks."
-    steps = 256                         # sampler steps by default (the paper's)
+    steps, sampler = 256, 'ddim'        # of sampling by default (the paper's)
     def __init__(self,
         guider: GuidedNet,              # denoises the first part, guided by the second
         generator: GuidedNet,           # denoises the second part, guided by the guider's estimate
@@ -515,7 +515,7 @@ def sample_pairs(
     pair: PairedGenerator,      # a trained pair
     seeds: list,                # one seed per pair, or a number n for 0 to n-1
     steps: int = None,          # sampler steps; `None`: 256, the paper's
-    sampler: str = 'ddim',      # ddim, dpm++ or unipc
+    sampler: str = None,        # ddim, dpm++ or unipc; `None`: ddim, the paper's
     size: int | tuple = None,   # side, or (height, width), pixels; `None`: of its training images
     bs: int = 8,                # pairs per batch; does not change the result
     eta: float = 0.,            # with ddim: share of fresh noise, see `denoise_pair`
@@ -527,6 +527,7 @@ def sample_pairs(
     "Sample images with their masks; `MedsynError` for steps, size or names that do not fit."
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     size, steps = size or pair.size, pair.steps if steps is None else steps
+    sampler = sampler or pair.sampler
     _check_sampling(pair, steps, sampler, eta, order, size)
     channels = [pair.codecs[part].channels for part in pair.parts]
     sides = [side//pair.codecs['mask'].stride for side in both_sides(size)]
