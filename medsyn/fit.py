@@ -90,11 +90,11 @@ def run_seconds(steps: int,         # of each segmenter
     return steps*(folds*sum(arms.values()) + max(arms.values()))
 
 def plan_time(seconds: dict,  # arm -> seconds per step, by preference; the first is always trained
-              minutes: float, # for the whole plan
-              n_groups: int,   # groups of labelled pairs (patients, videos)
+              minutes: float,   # for the whole plan
+              n_groups: int,    # groups of labelled pairs (patients, videos)
               least_steps: int, # smallest useful number of steps of a run
-              most_steps: int, # largest useful number of steps of a run
-              generator: dict = None,   # arms; step, drawing: seconds per step, set; least_steps, most_steps
+              most_steps: int,  # largest useful number of steps of a run
+              generator: dict = None,   # arms, step (s), drawing (s per set), least_steps, most_steps
               most_folds: int = 5       # of the cross-validation, 2 or more
              ) -> TimePlan:             # arms, folds and steps within the minutes
     "Divide the minutes; `MedsynError` if they are too few for one run."
@@ -103,15 +103,14 @@ def plan_time(seconds: dict,  # arm -> seconds per step, by preference; the firs
     worth_steps = max(least_steps, min(WORTH_STEPS, most_steps))
     arms, left_out, generator_steps, reserved = dict(seconds), {}, 0, 0.
     if generator is not None:
-        needing_pairs, costs = list(generator['arms']), {}
-        generator_steps, reserved = _generator_share(generator, arms, budget, worth_steps)
-        while needing_pairs and not generator_steps:
-            name = needing_pairs.pop()
-            costs[name] = arms.pop(name)
-            if not needing_pairs: break
+        needing_pairs, dropped = list(generator['arms']), {}
+        while needing_pairs:
             generator_steps, reserved = _generator_share(generator, arms, budget, worth_steps)
+            if generator_steps: break
+            name = needing_pairs.pop()
+            dropped[name] = arms.pop(name)
         making_pairs = 0 if generator_steps else _generator_seconds(generator, generator['least_steps'])
-        left_out = {name: (making_pairs + 2*worth_steps*cost)/60 for name, cost in costs.items()}
+        left_out = {name: (making_pairs + 2*worth_steps*cost)/60 for name, cost in dropped.items()}
     while len(arms) > 1 and run_seconds(worth_steps, arms, 2) + reserved > budget:
         name, cost = arms.popitem()
         left_out[name] = 2*worth_steps*cost/60
@@ -175,15 +174,16 @@ def seconds_a_step(split: Split,    # the labelled pairs
     return clock.step_seconds
 
 # %% ../nbs/api/72_fit.ipynb #c1c24c8c
-def choose_arm(scores: pd.DataFrame,        # arm, name and the metric: one row per labelled image and arm
+def choose_arm(scores: pd.DataFrame,        # columns arm, name, metric; one row per labelled image and arm
                order: Sequence[str],        # names of arms, in the order of preference among equal ones
                metric: str = 'dice@0.5'     # column of `scores` that is compared
               ) -> str:                     # name of the winner
     "The arm with the highest mean over the labelled images."
     means = scores.groupby('arm')[metric].mean()
-    return max(order, key=lambda arm: (round(means[arm], 6), -list(order).index(arm)))
+    return max(order, key=lambda arm: round(means[arm], 6))     # among equal ones the first
 
-LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')     # need nothing else
+# arms that need nothing but the labelled pairs
+LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')
 
 def verdict(winner: str,                # the chosen arm
             differences: pd.DataFrame,  # of each arm from `real` in cross-validation
@@ -193,11 +193,10 @@ def verdict(winner: str,                # the chosen arm
     if winner == 'real':
         return (f"Real images alone are best: dice {100*means['real']:.1f} in cross-validation,"
                 " and no other arm is above them.")
-    found = differences[differences.arm == winner].iloc[0]
-    which = f"against real images alone, {found.text}"
-    said = f"{winner} is best in cross-validation: {which}." if found.lo > 0 else \
-        f"{winner} has the highest mean Dice in cross-validation: {which}."
-    return said + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
+    difference = differences[differences.arm == winner].iloc[0]
+    rank = 'is best' if difference.lo > 0 else 'has the highest mean Dice'
+    sentence = f"{winner} {rank} in cross-validation: against real images alone, {difference.text}."
+    return sentence + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
 # %% ../nbs/api/72_fit.ipynb #ff31ae68
 def late_gain(logs: Sequence,       # `run_log` files of the winner's folds
@@ -253,9 +252,11 @@ class Synthesis:
         clock = ClockCB()
         learn = generator_learners(self.method, dls, backbone, probe=10**6)[-1]
         fit_steps(learn, 6, cbs=[clock])
-        forward = clock.step_seconds/3/self.bs      # of one image; with the backward pass three times that
-        drawing = self.per_pair*len(split.pairs)*self.sample_steps*2*forward
-        return dict(step=clock.step_seconds*(2 if self.pretrain else 1), drawing=drawing)
+        forward = clock.step_seconds/3/self.bs      # of one image; forward and backward take three times that
+        n_passes = self.sample_steps*2              # of a pair; guidance needs two per step
+        drawing = self.per_pair*len(split.pairs)*n_passes*forward
+        trainings = 2 if self.pretrain else 1       # the backbone takes as many steps as the generator
+        return dict(step=clock.step_seconds*trainings, drawing=drawing)
 
     def draw(self,
              split: Split,      # training pairs; the held-out pairs are for the probe
@@ -264,7 +265,7 @@ class Synthesis:
              size: int | tuple, # side, or (height, width), in pixels
              steps: int,        # of the generator
              seed: int,         # of training and sampling
-             under: list,       # `Pair`s that lend masks and pictures
+             under: list,       # `Pair`s that give the masks and the starting images
              save_every: float = 10 # minutes between saved states of a training
             ) -> Path:          # the folder of the set
         "Train a generator on a split and sample a set of pairs."
@@ -302,7 +303,7 @@ class _Job:
 
 def default_arms(unlabelled: bool   # whether there are images without masks
                 ) -> list:          # names, in the order of preference
-    "The arms worth trying: real images alone, the same with two passes, mixing with variants."
+    "Real images alone, two passes, FixMatch with unlabelled images, and mixing with variants."
     if not unlabelled: return ['real', 'two-passes', 'mcpmix-scheduled']
     return ['real', 'two-passes', 'fixmatch', 'fixmatch+mcpmix-scheduled']
 
@@ -380,9 +381,9 @@ def _advice(job, winner, gain):
 
 REPORT = """# What was found
 
-{said}
+{result}
 
-`model/` is {winner}, trained on all {n_pairs} labelled pairs for {steps} steps. {drawn}
+`model/` is {winner}, trained on all {n_pairs} labelled pairs for {steps} steps. {pairs_note}
 
 ## Plan
 
@@ -401,17 +402,17 @@ The intervals cover the images, not the seed of training.
 {n_pairs} labelled pairs, {n_unlabelled} images without masks; {hardware}.
 """
 
-def _report(job, winner, said, advice):
+def _report(job, winner, result, advice):
     "Write report.md."
     compared = job.out/'cv'/'table.md'
     cv = 'There was time for one arm only: nothing was compared.\n'
     if job.plan.folds: cv = compared.read_text()
-    drawn = 'No synthetic pairs were used for it.'
-    if lacks_pairs(winner): drawn = 'Its synthetic pairs are in `synthesis/synthetic/`.'
+    pairs_note = 'No synthetic pairs were used for it.'
+    if lacks_pairs(winner): pairs_note = 'Its synthetic pairs are in `synthesis/synthetic/`.'
     def bullets(lines): return '\n'.join(f'- {line}' for line in lines)
-    text = REPORT.format(said=said, winner=winner, n_pairs=len(job.pairs), steps=job.plan.steps, drawn=drawn,
-                         plan=bullets(job.plan.lines()), cv=cv, advice=bullets(advice),
-                         n_unlabelled=len(job.unlabelled), hardware=hardware())
+    text = REPORT.format(result=result, winner=winner, n_pairs=len(job.pairs), steps=job.plan.steps,
+                         pairs_note=pairs_note, plan=bullets(job.plan.lines()), cv=cv,
+                         advice=bullets(advice), n_unlabelled=len(job.unlabelled), hardware=hardware())
     write_atomic(job.out/'report.md', text)
 
 # %% ../nbs/api/72_fit.ipynb #5870e06d
@@ -444,7 +445,7 @@ def fit(
     encoder = own_encoder(network) if encoder is None else encoder
     segmenter(network, encoder, size=size)
     names = list(arms or default_arms(bool(unlabelled)))
-    if names[0] != 'real': names = ['real', *[n for n in names if n != 'real']]
+    names = ['real', *[name for name in names if name != 'real']]      # `real` comes first
     training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs,
                     lr=lr, loss=loss, augment=augment)
     synthesis = synthesis or Synthesis()
@@ -457,16 +458,17 @@ def fit(
     job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed, save_every)
     job.plan = _plan(job, names, **limits)
     for line in job.plan.lines(): print(line, flush=True)
-    winner, said, gain = 'real', 'There was time for real images alone.', float('nan')
+    winner, gain = 'real', float('nan')
+    result = 'There was time for real images alone.'
     if job.plan.folds:
         with whole_command(job.plan.steps*job.plan.folds*len(job.plan.arms)):
             scores, logs = _cross_validated(job)
         winner = choose_arm(scores, job.plan.arms)
         means = scores.groupby('arm')['dice@0.5'].mean()
-        said = verdict(winner, pd.read_csv(job.out/'cv'/'differences.csv'), means)
+        result = verdict(winner, pd.read_csv(job.out/'cv'/'differences.csv'), means)
         gain = late_gain(logs[winner])
     _train_winner(job, winner)
-    _report(job, winner, said, _advice(job, winner, gain))
+    _report(job, winner, result, _advice(job, winner, gain))
     return job.out
 
 # %% ../nbs/api/72_fit.ipynb #1e232f6a
@@ -479,7 +481,7 @@ def overlay(image: np.ndarray,      # uint8 (H,W,3)
     "An image with the mask tinted and outlined."
     out = image.astype(float)
     out[mask] = .75*out[mask] + .25*np.array(colour)
-    inside = mask.copy()
+    inside = mask.copy()            # pixels whose four neighbours are in the mask too
     inside[1:-1, 1:-1] &= mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
     inside[[0, -1]], inside[:, [0, -1]] = False, False
     out[mask & ~inside] = colour
@@ -499,15 +501,19 @@ class _Item:
     file: Path              # the file that contains it
     slice: int = None       # which slice of a volume, from 0
 
+def _sources_of(images, how):
+    "What to read: one file, the images of a folder or table, or the given files."
+    if not isinstance(images, (str, Path)): files = unlabelled_images(images)
+    elif Path(images).is_file() and Path(images).suffix.lower() != '.csv':
+        refuse_unread(images)
+        files = [images]
+    else: return find_images(images, how)
+    return [Frame(Path(f), how) for f in files]
+
 def _items_of(images, how):
     "Name -> `_Item`; `MedsynError` if two would overwrite each other."
-    is_path = isinstance(images, (str, Path))
-    is_image = is_path and Path(images).is_file() and Path(images).suffix.lower() != '.csv'
-    if is_image: refuse_unread(images)
-    if is_path and not is_image: sources = find_images(images, how)
-    else: sources = [Frame(Path(f), how) for f in ([images] if is_image else unlabelled_images(images))]
     items = {}
-    for source in sources:
+    for source in _sources_of(images, how):
         for name, item in _slices_of(source, how):
             if name.casefold() in items:
                 first = items[name.casefold()][1].file
@@ -537,11 +543,11 @@ def _done(table):
 
 def _table_text(rows):
     "A table of predictions as CSV."
-    out = io.StringIO()
-    writer = csv.DictWriter(out, PREDICTED, extrasaction='ignore')
+    text = io.StringIO()
+    writer = csv.DictWriter(text, PREDICTED, extrasaction='ignore')
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue()
+    return text.getvalue()
 
 def predict_images(
     models: 'Sequence | str | Path',  # folder of a segmenter, or several, whose probabilities are averaged

@@ -106,14 +106,14 @@ def map_shared(f: Callable,         # of one item; its result must be picklable
 def keep_rows(learn: object, # a learner whose batch is noised
               rows: slice    # of the batch
              ):
-    "Keep some rows of the batch, and of what is known about it."
+    "Keep some rows of the batch, and of its noise, timesteps and conditions."
     learn.xb = tuple(v[rows] for v in learn.xb)
     learn.yb = tuple(v[rows] for v in learn.yb)
     noised = getattr(learn, 'noised', None)
     if noised is None: return
     for name, value in vars(noised).items():
         if value is not None: setattr(noised, name, value[rows])
-    if hasattr(noised, 'cond'): noised.cond = learn.xb[2]
+    if hasattr(noised, 'cond'): noised.cond = learn.xb[2]      # the tensor of the batch, not a copy
 
 class DivideCB(Callback):
     "Keeps this process's rows of the noised batch."
@@ -154,8 +154,6 @@ def _layout(p):
     channels_last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last and not p.is_contiguous() else torch.contiguous_format
 
-
-
 # %% ../nbs/api/03_processes.ipynb #209afabd
 class _MeanOfAll(torch.autograd.Function):
     "The mean over the processes; the gradient is averaged on its way back."
@@ -175,7 +173,8 @@ def batch_norm(x: Tensor,                   # (B,C,...) the rows of this process
               ) -> Tensor:                  # the shape of `x`
     "`F.batch_norm` with the statistics of the rows of all processes."
     if not training: return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1]*(x.ndim - 2)]
+    dims = [0, *range(2, x.ndim)]               # all but the channels
+    shape = [1, -1, *[1]*(x.ndim - 2)]          # of a vector over the channels
     values = x.float()
     mean = _MeanOfAll.apply(values.mean(dims))
     centred = values - mean.view(shape)
@@ -192,10 +191,11 @@ def batch_norm(x: Tensor,                   # (B,C,...) the rows of this process
 class _WholeBatch(TorchFunctionMode):
     "Inside, `F.batch_norm` is `batch_norm`."
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        return (batch_norm if f is F.batch_norm else f)(*args, **kwargs or {})
+        if f is F.batch_norm: f = batch_norm
+        return f(*args, **kwargs or {})
 
 class WholeBatchNormCB(Callback):
-    "Gives the batch normalisation of a divided batch the statistics of the whole one."
+    "In a divided batch, batch normalisation uses the statistics of the whole batch."
     order, run_valid, name = ORDER['divide'] + .05, False, 'whole_batch_norm'
 
     def before_fit(self):

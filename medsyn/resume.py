@@ -40,7 +40,8 @@ def pack(value: object,     # None, numbers, text, tensors, and lists, tuples an
         name, plain = f't{len(tensors)}', value.detach().cpu()
         tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         is_last = plain.ndim == 4 and plain.is_contiguous(memory_format=torch.channels_last)
-        return {'channels_last' if is_last and not plain.is_contiguous() else 'tensor': name}
+        kind = 'channels_last' if is_last and not plain.is_contiguous() else 'tensor'
+        return {kind: name}
     if isinstance(value, dict):
         return dict(dict=[[pack(k, tensors), pack(v, tensors)] for k, v in value.items()])
     if isinstance(value, tuple): return dict(tuple=[pack(v, tensors) for v in value])
@@ -113,9 +114,10 @@ def forget(folder: 'str | Path' # of the states; it may be missing
 def global_streams() -> dict:   # what `set_global_streams` takes
     "The positions of the global random streams of Python, NumPy, torch and CUDA."
     name, keys, *rest = np.random.get_state()
-    found = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state())
-    if torch.cuda.is_available(): found['cuda'] = torch.cuda.get_rng_state()
-    return found
+    positions = dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest),
+                     torch=torch.get_rng_state())
+    if torch.cuda.is_available(): positions['cuda'] = torch.cuda.get_rng_state()
+    return positions
 
 def set_global_streams(positions: dict  # from `global_streams`
                       ):
@@ -188,12 +190,13 @@ class StateCB(Callback):
         self.folder, self.every, self.stop = Path(folder), every, stop or StopRequest()
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')     # a search is not a training
+        self.run = not hasattr(self.learn, 'lr_finder')     # a learning-rate search saves no state
         if not self.run: return
         if not hasattr(self.dls.train, 'position'):
             raise MedsynError(f"a {type(self.dls.train).__name__} cannot resume:"
                               " make the loaders with pair_dls")
-        self.saved, self.last, self.divided = False, time.monotonic(), hasattr(self.learn, 'processes')
+        self.saved, self.last_save = False, time.monotonic()
+        self.divided = hasattr(self.learn, 'processes')     # over several processes
         self.collect()      # raises now, not later, if something cannot be saved
         state = read_state(self.folder, next(self.model.parameters()).device)
         if state is None: return
@@ -202,7 +205,7 @@ class StateCB(Callback):
 
     def after_batch(self):
         steps = self.learn.steps
-        due = time.monotonic() - self.last >= 60*self.every
+        due = time.monotonic() - self.last_save >= 60*self.every
         ends = self.stop.agreed if self.divided else self.stop.signal is not None
         if due or ends or (self.saved and steps.done == steps.total): self.save()
         if not ends: return
@@ -210,9 +213,9 @@ class StateCB(Callback):
         self.stop.obey()
 
     def save(self):
-        "Write the state of the finished step; of the processes of one training, the main one does."
+        "Write the state of the finished step; of several processes only the main one writes."
         if is_main() or not self.divided: write_state(self.folder, self.learn.steps.done, self.collect())
-        self.saved, self.last = True, time.monotonic()
+        self.saved, self.last_save = True, time.monotonic()
 
     def identity(self) -> dict:
         "What must be equal for a state to belong to this training."

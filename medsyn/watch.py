@@ -35,7 +35,7 @@ class WatchCB(Callback):
         out: str | Path,        # folder of the run
         run: str = 'train',     # `NAME` in the names of the files
         draw: Callable = None,  # (model) -> uint8 (N,H,W,3), samples of the current model; `None`: none
-        pictures: int = 5,      # how many times `draw` is called in a run
+        pictures: int = 5,      # about how many times `draw` is called in a run
         seconds: float = 2.     # shortest time between two writings, in seconds
     ):
         self.folder, self.run_name = Path(out)/LIVE, run
@@ -60,12 +60,12 @@ class WatchCB(Callback):
         save_png(np.concatenate(list(images), axis=1), self.folder/f'{self.run_name}-{step:06d}.png')
 
     def remove(self):
-        "Remove the files, once the finished tables are written."
+        "Remove the files; call it once the finished tables are written."
         for file in self.folder.glob(f'{escape(self.run_name)}*'):
             if file.name.startswith((f'{self.run_name}.', f'{self.run_name}-')): file.unlink(missing_ok=True)
 
     def write(self):
-        "Write the present tables."
+        "Write the tables as they are now."
         start = time.monotonic()
         history, name = self.learn.history, self.run_name
         write_atomic(self.folder/f'{name}.log.csv', history.frame().to_csv(index=False))
@@ -82,7 +82,7 @@ def _is_first_process():
 # %% ../nbs/api/05_watch.ipynb #e21a00c6
 class _CSVWriter:
     "Appends rows (step, name, value) to a file."
-    def __init__(self, out, run, step):
+    def __init__(self, out, run, step):     # `step`: the last one whose rows are kept
         self.file = out/'logs'/f'{run}.csv'
         self.file.parent.mkdir(parents=True, exist_ok=True)
         kept = []
@@ -145,7 +145,7 @@ class ReportCB(Callback):
         out: str | Path,        # folder of the run
         run: str = 'train',     # `NAME` in the names of the files
         draw: Callable = None,  # (model) -> uint8 (N,H,W,3), samples of the current model; `None`: none
-        pictures: int = 5       # how many times `draw` is called in a run
+        pictures: int = 5       # about how many times `draw` is called in a run
     ):
         check_log(log)
         self.log, self.out, self.run_name, self.draw, self.pictures = log, Path(out), run, draw, pictures
@@ -159,19 +159,17 @@ class ReportCB(Callback):
         if self.writer is None: self.open(done - 1)
         history = self.learn.history
         row = {name: float(value) for name, value in history.steps[-1].items() if name != 'step'}
-        for evaluation in history.rows[self.evaluations:]:
-            row |= {name: v for name, v in evaluation.items()
-                    if name != 'step' and isinstance(v, (int, float)) and not isinstance(v, bool)}
-        self.evaluations = len(history.rows)
+        for evaluation in history.rows[self.n_sent:]: row |= _numbers(evaluation)
+        self.n_sent = len(history.rows)
         self.writer.scalars(done, row)
         if self.draw and (done == total or done % max(total//self.pictures, 1) == 0): self.picture(done)
 
     def open(self,
         step: int   # the last one that is done already: 0, or where the run resumes
     ):
-        "Open the record; what it has after that step is written again."
+        "Open the record; later steps that it has from a killed process are not kept twice."
         rows = self.learn.history.rows
-        self.evaluations = sum(row.get('step', 0) <= step for row in rows)
+        self.n_sent = sum(row.get('step', 0) <= step for row in rows)
         self.writer = LOGS[self.log](self.out, self.run_name, step)
 
     def picture(self,
@@ -183,6 +181,11 @@ class ReportCB(Callback):
 
     def after_fit(self):
         if self.writer is not None: self.writer.close()
+
+def _numbers(evaluation):
+    "The numbers of an evaluation, without its step."
+    def is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {name: value for name, value in evaluation.items() if name != 'step' and is_number(value)}
 
 def report_cbs(log: str,            # tensorboard, wandb or csv; `None`: nothing
                out: str | Path,     # folder of the run
@@ -265,8 +268,8 @@ def _live_runs(folder):
 
 def _finished_runs(folder):
     "Runs whose tables are complete, by name: (log, evaluations, file)."
-    file, probe = folder/'log.csv', _table(folder/'probe.csv')
-    log, runs = _table(file), {}
+    file = folder/'log.csv'
+    log, probe, runs = _table(file), _table(folder/'probe.csv'), {}
     if 'network' in log:
         for name, rows in log.groupby('network', sort=False):
             evals = probe[probe.network == name] if 'network' in probe else probe
@@ -284,7 +287,7 @@ def _runs_of(folder):
     "The runs of one folder; a finished table takes precedence over the one in progress."
     runs = _live_runs(folder)
     for name, (log, evals, file) in _finished_runs(folder).items():
-        is_only_run = name == 'train' and len(runs) == 1
+        is_only_run = name == 'train' and len(runs) == 1        # `log.csv` does not name its run
         live_view = runs.pop(next(iter(runs))) if is_only_run else runs.get(name)
         label = live_view.name if live_view else name
         pictures = live_view.pictures if live_view else []
@@ -303,7 +306,7 @@ def read_run(folder: str | Path # of a training run, comparison, fit or quicksta
             runs[view.name] = view
     if not runs:
         raise MedsynError(f"{folder} holds no training (no log.csv, no {LIVE}/): give the folder that"
-                          " medsyn quickstart, pretrain, train, segment or compare writes")
+                          " medsyn quickstart, fit, pretrain, train, segment or compare writes")
     return runs
 
 def latest_run(runs: dict       # from `read_run`

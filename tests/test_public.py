@@ -232,6 +232,18 @@ def test_zip_that_lies_about_its_sizes(tmp_path):
     f.write_bytes(f.read_bytes().replace((10**6).to_bytes(4, 'little'), (10).to_bytes(4, 'little')))
     refused(f, tmp_path/'out', 'is damaged')
 
+def test_zip_of_an_unknown_compression(tmp_path):
+    "Deflate64, which Windows writes for large files, is number 9; zipfile cannot read it."
+    f = zipped(tmp_path/'a.zip', ('x.png', bytes(10**6)))
+    deflate, deflate64 = (n.to_bytes(2, 'little') for n in (8, 9))
+    data = bytearray(f.read_bytes())
+    for signature, offset in ((b'PK\x03\x04', 8), (b'PK\x01\x02', 10)):
+        at = data.index(signature) + offset
+        assert data[at:at + 2] == deflate
+        data[at:at + 2] = deflate64
+    f.write_bytes(data)
+    refused(f, tmp_path/'out', 'cannot be unpacked here .*unzip or 7z')
+
 @pytest.mark.parametrize('twice', [('a.png', 'a.png'), ('a.png', 'A.PNG')])
 def test_names_twice(tmp_path, twice):
     warned = pytest.warns(UserWarning) if twice[0] == twice[1] else pytest.MonkeyPatch.context()

@@ -251,8 +251,7 @@ def _tar_members(t, archive):
     # read to the end: only there does gzip check its sum
     if t.fileobj.read(1 << 20) and t.fileobj.read(1): raise tarfile.ReadError('data after its end')
 
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
-           NotImplementedError)
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 
 @contextlib.contextmanager
 def _members(archive):
@@ -267,6 +266,9 @@ def _members(archive):
             raise MedsynError(f"{archive} is neither zip nor tar: unpack it yourself{tool}")
     except _DAMAGE as e:
         raise MedsynError(f"{archive} is damaged ({e}): delete it and download it again") from e
+    except NotImplementedError as e:    # zipfile does not know the compression
+        raise MedsynError(f"{archive} cannot be unpacked here ({e}): unpack it yourself, with unzip or 7z,"
+                          " and give the folder") from e
 
 # %% ../../nbs/api/13_data.public.ipynb #8bb1fbfb
 def _unpack(members, archive, into, limit):

@@ -32,7 +32,7 @@ from ..train import EMACB, ORDER, LossTermCB, share_done
 # %% ../../nbs/api/57_segment.semi.ipynb #07ae0de9
 class TeacherCB(EMACB):
     "A moving average of the whole network, buffers included: the teacher, and what is evaluated."
-    order = ORDER['ema'] + 1    # an `EMACB` of the learner has started by then, and is replaced
+    order = ORDER['ema'] + 1    # after the learner's own `EMACB`, which is replaced
     keeps = 'teacher', 'updates'
 
     def before_fit(self):
@@ -137,8 +137,8 @@ def dropped_features(model: Segmenter,  # a network with an encoder that returns
         raise MedsynError(f"{type(model).__name__} has no encoder whose features could be dropped: leave"
                           " drop at 0")
     def perturb(module, args, features):
-        is_image = lambda f: f.shape[1] == 3 or f.shape[1] == 0
-        return [f if is_image(f) else F.dropout2d(f, p) for f in features]
+        untouched = 0, 3        # channels of an empty level, and of the image itself
+        return [f if f.shape[1] in untouched else F.dropout2d(f, p) for f in features]
     handle = encoder.register_forward_hook(perturb)
     try: yield
     finally: handle.remove()
@@ -190,7 +190,7 @@ class UnlabelledCB(SynthTermCB):
         if self.w > 0: super().after_loss()
 
     def views(self, weak, target):
-        "The strong view of frames (B,3,H,W), and the student's target there, (B,H,W)."
+        "The strong view of weakly augmented frames (B,3,H,W), and its target (B,H,W)."
         rng = torch.Generator().manual_seed(self.stream_seed('views'))
         strong = recolour(weak, self.changes, self.stream_seed('colour'))
         if self.geometry:
@@ -214,8 +214,10 @@ class UnlabelledCB(SynthTermCB):
         self.drawn += 1
         weak = self.draw()[0].as_subclass(Tensor)
         with torch.no_grad(): probability = foreground(self.learn.ema.teacher(weak)).sigmoid()
-        target = pseudo_labels(probability, self.threshold) if self.method == 'fixmatch' else probability
-        if self.method == 'fixmatch': self.learn.terms['sure'] = (target != IGNORE).float().mean()
+        target = probability
+        if self.method == 'fixmatch':
+            target = pseudo_labels(probability, self.threshold)
+            self.learn.terms['sure'] = (target != IGNORE).float().mean()
         loss = self.disagreement(*self.views(weak, target))
         if not self.drop: return loss
         with dropped_features(self.model, self.drop): return (loss + self.disagreement(weak, target))/2
@@ -224,24 +226,24 @@ def check_unlabelled(images: list,  # image files without masks
                      pairs: list,   # `Pair`s or image files
                      what: str      # what they are, for the message: training, held-out, test
                     ):
-    "Refuse unlabelled frames that are labelled or test images, by their pixels."
+    "Refuse unlabelled frames with the same pixels as an image of these pairs."
     both = same_images(images, pairs)
     if both:
         raise MedsynError(f"{len(both)} unlabelled frame(s) are {what} images, {both[0]} first: remove them"
                           " from the unlabelled folder")
 
 # %% ../../nbs/api/57_segment.semi.ipynb #1c9e2ccb
-def _png(a):
+def _png(array):
     "An array as the bytes of a PNG file."
     with io.BytesIO() as f:
-        Image.fromarray(a).save(f, 'PNG')
+        Image.fromarray(array).save(f, 'PNG')
         return f.getvalue()
 
 def pseudo_masks(teacher: Segmenter,            # trained on labelled pairs
                  images: list,                  # image files without masks
                  out: Path,                     # folder to write: images/, masks/, manifest.csv
                  least_confidence: float = .9,  # least mean probability inside the lesion, in [0.5, 1]
-                 real: list = None              # labelled `Pair`s on which the teacher must beat chance
+                 real: list = None              # labelled `Pair`s for `check_teacher`; `None`: no check
                 ) -> list:                      # of `Pair`
     "Write the frames with a confident lesion, with the teacher's masks; `MedsynError` if none is left."
     if not .5 <= least_confidence <= 1:
@@ -274,7 +276,7 @@ class DiffusionNet(nn.Module):
         unet: dict,         # configuration of a `UNet2DConditionModel`
         patch: int,         # side of the codec's patches, pixels
         prompt: tuple,      # shape (L,D) of the embedded prompt
-        t: int = 20,        # the timestep given to the U-Net
+        t: int = 20,        # the timestep given to the U-Net, in [0, T)
         classes: int = 1,   # output channels
         width: int = 32     # channels of the head
     ):
@@ -292,15 +294,15 @@ class DiffusionNet(nn.Module):
 
     def features(self, x: Tensor) -> list: # (B,3,H,W) -> one (B,C,h,w) per level of the decoder
         "The outputs of the U-Net's decoder levels for a clean image at timestep `t`."
-        found = []
-        def collect(module, args, out): found.append(out)
+        levels = []
+        def collect(module, args, out): levels.append(out)
         hooks = [block.register_forward_hook(collect) for block in self.unet.up_blocks]
         try:
             t = torch.full((len(x),), self.t, device=x.device)
             self.unet(self.codec(x), t, self.prompt.expand(len(x), -1, -1))
         finally:
             for h in hooks: h.remove()
-        return found
+        return levels
 
     def forward(self, x):
         levels = self.features(x)
@@ -347,11 +349,12 @@ def diffusion_segmenter(backbone: nn.Module,    # a tiny backbone, see `diffusio
         raise MedsynError(f"timestep {t}: give one in [0, {backbone.schedule.T})")
     config = {k: v for k, v in dict(backbone.unet.config).items() if not k.startswith('_')}
     prompt = backbone.text([backbone.prompt])[0].detach()
-    made = segmenter('diffusion-unet', size=size or backbone.size, classes=classes, mean=[.5]*3, std=[.5]*3,
-                     unet=config, patch=backbone.codec.stride, prompt=tuple(prompt.shape), t=t)
-    made.net.unet.load_state_dict(backbone.unet.state_dict())
-    made.net.prompt.data.copy_(prompt)
+    model = segmenter('diffusion-unet', size=size or backbone.size, classes=classes, mean=[.5]*3, std=[.5]*3,
+                      unet=config, patch=backbone.codec.stride, prompt=tuple(prompt.shape), t=t)
+    net = model.net
+    net.unet.load_state_dict(backbone.unet.state_dict())
+    net.prompt.data.copy_(prompt)
     weight, bias = codec_convolution(backbone.codec)
-    made.net.codec.weight.data.copy_(weight)
-    made.net.codec.bias.data.copy_(bias)
-    return made.to(backbone.device)
+    net.codec.weight.data.copy_(weight)
+    net.codec.bias.data.copy_(bias)
+    return model.to(backbone.device)

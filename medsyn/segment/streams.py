@@ -56,14 +56,15 @@ class StreamDataset(PairDataset):
                 ):
         super().__init__(items, size, cache)
         self.ignore = ignore or {}
-        named = [p.name for p in items if isinstance(p, Pair)]
-        missing = [name for name in named if ignore is not None and name not in ignore]
+        names = [p.name for p in items if isinstance(p, Pair)]
+        missing = [name for name in names if ignore is not None and name not in ignore]
         if missing:
             raise MedsynError(f"{len(missing)} of {len(items)} pairs have no mask of ignored pixels,"
                               f" {missing[0]!r} first: compute them with implausible() on the same pairs")
 
-    def _resized(self, a, how):
-        return np.array(Image.fromarray(a).resize(both_sides(self.size)[::-1], how))
+    def _resized(self, array, resampling):
+        height, width = both_sides(self.size)
+        return np.array(Image.fromarray(array).resize((width, height), resampling))
 
     def _read(self, item):
         "Image (H,W,3) and labels (H,W)."
@@ -108,12 +109,12 @@ STREAM_SCHEDULES = dict(
     cosine=lambda share, switch: (1., (1 + math.cos(math.pi*share))/2),
     first=lambda share, switch: (0., 1.) if share < switch else (1., 0.))
 
-NORMS = dict(shared=contextlib.nullcontext, apart=frozen_stats)     # do running statistics follow the stream?
+NORMS = dict(shared=contextlib.nullcontext, apart=frozen_stats)     # does the stream move running statistics?
 
 class forever:
     "The batches of a loader, in endless epochs."
     def __init__(self,
-        loader: object  # any data loader with a batch; of a `SeededDL` the position can be kept
+        loader: object  # any data loader with at least one batch; only a `SeededDL` can resume
     ): self.loader, self.batches = loader, iter(())
 
     def __iter__(self): return self
@@ -149,7 +150,7 @@ class SynthTermCB(LossTermCB):
         augment: str = 'colour',    # colour: strong photometric changes besides the real augmentation; none
         ignore: dict = None,        # name of a pair -> bool (H,W), see `implausible`
         bs: int = None,             # batch size of the stream; `None`: that of the real stream
-        seed: int = 0               # seed of order, augmentation and dropout, with the real loader's
+        seed: int = 0               # of order, augmentation and dropout; combined with the real loader's
     ):
         super().__init__(w)
         if w < 0 or not 0 <= switch <= 1:
@@ -188,7 +189,7 @@ class SynthTermCB(LossTermCB):
         "The next images (B,3,H,W) in [0,1] and labels (B,H,W) of the stream."
         with random_stream(self.stream_seed('loader'), self.dls.device): batch = next(self.batches)
         x, y = to_device(batch, self.dls.device)
-        return x, torch.where(y > 1, IGNORE, y)     # an interpolated label between 1 and 255 is not known
+        return x, torch.where(y > 1, IGNORE, y)     # interpolated with 255: not known
 
     def weights(self):
         "Weights of the real and of the synthetic loss in this step."
@@ -206,7 +207,7 @@ class SynthTermCB(LossTermCB):
 
     def after_loss(self):
         real_weight, self.weight = self.weights()
-        self.learn.terms[f'w{self.name[1:]}'] = torch.tensor(self.weight)
+        self.learn.terms[f'w{self.name[1:]}'] = torch.tensor(self.weight)       # `w_syn` for `L_syn`
         if real_weight != 1: self.learn.loss_grad = self.learn.loss_grad + (real_weight - 1)*self.learn.loss
         if self.weight > 0: super().after_loss()
         else: self.learn.terms[self.name] = torch.tensor(float('nan'))
@@ -284,7 +285,7 @@ class PasteOntoCB(SynthTermCB):
         return image, self.label(labels[:n].as_subclass(Tensor), lesion)
 
     def label(self, labels, lesion):
-        "Labels: 1 in the lesion, 0 where the ring around it was unknown, all others unchanged."
+        "Labels: 1 in the lesion, 0 in unknown pixels of the ring around it; all others are unchanged."
         around = F.max_pool2d(lesion, 2*self.ring + 1, 1, self.ring)[:, 0] > 0
         labels = torch.where(around & (labels == IGNORE), torch.zeros_like(labels), labels)
         return torch.where(lesion[:, 0] > 0, torch.ones_like(labels), labels)
@@ -330,19 +331,19 @@ def implausible(teacher: Segmenter,     # trained on real pairs alone
                 factor: float = 1.25,   # tolerance, above 0
                 real: list = None       # real `Pair`s for the mean losses, better held out; `None`: `pairs`
                ) -> dict:               # name of a pair -> bool (H,W), True where the pixel is to be ignored
-    "Pixels that a real-only teacher finds implausible; `MedsynError` if no lesion pixel is left."
+    "Pixels whose label a real-only teacher finds implausible; `MedsynError` if no lesion pixel is left."
     if factor <= 0: raise MedsynError(f"factor {factor}: the tolerance must be above 0; FreeMask's is 1.25")
     if real: check_teacher(teacher, real)
-    bars = factor*np.array(class_losses(teacher, real or pairs))
-    out, left = {}, 0
+    limits = factor*np.array(class_losses(teacher, real or pairs))     # of background and of lesion
+    ignored, n_left = {}, 0
     for p, (loss, mask) in zip(pairs, _loss_maps(teacher, pairs, 'synthetic pairs'), strict=True):
-        out[p.name] = loss > bars[mask]
-        left += int((mask.astype(bool) & ~out[p.name]).sum())
-    if not left:
+        ignored[p.name] = loss > limits[mask]
+        n_left += int((mask.astype(bool) & ~ignored[p.name]).sum())
+    if not n_left:
         raise MedsynError(f"the filter leaves no lesion pixel in {len(pairs)} synthetic pairs (factor"
                           f" {factor}): raise the factor, give held-out pairs as real=, or train the"
                           " generator longer")
-    return out
+    return ignored
 
 # %% ../../nbs/api/56_segment.streams.ipynb #9a9bedd9
 def save_ignored(folder: Path,  # where to write one PNG for each pair, 255 where a pixel is ignored
@@ -376,8 +377,8 @@ def hardness(teacher: Segmenter,    # trained on real pairs alone
     if most < 1:
         raise MedsynError(f"most={most}: the hardest mask has at least the weight of the easiest: give 1"
                           " or more")
-    def balanced(loss, mask): return np.mean([loss[mask == k].mean() for k in np.unique(mask)])
-    losses = np.array([balanced(*maps) for maps in _loss_maps(teacher, pairs, 'hardness')])
+    def class_mean(loss, mask): return np.mean([loss[mask == k].mean() for k in np.unique(mask)])
+    losses = np.array([class_mean(*maps) for maps in _loss_maps(teacher, pairs, 'hardness')])
     ranks = np.argsort(np.argsort(losses, kind='stable'), kind='stable')
     weights = 1 + (most - 1)*ranks/max(len(pairs) - 1, 1)
     return {p.name: float(w) for p, w in zip(pairs, weights/weights.mean(), strict=True)}
