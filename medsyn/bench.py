@@ -6,8 +6,8 @@
 __all__ = ['BENCHES', 'WAYS', 'one_step', 'stable_diffusion_shapes', 'made_up_batch', 'as_released', 'flops', 'siamese_flops',
            'timed', 'siamese_seconds', 'siamese_full_size', 'resident_bytes', 'peak_memory', 'random_inception',
            'naive_fidelity', 'fidelity_cost', 'segment_step', 'feedback_flops', 'feedback_seconds', 'feedback',
-           'siamese', 'bench', 'one_thread', 'segmenter_seconds', 'as_in_diffusers', 'control_step', 'small_generator',
-           'samplers', 'sampling_flops', 'differences', 'jobs', 'cores', 'ratios']
+           'siamese', 'bench', 'segmenter_seconds', 'as_in_diffusers', 'control_step', 'small_generator', 'samplers',
+           'sampling_flops', 'differences', 'jobs', 'cores', 'ratios']
 
 # %% ../nbs/api/71_bench.ipynb #1f9824a5
 import contextlib
@@ -506,14 +506,6 @@ def bench(what: str = 'siamese',    # siamese, fidelity, feedback, or all: every
     return BENCHES[pick(what, BENCHES, 'benchmark')](**kw)
 
 # %% ../nbs/api/71_bench.ipynb #f174ae7a
-@contextlib.contextmanager
-def one_thread():
-    "Inside, torch computes in one thread, so that no CPU seconds are spent in waiting for another."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 class _ClockCB(Callback):
     "Keeps the time at the end of each step."
     order, run_valid, name = 99, False, 'clock'
@@ -560,8 +552,7 @@ def segmenter_seconds(size: int = 64,   # side in pixels
                 'bare loop': partial(_bare_steps, bare, dls.train, steps)}
         found = {way: [] for way in ways}
         for _ in track(range(turns), 'segmenter'):
-            for way, run in ways.items():
-                with one_thread(): found[way].append(float(np.median(run())))
+            for way, run in ways.items(): found[way].append(float(np.median(run())))
     return pd.DataFrame([dict(way=way, seconds=min(seconds)) for way, seconds in found.items()])
 
 # %% ../nbs/api/71_bench.ipynb #72205caa
@@ -654,7 +645,7 @@ def samplers(gen: nn.Module = None,     # a generator under masks; `None`: see `
     for seed in track(range(seeds), 'samplers'):
         for way, (settings, shares) in WAYS.items():
             start = time.process_time()
-            with _in_full(gen, shares), one_thread():
+            with _in_full(gen, shares):
                 images = sample(gen, masks, seeds=1000*seed, bs=bs, guidance=guidance, desc=way, **settings)
             seconds = (time.process_time() - start)/len(masks)
             rows.append(dict(way=way, seed=seed, seconds=seconds, **_quality(images, masks, real, model)))
