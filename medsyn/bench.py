@@ -593,7 +593,7 @@ def control_step(size: int = 384,       # side in pixels at which operations are
                          for way, loss in counted.items()])
 
 # %% ../nbs/api/71_bench.ipynb #45351b7c
-WAYS = {        # way -> keywords of `sample`, and whether parts that are equal in both halves or all steps run once
+WAYS = {        # way -> keywords of `sample`, and whether parts that are equal in halves or steps run once
     'DDIM 50': (dict(steps=50, sampler='ddim'), False),
     'DPM-Solver++ 20': (dict(steps=20, sampler='dpm++'), False),
     'and equal parts once': (dict(steps=20, sampler='dpm++'), True),
