@@ -1125,7 +1125,7 @@ def picture(out: str | Path,    # folder of a quickstart, with generator/probe.c
         seeds = [seed_of(seed, 'picture', i) for i in range(len(masks))]
         rows['synthetic,\nfrom noise'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds)
         variants, _ = _read_all([partners[p.name][0] for p in chosen], size)
-        rows['synthetic,\nfrom the real'] = variants
+        rows['variant of\nthe real image'] = variants
     show_rows(rows, n=len(images), path=out/'pairs.png', dpi=100)
     _probe_picture(out)
     return out/'pairs.png'
