@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLANNED_SHARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_ONLY', 'REPORT', 'PREDICTED',
-           'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
-           'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
+           'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm',
+           'baseline_of', 'verdict', 'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found',
+           'predict_images']
 
 # %% ../nbs/api/72_fit.ipynb #53ef0321
 import csv
@@ -185,17 +186,23 @@ def choose_arm(scores: pd.DataFrame,        # columns arm, name, metric; one row
 # arms that need nothing but the labelled pairs
 LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')
 
+def baseline_of(names: Sequence[str]    # arms
+               ) -> str:                # `real` if it is among them, otherwise `two-passes`
+    "The arm of real images alone, with which all others are compared."
+    return 'real' if 'real' in names else 'two-passes'
+
 def verdict(winner: str,                # the chosen arm
-            differences: pd.DataFrame,  # of each arm from `real` in cross-validation
+            baseline: str,              # the arm of real images alone
+            differences: pd.DataFrame,  # of each arm from the baseline in cross-validation
             means: pd.Series            # arm -> mean Dice, in [0,1]
            ) -> str:                    # a sentence
     "The result of the cross-validation in words."
-    if winner == 'real':
-        return (f"Real images alone are best: dice {100*means['real']:.1f} in cross-validation,"
+    if winner == baseline:
+        return (f"Real images alone ({winner}) are best: dice {100*means[winner]:.1f} in cross-validation,"
                 " and no other arm is above them.")
     difference = differences[differences.arm == winner].iloc[0]
     rank = 'is best' if difference.lo > 0 else 'has the highest mean Dice'
-    sentence = f"{winner} {rank} in cross-validation: against real images alone, {difference.text}."
+    sentence = f"{winner} {rank} in cross-validation: against {baseline}, {difference.text}."
     return sentence + (" It learns from the labelled images alone." if winner in LABELLED_ONLY else '')
 
 # %% ../nbs/api/72_fit.ipynb #ff31ae68
@@ -303,9 +310,9 @@ class _Job:
 
 def default_arms(unlabelled: bool   # whether there are images without masks
                 ) -> list:          # names, in the order of preference
-    "Real images alone, two passes, FixMatch with unlabelled images, and mixing with variants."
-    if not unlabelled: return ['real', 'two-passes', 'mcpmix-scheduled']
-    return ['real', 'two-passes', 'fixmatch', 'fixmatch+mcpmix-scheduled']
+    "Two passes over real images, FixMatch with unlabelled images, and mixing with variants."
+    if not unlabelled: return ['two-passes', 'mcpmix-scheduled']
+    return ['two-passes', 'fixmatch', 'fixmatch+mcpmix-scheduled']
 
 # %% ../nbs/api/72_fit.ipynb #e429fc77
 def _measured(job, names):
@@ -333,7 +340,7 @@ def _plan(job, names, minutes, **limits):
     save_json(job.out/'plan.json', asdict(plan))
     return plan
 
-def _cross_validated(job):
+def _cross_validated(job, baseline):
     "Scores of every arm on every labelled image, by a model not trained on it; and the logs of the runs."
     folds = {f'fold{i}': split for i, split in enumerate(make_folds(job.pairs, job.plan.folds, job.seed))}
     runs = [Run(arm, job.training['network'], job.seed, fold) for fold in folds for arm in job.plan.arms]
@@ -345,7 +352,7 @@ def _cross_validated(job):
                   steps=job.plan.steps, seed=job.seed, save_every=job.save_every, **job.training)
     share_runs(runs, file_of, work, 'cross-validation')
     scores = read_scores(runs, file_of).drop(columns='subset')
-    report(scores, job.out/'cv', 'real')
+    report(scores, job.out/'cv', baseline)
     logs = {arm: [file_of(r).with_suffix('.log.csv') for r in runs if r.arm == arm] for arm in job.plan.arms}
     return scores, logs
 
@@ -445,7 +452,8 @@ def fit(
     encoder = own_encoder(network) if encoder is None else encoder
     segmenter(network, encoder, size=size)
     names = list(arms or default_arms(bool(unlabelled)))
-    names = ['real', *[name for name in names if name != 'real']]      # `real` comes first
+    baseline = baseline_of(names)
+    names = [baseline, *[name for name in names if name != baseline]]
     training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs,
                     lr=lr, loss=loss, augment=augment)
     synthesis = synthesis or Synthesis()
@@ -458,14 +466,15 @@ def fit(
     job = _Job(open_run(out, config, 'fit'), pairs, unlabelled, training, synthesis, seed, save_every)
     job.plan = _plan(job, names, **limits)
     for line in job.plan.lines(): print(line, flush=True)
-    winner, gain = 'real', float('nan')
-    result = 'There was time for real images alone.'
+    winner, gain = baseline, float('nan')
+    result = f'There was time for real images alone ({baseline}).'
     if job.plan.folds:
         with whole_command(job.plan.steps*job.plan.folds*len(job.plan.arms)):
-            scores, logs = _cross_validated(job)
+            scores, logs = _cross_validated(job, baseline)
         winner = choose_arm(scores, job.plan.arms)
         means = scores.groupby('arm')['dice@0.5'].mean()
-        result = verdict(winner, pd.read_csv(job.out/'cv'/'differences.csv'), means)
+        differences = pd.read_csv(job.out/'cv'/'differences.csv')
+        result = verdict(winner, baseline, differences, means)
         gain = late_gain(logs[winner])
     _train_winner(job, winner)
     _report(job, winner, result, _advice(job, winner, gain))
