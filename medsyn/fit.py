@@ -57,7 +57,7 @@ def make_folds(pairs: Sequence,     # labelled `Pair`s
 # %% ../nbs/api/72_fit.ipynb #134f9505
 PLANNED_SHARE = .9      # share of the minutes that the plan uses
 GENERATOR_SHARE = .3    # share of this time for generators
-WORTH_STEPS = 400       # a further arm is tried only if every run gets this number of steps
+WORTH_STEPS = 300       # a further arm is tried only if every run gets this number of steps
 ENOUGH_STEPS = 1000     # more than two folds are used only if every run gets this number of steps
 
 @dataclass
