@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLANNED_SHARE', 'GENERATOR_SHARE', 'WORTH_STEPS', 'ENOUGH_STEPS', 'LABELLED_ONLY', 'REPORT', 'PREDICTED',
-           'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm',
-           'baseline_of', 'verdict', 'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found',
-           'predict_images']
+           'make_folds', 'TimePlan', 'run_seconds', 'plan_time', 'ClockCB', 'seconds_a_step', 'choose_arm', 'verdict',
+           'late_gain', 'Synthesis', 'default_arms', 'fit', 'overlay', 'found', 'predict_images']
 
 # %% ../nbs/api/72_fit.ipynb #53ef0321
 import csv
@@ -185,11 +184,6 @@ def choose_arm(scores: pd.DataFrame,        # columns arm, name, metric; one row
 
 # arms that need nothing but the labelled pairs
 LABELLED_ONLY = ('real', 'two-passes', 'real-twice', 'copy-paste', 'mixup', 'cutmix')
-
-def baseline_of(names: Sequence[str]    # arms
-               ) -> str:                # `real` if it is among them, otherwise `two-passes`
-    "The arm of real images alone, with which all others are compared."
-    return 'real' if 'real' in names else 'two-passes'
 
 def verdict(winner: str,                # the chosen arm
             baseline: str,              # the arm of real images alone
@@ -452,7 +446,7 @@ def fit(
     encoder = own_encoder(network) if encoder is None else encoder
     segmenter(network, encoder, size=size)
     names = list(arms or default_arms(bool(unlabelled)))
-    baseline = baseline_of(names)
+    baseline = 'real' if 'real' in names else 'two-passes'     # real images alone are always an arm
     names = [baseline, *[name for name in names if name != baseline]]
     training = dict(network=network, encoder=encoder, encoder_weights=encoder_weights, size=size, bs=bs,
                     lr=lr, loss=loss, augment=augment)
