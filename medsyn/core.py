@@ -250,7 +250,7 @@ def hardware() -> str:  # "NVIDIA H200" or "CPU, 2 cores"
     import torch
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return f"CPU, {cores} cores"
+    return f"CPU, {cores} core{'s'*(cores != 1)}"
 
 # %% ../nbs/api/00_core.ipynb #57765381
 def open_run(out: str | Path,   # the output folder
