@@ -12,9 +12,11 @@ import torch
 
 from medsyn.core import hardware, save_json, versions
 from medsyn.data.pairs import find_pairs, group_of
+from medsyn.experiment import make_backbone
 
 torch.set_num_threads(1)
-POLYPGEN = Path(os.environ['MEDSYN_DATA'])/'polypgen'
+DATA = Path(os.environ['MEDSYN_DATA'])
+POLYPGEN = DATA/'polypgen'
 WEIGHTS = os.environ.get('MEDSYN_WEIGHTS')      # of an EfficientNet-Lite0, a file
 WORK = Path(os.environ['MEDSYN_WORK'])          # a folder for everything large
 ENCODER = 'tf_efficientnet_lite0'
@@ -48,6 +50,12 @@ def labelled_subset(k=0, n=100):
     "`n` labelled pairs, and the image files of all other frames of C1 to C3 that are not tested on."
     order = [p for group in shuffled_groups(tests_and_rest()[1], 100 + k) for p in group]
     return order[:n], [p.image for p in order[n:]]
+
+def opened_backbone(labelled, frames, folder):
+    "The folder of a backbone that has seen all these images: MEDSYN_BACKBONE, or one that is trained here."
+    given = os.environ.get('MEDSYN_BACKBONE')
+    if given is None: make_backbone(labelled, folder, 64, 1000, 32, seed=0, unlabelled=frames)
+    return Path(given or folder)
 
 def keep_record(file, notebook, started, **more):
     "Write command, commit, hardware and versions beside stored rows."
