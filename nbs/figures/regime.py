@@ -12,7 +12,9 @@ import torch
 
 from medsyn.core import hardware, save_json, versions
 from medsyn.data.pairs import find_pairs, group_of
-from medsyn.experiment import make_backbone
+from medsyn.diffusion.backbone import Backbone
+from medsyn.experiment import make_backbone, make_generator, split_once
+from medsyn.generate.catalog import METHODS
 
 torch.set_num_threads(1)
 DATA = Path(os.environ['MEDSYN_DATA'])
@@ -56,6 +58,21 @@ def opened_backbone(labelled, frames, folder):
     given = os.environ.get('MEDSYN_BACKBONE')
     if given is None: make_backbone(labelled, folder, 64, 1000, 32, seed=0, unlabelled=frames)
     return Path(given or folder)
+
+GENERATOR_STEPS, GENERATOR_BATCH = 1000, 16
+
+def fresh_backbone(method):
+    "A copy of the backbone that the generators of all pages start from; nothing for a method with its own networks."
+    if not METHODS[method].backbone: return None
+    labelled, frames = labelled_subset(0)
+    return Backbone.from_pretrained(opened_backbone(labelled, frames, WORK/'generators'/'backbone'))
+
+def trained_generator(method):
+    "The generator of a method on the first labelled subset: trained once, and opened by every page that needs it."
+    labelled, _ = labelled_subset(0)
+    return make_generator(split_once(labelled), fresh_backbone(method), WORK/'generators'/method, method,
+                          GENERATOR_STEPS, GENERATOR_BATCH, size=64, seed=0, source='all images of subset 0',
+                          save_every=3)
 
 def keep_record(file, notebook, started, **more):
     "Write command, commit, hardware and versions beside stored rows."
