@@ -115,7 +115,7 @@ def lesion_field(rng: np.random.Generator,  # where the randomness comes from
                  size: int,                 # side in pixels
                  share: float,              # share of the picture that the lesion covers, in (0, 0.35]
                  angle: float = None        # direction from the picture's centre in radians; `None`: anywhere
-                ) -> tuple:                 # q (size,size), < 1 inside; and the radius R (1: half the picture)
+                ) -> tuple:                 # q (size,size), < 1 inside; and R (1 is half the picture)
     "The shape of one lesion of a given area, inside the field of view."
     u, v = pixel_grid(size)
     k = np.arange(1, 6)
