@@ -1269,7 +1269,7 @@ def _refuse_same_names(pairs):
 
 def clean_masks(path: str | Path,               # folder in a known layout
                 out: str | Path,                # new folder: out/images and out/masks (PNG, 0 and 255)
-                threshold: int = 128,           # JPEG and soft masks: values from here on are foreground (0 to 255)
+                threshold: int = 128,           # of JPEG and soft masks: least foreground value (0 to 255)
                 label: int | str | list = None, # value or values of the foreground of masks with classes
                 window: tuple | str = 'auto',   # (lo, hi) for more than 8 bits; 'auto': see `auto_window`
                 page: int = None,               # which page of files with several, from 0
