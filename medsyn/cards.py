@@ -40,7 +40,7 @@ def _without_paths(value):
     return re.split(r'[\\/]', value.rstrip('/'))[-1] if is_path else value
 
 def _probe(folder):
-    "The last margin of a generator's probe, as a sentence."
+    "How much the mask matters to a generator (the last row of `probe.csv`), as a sentence."
     file = folder/'probe.csv'
     if not file.is_file(): return []
     head, *rows = [line.split(',') for line in file.read_text().splitlines() if line]
@@ -83,18 +83,19 @@ def _rows(folder):
 def _measured(folder):
     "The contents of `evaluation.json`, one sentence for each score."
     evaluation = _optional(folder/'evaluation.json')
-    out = list(evaluation.get('short', []))
+    sentences = list(evaluation.get('short', []))
     for row in evaluation.get('scores', []):
-        out.append(f"{row['metric']} on {row['testset']}: {row['value']:.3f} "
-                   f"(95% interval over {row['n']} images {row['lo']:.3f} to {row['hi']:.3f}).")
-    return out
+        sentences.append(f"{row['metric']} on {row['testset']}: {row['value']:.3f} "
+                         f"(95% interval over {row['n']} images {row['lo']:.3f} to {row['hi']:.3f}).")
+    return sentences
 
+# kind -> the file with the settings of the run that made the folder
 _MARKS = {'segmenter': 'segment.json', 'generator': 'train.json', 'backbone': 'pretrain.json',
           'synthetic set': 'synth.json'}
 
 def facts_of(folder: str | Path     # a saved folder
             ) -> dict:              # kind, data, settings, measured (sentences)
-    "The facts that the files of a folder record, without names and paths."
+    "The facts that the files of a folder record, without names of images or absolute paths."
     folder = Path(folder)
     kind = kind_of(folder)
     settings = _without_paths(_optional(folder/_MARKS[kind]) or _optional(folder/'config.json'))
@@ -128,7 +129,7 @@ _LIMITS = {
 _TASK = {'segmenter': 'image-segmentation', 'generator': 'text-to-image',
          'backbone': 'unconditional-image-generation'}
 
-def _header(kind, licence, settings):
+def _header(kind, licence):
     "The YAML of a card."
     from huggingface_hub import DatasetCardData, ModelCardData
     tags = ['medsyn', 'medical-imaging', 'segmentation', kind.replace(' ', '-')]
@@ -143,7 +144,7 @@ def _listed(values):
     lines = [f'- {k}: `{json.dumps(v, sort_keys=True)}`' for k, v in sorted(values.items())]
     return '\n'.join(lines or ['- not recorded'])
 
-_HOW_TO_MEASURE = dict.fromkeys(('segmenter', 'synthetic set'), ': run `medsyn score`.')
+_HOW_TO_MEASURE = {'segmenter': ': run `medsyn score`.', 'synthetic set': ': run `medsyn score`.'}
 
 def card_text(folder: str | Path,   # a saved folder
               licence: str = 'other'# of what is published, as the Hub spells it
@@ -158,7 +159,7 @@ def card_text(folder: str | Path,   # a saved folder
              'synthetic set': 'Synthetic image-mask pairs'}[kind]
     licence_text = ("The licence of the training data decides; it was not stated." if licence == 'other'
                     else f"{licence}, as stated by the publisher.")
-    return (f"---\n{_header(kind, licence, facts['settings'])}\n---\n\n# {title}\n\n"
+    return (f"---\n{_header(kind, licence)}\n---\n\n# {title}\n\n"
             f"Made with medsyn.\n\n## Data\n\nCounts and hashes of contents; names are not recorded.\n\n"
             f"{_listed(facts['data'])}\n\n## Measured\n\n{measured}\n\n"
             f"## Settings\n\n{_listed(facts['settings'])}\n\n## Intended use\n\n{_USE[kind]}\n\n"
@@ -171,8 +172,8 @@ def write_card(folder: str | Path,      # a saved folder
     folder = Path(folder)
     if licence is None:
         old = (folder/'README.md').read_text() if (folder/'README.md').is_file() else ''
-        found = re.search(r'^license: (\S+)$', old, re.M)
-        licence = found[1] if found else 'other'
+        stated = re.search(r'^license: (\S+)$', old, re.M)
+        licence = stated[1] if stated else 'other'
     return write_atomic(folder/'README.md', card_text(folder, licence))
 
 # %% ../nbs/api/07_cards.ipynb #deeb71a3
@@ -181,7 +182,7 @@ _PRIVATE = (*_MARKS.values(), 'predict.json', 'fit.json')   # marks of runs
 
 def check_novelty(folder: Path  # a synthetic set
                  ):
-    "`MedsynError` unless the set was compared with its real images and is novel."
+    "`MedsynError` unless the set was compared with real images, and few of its images are close to one."
     measured = _optional(folder/'evaluation.json').get('numbers', [])
     shares = [row for row in measured if row.get('section') == 'novelty'
               and str(row.get('metric', '')).startswith('share closer')]
@@ -211,7 +212,7 @@ def _copy_public(file, target):
 
 def stage(folder: str | Path,   # a saved folder
           target: str | Path    # new folder: what would be published
-         ) -> list:             # the files, relative to it
+         ) -> list:             # the copied files, relative to `target`
     "Copy the files that may be published; `MedsynError` for links to the outside or a set that is not novel."
     folder, target = Path(folder), Path(target)
     if kind_of(folder) == 'synthetic set': check_novelty(folder)

@@ -27,7 +27,7 @@ REVIEW_COLUMNS = ['name', 'content', 'who', 'when', 'verdict', 'score', 'set', '
 def append_line(path: str | Path,   # a file of lines; it is created if it is missing
                 line: str           # the line to add, without a line break
                ):
-    "Append one line and sync it; `MedsynError` if the disk fails."
+    "Append one line and sync it to the disk; `MedsynError` if that fails."
     path = Path(path)
     with os_errors(path):
         is_new = not path.exists()
@@ -35,7 +35,8 @@ def append_line(path: str | Path,   # a file of lines; it is created if it is mi
         try:
             size = os.fstat(descriptor).st_size
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b'\n'
-            data = f"{chr(10) if torn else ''}{line}\n".encode()
+            start = '\n' if torn else ''
+            data = f"{start}{line}\n".encode()
             if os.write(descriptor, data) < len(data):
                 raise MedsynError(f"{path} took only a part of a line: free some space on the disk")
             os.fsync(descriptor)
@@ -73,13 +74,13 @@ def pair_content(image: str | Path, # an image file
 def add_review(folder: str | Path,  # where the pairs are
                name: str,           # of the pair
                who: str,            # the reviewer
-               verdict: str = None, # one of `VERDICTS`
-               score: int = None,   # 1 to 10
+               verdict: str = None, # one of `VERDICTS`; `None`: a score alone
+               score: int = None,   # 1 to 10; `None`: a verdict alone
                content: str = '',   # of the pair's files, see `pair_content`
                set: str = 'synthetic',  # synthetic or real
                blinded: bool = False    # whether the reviewer was not told the set
               ) -> dict:            # the line, as it was written
-    "Write one verdict or score, synced; `MedsynError` for an empty or impossible one."
+    "Write one verdict or score and sync it; `MedsynError` for an empty or invalid one."
     if verdict is None and score is None:
         raise MedsynError(f"a review of {name!r} without verdict and score: give one of them")
     if verdict is not None: pick(verdict, VERDICTS, 'verdict')
@@ -118,14 +119,14 @@ def read_reviews(folder: str | Path # where the pairs are
 # %% ../nbs/api/06_review.ipynb #6486445c
 def last_verdicts(reviews: pd.DataFrame # from `read_reviews`
                  ) -> pd.DataFrame:     # rows of `reviews`: the last verdict of each name and reviewer
-    "The last verdict of each reviewer on each synthetic pair; withdrawn verdicts are left out."
+    "The last verdict of each reviewer on each pair that is not real; withdrawn verdicts are left out."
     given = reviews[reviews.verdict.notna() & (reviews.set != 'real')]
     last = given.drop_duplicates(['name', 'content', 'who'], keep='last')
     return last[last.verdict != 'clear']
 
 def decisions(reviews: pd.DataFrame # from `read_reviews`
              ) -> dict:             # (name, content) -> keep, drop or unsure
-    "The common decision of the reviewers: the most cautious of their verdicts."
+    "The most cautious verdict on each pair: drop before unsure before keep."
     caution = {'keep': 0, 'unsure': 1, 'drop': 2}
     together = {}
     for row in last_verdicts(reviews).itertuples():
@@ -162,8 +163,8 @@ def kappa(reviews: pd.DataFrame,    # from `read_reviews`
           second: str,              # another
           samples: int = 1000,      # of the bootstrap
           seed: int = 0             # of the bootstrap
-         ) -> dict:                 # first, second, n, agree in [0,1], kappa, lo, hi
-    "Agreement of two reviewers on the pictures that both have judged."
+         ) -> dict:                 # first, second, n, agree in [0,1], kappa, lo, hi (95%); NaN: not defined
+    "Agreement of two reviewers on the `n` pictures that both have judged."
     last = last_verdicts(reviews)
     theirs = last[last.who.isin([first, second])]
     wide = theirs.pivot(index=['name', 'content'], columns='who', values='verdict')

@@ -115,7 +115,7 @@ def _number(value):
     return value.item() if isinstance(value, torch.Tensor) else value
 
 class LogCB(Callback):
-    "Keeps the plain loss, every loss term and the learning rate of every step (`learn.history`)."
+    "Keeps loss, loss terms and learning rate (of the last parameter group) of every step: `learn.history`."
     order, run_valid, name = ORDER['log'], False, 'history'
     keeps = 'table', 'rows'
     def __init__(self): self.steps, self.rows = [], []
@@ -196,7 +196,7 @@ class EMACB(Callback):
     "Exponential moving average of the trainable weights, used for evaluation and after the fit."
     order, run_valid, name, keeps = ORDER['ema'], False, 'ema', ('avg',)
     def __init__(self,
-        decay: float | str = 'auto' # largest decay; 'auto': over a tenth of the fit, at most 10,000 steps
+        decay: float | str = 'auto' # largest decay, in [0,1); 'auto': a tenth of the fit, 10 to 10,000 steps
     ): self.decay, self.avg = decay, None
 
     def params(self) -> list:
@@ -242,7 +242,7 @@ class EvalCB(Callback):
     "Adds a row to `learn.history` every `every` steps and at the last one; subclass it with `evaluate()`."
     order, run_valid = ORDER['eval'], False
     def __init__(self,
-        every: int = None   # steps between evaluations; `None`: ten times in a run
+        every: int = None   # steps between evaluations; `None`: a tenth of the fit, rounded down
     ): self.every = every
 
     def evaluate(self) -> dict:
@@ -267,29 +267,35 @@ SCHEDULES = dict(
 
 # %% ../nbs/api/02_train.ipynb #ab8e39fd
 class CommandClock:
-    "How long a command of several fits will still take, from the steps that this process has done."
+    "Estimates the time that a command of several fits still needs, from the pace of this process."
     def __init__(self,
         total: int  # steps of all fits
-    ): self.total, self.done, self.worked, self.start = total, 0, 0, time.monotonic()
+    ):
+        self.total = total
+        self.done = 0       # finished steps, also those of a saved state
+        self.worked = 0     # finished steps that this process computed
+        self.start = time.monotonic()
 
     def count(self,
-        steps: int,         # that are behind it now
-        resumed: int = 0    # of them, those that a saved state brought
+        steps: int,         # finished since the last call
+        resumed: int = 0    # how many of them come from a saved state
     ):
-        "Note finished steps."
-        self.done, self.worked = self.done + steps, self.worked + steps - resumed
+        "Add finished steps."
+        self.done += steps
+        self.worked += steps - resumed
 
     def left(self) -> str:
         "The time left, as 1:02:03."
-        seconds = (time.monotonic() - self.start)/max(self.worked, 1)*max(self.total - self.done, 0)
-        return str(datetime.timedelta(seconds=round(seconds)))
+        seconds_per_step = (time.monotonic() - self.start)/max(self.worked, 1)
+        steps_left = max(self.total - self.done, 0)
+        return str(datetime.timedelta(seconds=round(seconds_per_step*steps_left)))
 
 _CLOCK = contextvars.ContextVar('clock', default=None)
 
 @contextlib.contextmanager
 def whole_command(steps: int | CommandClock # of all fits inside together; or a clock that runs already
-                 ):                         # yields the `CommandClock`, of an outer command if there is one
-    "Inside, the bar of each fit also says the time that is left for all of them."
+                 ):                         # yields the `CommandClock`; inside another command, that one's
+    "Inside, the progress bar of each fit also shows the time left for all of them."
     given = steps if isinstance(steps, CommandClock) else CommandClock(steps)
     token = _CLOCK.set(_CLOCK.get() or given)
     try: yield _CLOCK.get()
@@ -301,12 +307,14 @@ class _BarCB(Callback):
     def __init__(self, desc): self.desc = desc
 
     def before_fit(self):
-        self.bar, self.clock = track(desc=self.desc, total=self.learn.steps.total), _CLOCK.get()
-        self.counted = 0
+        self.bar = track(desc=self.desc, total=self.learn.steps.total)
+        self.clock = _CLOCK.get()
+        self.counted = 0    # steps that the clock has been told
     def after_batch(self):
         done = self.learn.steps.done
         self.bar.update(done - self.bar.n)
-        if self.clock: self.clock.count(done - self.counted, resumed=done - self.counted - 1)
+        new = done - self.counted       # more than one after a resume: this process computed the last of them
+        if self.clock: self.clock.count(new, resumed=new - 1)
         self.counted = done
         if done % 20 == 0 or done == self.learn.steps.total: self.check(done)
     def check(self, done):
@@ -331,7 +339,7 @@ def fit_steps(learn: Learner,               # any learner
               desc: str = 'train',          # title of the progress bar
               cbs: list = ()                # further callbacks for this fit
              ) -> Learner:                  # `learn`, trained, with `learn.history`
-    "Train for a number of optimiser steps; `MedsynError` without data or if the loss is not finite."
+    "Train for a number of optimiser steps; `MedsynError` without a batch or if the loss is not finite."
     steps = int(steps)
     if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     if not len(learn.dls.train):
@@ -352,7 +360,7 @@ def fit_steps(learn: Learner,               # any learner
 PRECISIONS = dict(fp32=None, bf16=AMPMode.BF16, fp16=AMPMode.FP16)
 
 def precision_of(device: torch.device | str,    # where the network computes
-                 precision: str = None          # fp32, bf16 or fp16; `None`: what the device is made for
+                 precision: str = None          # fp32, bf16 or fp16; `None`: bf16 or fp16 on a GPU, else fp32
                 ) -> str:                       # fp32, bf16 or fp16
     "The precision of a computation; `MedsynError` if the device lacks the one that is asked for."
     cuda = torch.device(device).type == 'cuda'
@@ -364,7 +372,7 @@ def precision_of(device: torch.device | str,    # where the network computes
                       f" use {' or '.join(able)}, or leave the precision unset")
 
 def autocast_of(device: torch.device | str, # where the network computes
-                precision: str = None       # fp32, bf16 or fp16; `None`: what the device is made for
+                precision: str = None       # as in `precision_of`
                ):                           # a context manager
     "Inside, networks compute in this precision; float32 changes nothing."
     name = precision_of(device, precision)
@@ -373,16 +381,16 @@ def autocast_of(device: torch.device | str, # where the network computes
     return torch.autocast(torch.device(device).type, dtype)
 
 def precision_cbs(device: torch.device | str,   # where the model trains
-                  precision: str = None         # fp32, bf16 or fp16; `None`: what the device is made for
-                 ) -> list:                     # of fp16 with a loss scaler; none in fp32
-    "fastai's mixed precision, where the device computes in half precision."
+                  precision: str = None         # as in `precision_of`
+                 ) -> list:                     # one callback (with a loss scaler in fp16), or none in fp32
+    "fastai's `MixedPrecision` for the precision of a computation."
     mode = PRECISIONS[precision_of(device, precision)]
     return [MixedPrecision(amp_mode=mode)] if mode else []
 
 def common_cbs(device: torch.device | str,  # where the model trains
                clip: float = 1.,            # largest gradient norm; `None`: no clipping
                ema: float | str = 'auto',   # decay of the averaged weights, see `EMACB`; `None`: no averaging
-               precision: str = None        # fp32, bf16 or fp16; `None`: what the device is made for
+               precision: str = None        # as in `precision_of`
               ) -> list:                    # callbacks: steps, log, clipping, averaging, precision
     "The callbacks that every learner shares."
     mixed = precision_cbs(device, precision)

@@ -38,9 +38,10 @@ def _split(a,       # an array with 2, 3 or 4 axes
             return [np.moveaxis(a, 0, -1)]
         return [a] if a.shape[-1] in (1, 3) and not tensor else list(a)
     if a.ndim == 4:
-        first, last = a.shape[1] in (1, 3), a.shape[-1] in (1, 3)
-        if first and (tensor or not last): return list(np.moveaxis(a, 1, -1))
-        if last: return list(a)
+        may_be_first = a.shape[1] in (1, 3)     # the axis of the channels
+        may_be_last = a.shape[-1] in (1, 3)
+        if may_be_first and (tensor or not may_be_last): return list(np.moveaxis(a, 1, -1))
+        if may_be_last: return list(a)
     raise MedsynError(f"an array of shape {a.shape} is no image: give (H,W), (H,W,3), (3,H,W), "
                       "or a batch of them")
 
@@ -88,10 +89,11 @@ def contour(on: object,             # a matplotlib axis; or images in any form t
     if hasattr(on, 'contour'): return _outline_axis(on, masks, color, width)
     def coloured(image): return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
     images = [coloured(image) for image in as_images(on)]
-    got, want = [image.shape[:2] for image in images], [m.shape for m in masks]
-    if got != want:
-        raise MedsynError(f"{len(got)} image(s) of size {got[0]} and {len(want)} mask(s) of size {want[0]} "
-                          "do not match: give one mask of the same size per image")
+    image_sizes = [image.shape[:2] for image in images]
+    mask_sizes = [m.shape for m in masks]
+    if image_sizes != mask_sizes:
+        raise MedsynError(f"{len(images)} image(s) of size {image_sizes[0]} and {len(masks)} mask(s) of size "
+                          f"{mask_sizes[0]} do not match: give one mask of the same size per image")
     for image, m in zip(images, masks, strict=True): image[_edge(m)] = np.round(255*np.array(to_rgb(color)))
     return images
 
@@ -100,8 +102,9 @@ def save_png(picture: object,       # a matplotlib figure or axis, or one image 
              path: str | Path,      # the file to write
              dpi: int = None        # pixels per inch for a figure; `None`: its own
             ) -> Path:              # the path
-    "Write a figure or an image as PNG, whole or not at all, and close the figure."
-    buf, picture = io.BytesIO(), getattr(picture, 'figure', picture)
+    "Write a figure or an image as PNG, completely or not at all, and close the figure."
+    picture = getattr(picture, 'figure', picture)       # the figure of an axis
+    buf = io.BytesIO()
     if hasattr(picture, 'savefig'):
         import matplotlib.pyplot as plt
         picture.savefig(buf, format='png', dpi=dpi or 'figure', bbox_inches='tight', pad_inches=0.05,
@@ -157,7 +160,9 @@ def smooth(v: np.ndarray,       # values (N,)
           ) -> np.ndarray:      # smoothed values (N,)
     "Exponential running mean over about `n` points, without the bias towards 0 at the start."
     if n < 1: raise MedsynError(f"cannot smooth over {n} points: give 1 (none) or more")
-    beta, total, weight, means = 1 - 1/n, 0., 0., []
+    beta = 1 - 1/n
+    total, weight = 0., 0.
+    means = []
     for value in np.asarray(v, float):
         total, weight = beta*total + value, beta*weight + 1
         means.append(total/weight)
@@ -182,11 +187,12 @@ def curves(frame: object,           # a table with named columns (a pandas DataF
     along = np.asarray(frame[pick(x, frame.keys(), 'column')], float)
     for column, label in labels.items():
         values = np.asarray(frame[pick(column, frame.keys(), 'column')], float)
-        there = ~np.isnan(values)
-        line, = ax.plot(along[there], smooth(values[there], n), label=label, **{'lw': 1.4, **kw})
+        has_value = ~np.isnan(values)
+        positions, values = along[has_value], values[has_value]
+        line, = ax.plot(positions, smooth(values, n), label=label, **{'lw': 1.4, **kw})
         if n > 1:
             behind = line.get_zorder() - .1
-            ax.plot(along[there], values[there], color=line.get_color(), lw=.5, alpha=.3, zorder=behind)
+            ax.plot(positions, values, color=line.get_color(), lw=.5, alpha=.3, zorder=behind)
     ax.set(xlabel=x)
     if ylabel: ax.set(ylabel=ylabel)
     if logy: ax.set(yscale='log')

@@ -23,7 +23,7 @@ from .volumes import DICOM, is_volume, open_volume, same_place, stem_of
 # %% ../../nbs/api/15_data.layouts.ipynb #618d2f17
 LAYOUTS_IN = ('pairs', 'nnunet', 'imagefolder', 'coco', 'pascal')
 LAYOUTS_OUT = ('pairs', 'nnunet', 'imagefolder')
-_OWN = ('dataset.json', 'convert.json', 'clean.json', 'synth.json')
+_OWN = ('dataset.json', 'convert.json', 'clean.json', 'synth.json')    # JSON files that are not COCO's
 
 def _annotations(path):
     "The JSON files of a folder that may hold COCO annotations."
@@ -33,11 +33,12 @@ def _annotations(path):
 
 def _metadata(path):
     "The table of a Hugging Face image folder, or `None`."
-    return next((f for name in ('metadata.csv', 'metadata.jsonl') if (f := path/name).is_file()), None)
+    files = [path/'metadata.csv', path/'metadata.jsonl']
+    return next((f for f in files if f.is_file()), None)
 
-def layout_of(path: str | Path  # a folder
+def layout_of(path: str | Path  # a folder; or a COCO file, or a list of pairs
              ) -> str:          # one of `LAYOUTS_IN`
-    "The layout of a folder; `MedsynError` if it is missing."
+    "The layout of a data set; `MedsynError` if it is missing."
     path = Path(path)
     if not path.exists(): raise MedsynError(f"{path} does not exist: give the folder of a data set")
     if path.is_file(): return 'coco' if path.suffix == '.json' else 'pairs'
@@ -79,8 +80,9 @@ def _from_pairs(path, how):
 def _from_nnunet(path, how):
     "`imagesTr/NAME_0000.*` and `labelsTr/NAME.*`."
     masks = {stem_of(f): f for f in sorted((path/'labelsTr').iterdir()) if not f.name.startswith('.')}
-    items, found = [], set()
-    for f in sorted(f for f in (path/'imagesTr').iterdir() if not f.name.startswith('.')):
+    images = sorted(f for f in (path/'imagesTr').iterdir() if not f.name.startswith('.'))
+    items = []
+    for f in images:
         name, _, channel = stem_of(f).rpartition('_')
         if not name or not channel.isdigit():
             raise MedsynError(f"{f} does not end in a channel as in nnU-Net: "
@@ -90,13 +92,14 @@ def _from_nnunet(path, how):
                               "keep one channel as _0000")
         if name not in masks: raise MedsynError(f"{f} has no mask in {path/'labelsTr'}: add {name}{f.suffix}")
         items.append(Item(name, f, masks[name], reading=how))
-        found.add(name)
-    if lone := sorted({*masks} - found):
-        raise MedsynError(f"{masks[lone[0]]} has no image in {path/'imagesTr'}: add {lone[0]}_0000")
+    without_image = sorted({*masks} - {item.name for item in items})
+    if without_image:
+        name = without_image[0]
+        raise MedsynError(f"{masks[name]} has no image in {path/'imagesTr'}: add {name}_0000")
     return items
 
 def _from_pascal(path, how):
-    "`JPEGImages/NAME.jpg` and `SegmentationClass/NAME.png`; images without a mask are not part of the task."
+    "`JPEGImages/NAME.jpg` and `SegmentationClass/NAME.png`; an image without a mask is left out."
     images = {stem_of(f): f for f in sorted((path/'JPEGImages').iterdir()) if not f.name.startswith('.')}
     items = []
     for mask in sorted((path/'SegmentationClass').glob('*.png')):
@@ -157,13 +160,14 @@ def _coco_images(folder, file_name, source):
     raise MedsynError(f"{source} names {file_name!r}, which is not in {top}: put the images there")
 
 def _wanted_categories(content, label, source):
-    "The category numbers that `label` names; `MedsynError` if there are several and none is named."
+    "The category numbers that `label` names (by number or name); `MedsynError` if one must be chosen."
     names = {str(c['id']): str(c.get('name', c['id'])) for c in content['categories']}
     used = {str(a['category_id']) for a in content['annotations']}
     if label is None:
         if len(used) > 1:
-            found = ', '.join(f'{i} ({names.get(i, i)})' for i in sorted(used)[:6])
-            raise MedsynError(f"{source} holds several classes ({found}): choose the foreground with --label")
+            listed = ', '.join(f'{i} ({names.get(i, i)})' for i in sorted(used)[:6])
+            raise MedsynError(f"{source} holds several classes ({listed}): "
+                              "choose the foreground with --label")
         return used
     by_name = {name: i for i, name in names.items()}
     wanted = {by_name.get(str(one), str(one)) for one in label}
@@ -239,7 +243,8 @@ def _pictures(item):
             yield '', image, item.drawn(image.shape[:2])
         else: yield '', *read_pair(Pair(item.name, item.image, item.mask, how))
         return
-    for k in [how.page] if how.page is not None else range(volume.count(how.axis)):
+    pages = range(volume.count(how.axis)) if how.page is None else [how.page]
+    for k in pages:
         yield f'_{k:03d}', *_slice_pair(item, volume, how.over(page=k))
 
 def _choices(how): return dict(window=how.window, page=how.page, axis=how.axis)
@@ -261,6 +266,7 @@ def _outputs(items, lesions_only) -> Iterator:
             yield name + suffix, item.group or name, item.image, image, mask
 
 # %% ../../nbs/api/15_data.layouts.ipynb #1d630a97
+# layout -> places of the images and masks, value of the foreground
 _PLACES = {'pairs': ('images/{}.png', 'masks/{}.png', 255),
            'nnunet': ('imagesTr/{}_0000.png', 'labelsTr/{}.png', 1),
            'imagefolder': ('images/{}.png', 'masks/{}.png', 255)}
@@ -281,27 +287,31 @@ def _describe(out, to, table):
 def convert(path: str | Path,       # folder of a data set (or a COCO file), in one of `LAYOUTS_IN`
             out: str | Path,        # new folder
             to: str = 'pairs',      # layout to write: pairs, nnunet or imagefolder
-            lesions_only: bool = False, # of volumes, only the slices with a lesion
+            lesions_only: bool = False, # leave out slices, and pictures, without a lesion
             how: Reading = None     # options for reading files, see `data.pairs.reading`
            ) -> pd.DataFrame:       # name, group, source (the file it came from; not written)
     "Convert a data set to another layout; `MedsynError` for what cannot be read without guessing."
-    path, how = Path(path), how or Reading()
+    path = Path(path)
+    how = how or Reading()
     layout = layout_of(path)
     pick(to, LAYOUTS_OUT, 'layout')
-    items = (_series(path, how) if layout == 'pairs' and path.is_dir() else []) or _READERS[layout](path, how)
+    items = _series(path, how) if layout == 'pairs' and path.is_dir() else []
+    if not items: items = _READERS[layout](path, how)
     if not items: raise MedsynError(f"{path} holds no images with masks: give a data set")
     refuse_classes([Pair(i.name, i.image, i.mask, i.reading) for i in items if i.mask])
     config = dict(data=path.resolve(), to=to, lesions_only=lesions_only, reading=how.chosen())
-    image_place, mask_place, one = _PLACES[to]
-    rows, taken = [], {}
+    image_place, mask_place, foreground = _PLACES[to]
+    rows = []
+    source_of = {}      # name -> the file that has it
     with removed_on_error(out):
         out = open_run(out, config, 'convert')
         for name, group, source, image, mask in track(_outputs(items, lesions_only), 'convert', len(items)):
-            first = taken.setdefault(name.casefold(), source)
-            if first != source or any(r['name'] == name for r in rows[-1:]):
+            first = source_of.setdefault(name.casefold(), source)
+            same_as_last = bool(rows) and rows[-1]['name'] == name
+            if first != source or same_as_last:
                 raise MedsynError(f"{first} and {source} are both called {name!r}: rename one")
             write_atomic(out/image_place.format(name), png_of(image))
-            write_atomic(out/mask_place.format(name), png_of(mask*np.uint8(one)))
+            write_atomic(out/mask_place.format(name), png_of(mask*np.uint8(foreground)))
             rows.append(dict(name=name, group=group, source=source))
         if not rows: raise MedsynError(f"no slice of {path} has a lesion: leave lesions_only out")
     table = pd.DataFrame(rows)

@@ -37,7 +37,8 @@ def smoothstep(x: float | np.ndarray,  # a number or an array
 def _spline(knots, size):
     "Weights (size, knots+3) of a uniform cubic B-spline at the pixel centres."
     x = (np.arange(size) + .5)/size*knots
-    i = np.floor(x).astype(int); t = x - i
+    i = np.floor(x).astype(int)
+    t = x - i
     w = np.zeros((size, knots + 3), np.float32)
     for j, b in enumerate([(1-t)**3, 3*t**3 - 6*t**2 + 4, -3*t**3 + 3*t**2 + 3*t + 1, t**3]):
         w[np.arange(size), i+j] = b/6
@@ -49,7 +50,8 @@ def smooth_noise(rng: np.random.Generator,  # where the randomness comes from
                 ) -> np.ndarray:            # (size,size) float32, mean 0, standard deviation about 1
     "A smooth random field that is the same function at every size."
     w = _spline(knots, size)
-    return w @ rng.standard_normal((knots + 3, knots + 3), dtype=np.float32) @ w.T*2.08
+    coefficients = rng.standard_normal((knots + 3, knots + 3), dtype=np.float32)
+    return w @ coefficients @ w.T*2.08
 
 # %% ../../nbs/api/10_data.lesions.ipynb #ee27cbe5
 def draw_light(rng: np.random.Generator,    # where the randomness comes from
@@ -97,7 +99,7 @@ def _branches(rng, limit=90):
 
 def draw_vessels(rng: np.random.Generator,  # where the randomness comes from
                  size: int                  # side in pixels
-                ) -> np.ndarray:  # (size,size) float32 in [0,1]: how much blood lies under the pixel
+                ) -> np.ndarray:            # (size,size) float32 in [0,1]: how much blood is under the pixel
     "Branching vessels."
     raster = 512
     im = Image.new('L', (raster, raster))
@@ -112,19 +114,24 @@ def draw_vessels(rng: np.random.Generator,  # where the randomness comes from
 def lesion_field(rng: np.random.Generator,  # where the randomness comes from
                  size: int,                 # side in pixels
                  share: float,              # share of the picture that the lesion covers, in (0, 0.35]
-                 angle: float = None  # direction from the picture's centre in radians; `None`: anywhere
-                ) -> tuple:  # q (size,size), < 1 inside, and the mean radius in units of half the picture
-    "The signed shape of one lesion of a given area that lies inside the field of view."
+                 angle: float = None        # direction from the picture's centre in radians; `None`: anywhere
+                ) -> tuple:                 # q (size,size), < 1 inside; and R (1 is half the picture)
+    "The shape of one lesion of a given area, inside the field of view."
     u, v = pixel_grid(size)
     k = np.arange(1, 6)
-    amp, ph = rng.normal(0, 1, 5)*[.02, .08, .06, .03, .02], rng.uniform(0, 2*np.pi, 5)
-    rho = lambda th: 1 + sum(float(a)*np.cos(j*th + p) for j, a, p in zip(k.tolist(), amp, ph.tolist()))
+    amplitudes = rng.normal(0, 1, 5)*[.02, .08, .06, .03, .02]
+    phases = rng.uniform(0, 2*np.pi, 5)
+    harmonics = list(zip(k.tolist(), amplitudes, phases.tolist()))
+    rho = lambda th: 1 + sum(float(a)*np.cos(j*th + p) for j, a, p in harmonics)
     ring = rho(np.linspace(0, 2*np.pi, 256, endpoint=False))
-    stretch, turn = rng.uniform(1, 1.6)**.5, rng.uniform(0, 2*np.pi)
+    stretch = rng.uniform(1, 1.6)**.5
+    turn = rng.uniform(0, 2*np.pi)
     R = float(np.sqrt(4*share/np.pi/(ring**2).mean()))
     room = max(0., .97 - R*stretch*float(ring.max()))
-    if angle is None: away, angle = np.sqrt(rng.uniform()), rng.uniform(0, 2*np.pi)
-    else: away = rng.uniform(.85, 1)
+    if angle is None:
+        away = np.sqrt(rng.uniform())       # evenly over the area
+        angle = rng.uniform(0, 2*np.pi)
+    else: away = rng.uniform(.85, 1)        # near the border, so that two lesions stay apart
     x, y = u - float(room*away*np.cos(angle)), v - float(room*away*np.sin(angle))
     c, s = float(np.cos(turn)), float(np.sin(turn))
     x, y = (x*c + y*s)/stretch, (y*c - x*s)*stretch
@@ -133,12 +140,12 @@ def lesion_field(rng: np.random.Generator,  # where the randomness comes from
 # %% ../../nbs/api/10_data.lesions.ipynb #02995ea5
 @dataclass
 class Scene:
-    "A surface before it is lit; every field is (S,S) but `albedo` (3,S,S) and `base` (3,)."
-    base: np.ndarray        # mean colour of the mucosa, RGB in [0,1]
-    albedo: np.ndarray      # colour of the surface
-    light: np.ndarray       # light that arrives
-    relief: np.ndarray      # height over the wall, in half widths of the picture
-    mask: np.ndarray        # share of the pixel that is lesion, in [0,1]
+    "A surface before it is lit, of S x S pixels."
+    base: np.ndarray        # (3,) mean colour of the mucosa, RGB in [0,1]
+    albedo: np.ndarray      # (3,S,S) colour of the surface
+    light: np.ndarray       # (S,S) light that arrives
+    relief: np.ndarray      # (S,S) height over the wall, in half widths of the picture
+    mask: np.ndarray        # (S,S) share of the pixel that is lesion, in [0,1]
 
 def _rgb(r, g, b): return np.array([r, g, b], np.float32)[:, None, None]
 
@@ -157,23 +164,26 @@ def draw_mucosa(rng: np.random.Generator,   # where the randomness comes from
     return Scene(base, albedo, draw_light(rng, size), relief, np.zeros((size, size), np.float32))
 
 # %% ../../nbs/api/10_data.lesions.ipynb #3f3b0bfe
-# colour relative to the mucosa's
-RED, PALE = np.array([1.04, .64, .66], np.float32), np.array([1.10, 1.24, 1.34], np.float32)
+# colours of a lesion, RGB relative to the mucosa's
+RED = np.array([1.04, .64, .66], np.float32)
+PALE = np.array([1.10, 1.24, 1.34], np.float32)
 
 def add_lesion(rng: np.random.Generator,    # where the randomness comes from
                scene: Scene,                # changed in place
-               share: float,                # share of the picture that it covers
-               pale: float,                 # 0 redder than the mucosa, 1 paler
+               share: float,                # share of the picture that it covers, in (0, 0.35]
+               pale: float,                 # in [0,1]: 0 redder than the mucosa, 1 paler
                lamp: tuple,                 # (x,y) direction that the light comes from
                angle: float = None          # where it lies; see `lesion_field`
               ) -> Scene:                   # `scene`
-    "Put one lesion over what is there."
+    "Put one lesion over the surface that is there."
     size = len(scene.mask)
     q, R = lesion_field(rng, size, share, angle)
     inside = np.clip((1 - q)*R*size/4 + .5, 0, 1).astype(np.float32)
     soft = smoothstep(q, 1.06, .92).astype(np.float32)
-    colour = scene.base*(1 + (RED + (PALE - RED)*pale - 1)*rng.uniform(.65, 1.15))*rng.uniform(.95, 1.1)
-    pits, lobes = smooth_noise(rng, 44, size), smooth_noise(rng, 11, size)
+    tint = RED + (PALE - RED)*pale
+    colour = scene.base*(1 + (tint - 1)*rng.uniform(.65, 1.15))*rng.uniform(.95, 1.1)
+    pits = smooth_noise(rng, 44, size)
+    lobes = smooth_noise(rng, 11, size)
     texture = 1 + _rgb(.04, .09, .09)*pits + _rgb(.02, .06, .05)*lobes
     surface = colour.astype(np.float32)[:, None, None]*texture
     step = [-round(float(d)*.05*size) for d in lamp]
@@ -191,7 +201,7 @@ def add_lesion(rng: np.random.Generator,    # where the randomness comes from
 def light_scene(rng: np.random.Generator,   # where the randomness comes from
                 scene: Scene,               # what is looked at
                 lamp: tuple                 # (x,y) direction that the light comes from
-               ) -> np.ndarray:             # (3,S,S) float in [0,1]
+               ) -> np.ndarray:             # (3,S,S) float, 0 or more; over 1 (to 1.3) where overexposed
     "The picture that an endoscope takes of a scene."
     size = len(scene.mask)
     u, v = pixel_grid(size)
@@ -220,7 +230,8 @@ def _draw_one(rng, size):
     several = rng.uniform() < .3
     least, most = (.05, .2) if several else (.024, .32)
     share = float(np.exp(rng.uniform(np.log(least), np.log(most))))
-    angle, towards = rng.uniform(0, 2*np.pi), rng.uniform(0, 2*np.pi)
+    angle = rng.uniform(0, 2*np.pi)         # of the first of two lesions
+    towards = rng.uniform(0, 2*np.pi)       # of the lamp
     pale = float(smoothstep(rng.uniform(), .35, .65))
     lamp = np.cos(towards), np.sin(towards)
     scene = draw_mucosa(rng, size*k)
@@ -249,7 +260,7 @@ def _png(array):
 
 def lesion_folder(path: str | Path, # the folder: new, empty, or made by the same call before
                   n: int,           # how many pairs
-                  size: int = 64,   # side in pixels
+                  size: int = 64,   # side in pixels, 16 or more
                   seed: int = 0     # as in `draw_lesions`
                  ) -> Path:         # `path`
     "Write the pairs of `draw_lesions` as PNG files; `MedsynError` if the folder holds anything else."

@@ -12,7 +12,7 @@ from ..core import MedsynError
 
 # %% ../../nbs/api/12_data.masks.ipynb #29573ce1
 def _source(n, centre, scale, shift):
-    "Which source index each output index reads along one axis; may run out of [0,n)."
+    "Which source index each output index reads along one axis; it may lie outside [0,n)."
     return np.floor(centre + (np.arange(n) + .5 - centre - shift*n)/scale).astype(int)
 
 def transform_mask(mask: np.ndarray,        # (H,W) uint8 in {0,1}
@@ -21,16 +21,19 @@ def transform_mask(mask: np.ndarray,        # (H,W) uint8 in {0,1}
                    scale: float = 1.,       # about the lesion's centre; over 1 enlarges
                    dx: float = 0.,          # shift to the right as a share of the width
                    dy: float = 0.           # shift downwards as a share of the height
-                  ) -> tuple: # mask (H,W) uint8 in {0,1}, and the share of the lesion that stays
+                  ) -> tuple: # mask (H,W) uint8 in {0,1}, and the share of the lesion's pixels that stays
     "Flip, then scale and shift a mask (nearest neighbour); `MedsynError` if it is empty."
     if mask.ndim != 2 or not mask.any():
         raise MedsynError(f"a mask of shape {mask.shape} with {int(mask.sum())} foreground pixels cannot "
                           "be transformed: give (H,W) with a lesion")
-    mask = mask[::-1 if flip_ud else 1, ::-1 if flip_lr else 1]
-    (y, x), (H, W) = np.nonzero(mask), mask.shape
+    if flip_ud: mask = mask[::-1]
+    if flip_lr: mask = mask[:, ::-1]
+    H, W = mask.shape
+    y, x = np.nonzero(mask)
     rows = _source(H, y.mean() + .5, scale, dy)
     columns = _source(W, x.mean() + .5, scale, dx)
-    visible = mask[max(rows[0], 0):max(rows[-1] + 1, 0), max(columns[0], 0):max(columns[-1] + 1, 0)]
+    def inside(indices): return slice(max(indices[0], 0), max(indices[-1] + 1, 0))
+    visible = mask[inside(rows), inside(columns)]
     moved = mask[rows.clip(0, H - 1)][:, columns.clip(0, W - 1)]
     return np.ascontiguousarray(moved), float(visible.sum()/mask.sum())
 
@@ -50,7 +53,7 @@ def random_mask(mask: np.ndarray,           # (H,W) uint8 in {0,1} with a lesion
                 most: float = .5,           # largest share (or its own, if larger)
                 tries: int = 50             # draws before giving up
                ) -> tuple: # mask (H,W) uint8 in {0,1}, and kind, flip_lr, flip_ud, scale, dx, dy, tries
-    "A flipped, scaled and shifted mask (\"Random\", Table 3). `MedsynError` if every draw loses the lesion."
+    "A flipped, scaled and shifted mask (\"Random\", Table 3). `MedsynError` if no draw is kept."
     low, high = min(least, mask.mean()), max(most, mask.mean())
     for i in range(1, tries + 1):
         flips = dict(zip(('flip_lr', 'flip_ud'), (rng.random(2) < .5).tolist()))
@@ -63,4 +66,4 @@ def random_mask(mask: np.ndarray,           # (H,W) uint8 in {0,1} with a lesion
                       f"{mask.mean():.1%} foreground all lost the lesion: lower `shift`, "
                       "`scale` or `keep`, or leave this mask out")
 
-MASK_KINDS = {'real': real_mask, 'random': random_mask}    # what `masks=` of synthesis may be
+MASK_KINDS = {'real': real_mask, 'random': random_mask}    # the values of `masks=` in `synth`

@@ -52,19 +52,19 @@ class Reading:
     "The choices with which the files of a set are read; see `reading`."
     window: tuple | str = None  # (lo, hi) or 'auto', for images of more than 8 bits per channel
     label: tuple = None         # values of the foreground; `None`: all that is not 0
-    fit: str = 'stretch'        # how another aspect ratio is met: see `Geometry`
+    fit: str = 'stretch'        # how a picture of another aspect ratio is resized: see `Geometry`
     page: int = None            # which page or slice of files with several, from 0
     axis: str = 'axial'         # of the slices of a volume
 
     def over(self, **given) -> 'Reading':
-        "The same with the choices that are given and not `None`."
+        "A copy with the given choices; a choice of `None` keeps its value."
         given = {k: v for k, v in given.items() if v is not None}
         return replace(self, **given) if given else self
 
     def chosen(self) -> dict:
-        "The choices that differ from the defaults, as JSON takes them."
-        return {k: list(v) if isinstance(v, tuple) else v
-                for k, v in asdict(self).items() if v != getattr(Reading, k)}
+        "The choices that differ from the defaults; tuples become lists, as in JSON."
+        choices = {k: v for k, v in asdict(self).items() if v != getattr(Reading, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in choices.items()}
 
 def _numbers(values):
     "(lo, hi) as numbers; `MedsynError` for anything else."
@@ -88,11 +88,11 @@ def _label_values(label):
 
 def reading(window: Sequence = None,    # LO HI or auto, for images of more than 8 bits (default: refused)
             label: Sequence[str] = None,  # mask values of the foreground, as 2 or '#ff0000' (default: not 0)
-            fit: str = 'stretch',       # another aspect ratio is met by stretch, pad or crop
+            fit: str = 'stretch',       # for another aspect ratio: stretch, pad or crop
             page: int = None,           # which page or slice of files with several, from 0
             axis: str = 'axial'         # slices of a volume: axial, coronal or sagittal
            ) -> Reading:                # checked
-    "The choices with which a set is read; `MedsynError` for what is none."
+    "The choices with which a set is read; `MedsynError` for an invalid one."
     if window is not None and not isinstance(window, str): window = list(window)
     if isinstance(window, list) and len(window) == 1: window = window[0]
     if isinstance(window, str): pick(window, ['auto'], 'window')
@@ -163,7 +163,7 @@ def _is_note(path):
 
 def _files(folder, deep):
     "Image files of a folder by their path without ending, {key: [paths]}, and the files of unknown type."
-    found, other = defaultdict(list), []
+    images, other = defaultdict(list), []
     for p in sorted(folder.rglob('*') if deep else folder.iterdir()):
         parts = p.relative_to(folder).parts
         hidden = any(part.startswith('.') or part == '__MACOSX' for part in parts)
@@ -171,19 +171,19 @@ def _files(folder, deep):
         if _leads_nowhere(p, deep): other.append(p)
         if not p.is_file(): continue
         key = '/'.join([*parts[:-1], stem_of(p)])
-        if p.suffix.lower() in IMAGE_TYPES or is_volume(p): found[key].append(p)
+        if p.suffix.lower() in IMAGE_TYPES or is_volume(p): images[key].append(p)
         else: other.append(p)
-    return _without_common_folder(found), other
+    return _without_common_folder(images), other
 
 def _leads_nowhere(path, deep):
     "Whether a link is broken, or leads to a folder that is not looked into."
     return path.is_symlink() and (not path.exists() or deep and path.is_dir())
 
-def _without_common_folder(found):
-    "images/images/a.png has the key 'a'."
-    while found and all('/' in key for key in found) and len({key.split('/')[0] for key in found}) == 1:
-        found = {key.split('/', 1)[1]: paths for key, paths in found.items()}
-    return found
+def _without_common_folder(files):
+    "The keys without a folder that all of them share: images/images/a.png has the key 'a'."
+    while files and all('/' in key for key in files) and len({key.split('/')[0] for key in files}) == 1:
+        files = {key.split('/', 1)[1]: paths for key, paths in files.items()}
+    return files
 
 # %% ../../nbs/api/11_data.pairs.ipynb #ef3fc9cd
 _ENDINGS = 'segmentation|masks?|seg|gt|labels?|corrected|groundtruth'
@@ -203,10 +203,10 @@ def _mask_of_two(paths):
         candidates = [p for p in paths if is_mask(p)]
         if len(candidates) == 1: return candidates[0]
 
-def _flat(found):
+def _flat(files):
     "Tell images from masks among the files of one folder: two dictionaries like that of `_files`."
-    masks = {key: paths for key, paths in found.items() if _SUFFIX.search(key)}
-    images = {key: paths for key, paths in found.items() if key not in masks}
+    masks = {key: paths for key, paths in files.items() if _SUFFIX.search(key)}
+    images = {key: paths for key, paths in files.items() if key not in masks}
     bases = {_SUFFIX.sub('', key) for key in masks}
     for key, paths in images.items():
         mask = _mask_of_two(paths) if len(paths) == 2 and key not in bases else None
@@ -237,17 +237,19 @@ def _collections(path, prefix='', depth=2):
     folders = _folders(path)
     roles = defaultdict(list)
     for p in folders: roles[_role(p.name)].append(p)
-    out = []
-    for key in sorted(k for role, k in roles if role == 'image' and ('mask', k) in roles):
+    matched = sorted(key for role, key in roles if role == 'image' and ('mask', key) in roles)
+    collections = []
+    for key in matched:
         images, other_images = _files(_only(path, 'image', roles['image', key]), True)
         masks, other_masks = _files(_only(path, 'mask', roles['mask', key]), True)
-        out.append((f'{prefix}{key}/' if key else prefix, images, masks, other_images + other_masks))
-    if out:
-        beside = [p for p in sorted(path.iterdir()) if p.is_file() and _is_volume(p)]
-        out[0] = (*out[0][:3], out[0][3] + beside)
-        return [(prefix, *out[0][1:])] if len(out) == 1 else out
-    found, other = _files(path, False)
-    images, masks = _flat(found)
+        own_prefix = f'{prefix}{key}/' if key and len(matched) > 1 else prefix
+        collections.append((own_prefix, images, masks, other_images + other_masks))
+    if collections:
+        other_of_first = collections[0][-1]
+        other_of_first += [p for p in sorted(path.iterdir()) if p.is_file() and _is_volume(p)]
+        return collections
+    files, other = _files(path, False)
+    images, masks = _flat(files)
     if masks: return [(prefix, images, masks, other)]
     if not depth: return []
     return [c for p in folders for c in _collections(p, f'{prefix}{p.name}/', depth - 1)]
@@ -324,7 +326,7 @@ def _pair_up(prefix, images, masks, other, unite=False):
 def save_list(path: str | Path, # the CSV file to write
               pairs: list       # of `Pair`
              ) -> Path:         # `path`
-    "Write pairs as a table (name, image, mask) that `find_pairs` opens like a folder."
+    "Write pairs as a table (name, absolute paths, any choices) that `find_pairs` opens like a folder."
     rows = [dict(name=p.name, image=Path(p.image).resolve(), mask=Path(p.mask).resolve()) for p in pairs]
     columns = ['name', 'image', 'mask']
     if any(p.reading.chosen() for p in pairs):
@@ -335,7 +337,7 @@ def save_list(path: str | Path, # the CSV file to write
 def read_table(path: Path,      # a CSV file
                advice: str      # what it should be, for the message
               ) -> pd.DataFrame: # every cell as text, an empty one as ''
-    "A table in which no name is taken for a number or for nothing; `MedsynError` if there is none."
+    "A table whose cells all stay text ('007', 'NA'); `MedsynError` if the file cannot be read as one."
     try: return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as e:
         raise MedsynError(f"{path} cannot be read as a table ({e}): {advice}") from e
@@ -390,9 +392,12 @@ def _scan(path, split=None, unite=False):
                           "give the folder that holds images and masks")
     collections = _collections(path)
     if not collections: raise _no_pairs(path)
-    found = [_pair_up(*c, unite) for c in _one_split(path, collections, split)]
-    pairs = sorted((p for some, _ in found for p in some), key=lambda p: p.name)
-    return pairs, [row for _, rows in found for row in rows]
+    pairs, rows = [], []
+    for collection in _one_split(path, collections, split):
+        new_pairs, new_rows = _pair_up(*collection, unite)
+        pairs += new_pairs
+        rows += new_rows
+    return sorted(pairs, key=lambda p: p.name), rows
 
 # %% ../../nbs/api/11_data.pairs.ipynb #03662fd2
 def _where(path, pairs, where):
@@ -434,7 +439,7 @@ def find_pairs(path: str | Path,  # folder in one of the known layouts, or a lis
     return pairs if how is None else read_with(pairs, how)
 
 def _kept(path, pairs):
-    "The pairs that reviewers keep; a pair that was written anew since its review is not among them."
+    "The pairs that reviewers keep; a pair whose files changed after its review is not among them."
     path = Path(path)
     contents = kept_contents(path if path.is_dir() else path.parent)
     kept = [p for p in pairs if pair_content(p.image, p.mask) in contents.get(p.name, ())]
@@ -445,8 +450,8 @@ def _kept(path, pairs):
 
 def read_with(pairs: list,      # of `Pair`
               how: Reading      # the choices
-             ) -> list:         # the same pairs; choices that they have already are kept where none is made
-    "Pairs that are read with given choices."
+             ) -> list:         # copies; where `how` has the default, a pair keeps its own choice
+    "The same pairs, to be read with other choices."
     default = Reading()
     given = {k: v for k, v in vars(how).items() if v != getattr(default, k)}
     return [replace(p, reading=p.reading.over(**given)) for p in pairs]
@@ -459,7 +464,7 @@ def _short(file, path):
 # %% ../../nbs/api/11_data.pairs.ipynb #aed83124
 def pairs_hash(pairs: list  # of `Pair`
               ) -> str:     # 16 hexadecimal digits
-    "The names and contents of pairs as a short name."
+    "A hash of the names, file contents and choices of pairs, in their order."
     def part(p):
         choices = p.reading.chosen()
         image = file_hash(p.image) if p.image else ''
@@ -497,11 +502,11 @@ def _images_in(path):
     if len(folders) > 1:
         raise MedsynError(f"{path} has two folders of images ({folders[0].name!r} and "
                           f"{folders[1].name!r}): give one of them")
-    found, other = _files(folders[0] if folders else path, deep=bool(folders))
+    files, other = _files(folders[0] if folders else path, deep=bool(folders))
     if other:
         row = _unknown_type(other[0])
         raise MedsynError(f"{other[0]}: {row['problem']} ({len(other)} such files): {row['remedy']}")
-    images, _ = _flat(found)
+    images, _ = _flat(files)
     if not images:
         raise MedsynError(f"no image in {path}: give a folder with {', '.join(sorted(IMAGE_TYPES))} files, "
                           "or one with images/")
@@ -519,7 +524,7 @@ def find_masks(path: str | Path,    # folder of masks, or folder with `masks`
 # %% ../../nbs/api/11_data.pairs.ipynb #c0ddde41
 def both_sides(size: int | tuple    # side, or (height, width), in pixels
               ) -> tuple:           # (height, width)
-    "Height and width of a size given as one number or two; `MedsynError` for what is no size."
+    "Height and width of a size given as one number or two; `MedsynError` for anything else."
     sides = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
     if len(sides) != 2 or min(sides) < 1:
         raise MedsynError(f"size={size!r} is no size: give the side, or (height, width), in pixels")
@@ -527,19 +532,19 @@ def both_sides(size: int | tuple    # side, or (height, width), in pixels
 
 def plain_size(size: int | tuple | list # side, or (height, width), in pixels
               ) -> int | tuple:         # the side of a square, else (height, width)
-    "A size in its shortest form, also from what JSON makes of it."
+    "A size in its shortest form; a list, as JSON returns it, is accepted too."
     height, width = both_sides(size)
     return height if height == width else (height, width)
 
 def size_text(size: int | tuple # side, or (height, width), in pixels
              ) -> str:          # 64, or 64x96, as --size takes it
-    "A size for people."
+    "A size as text, height before width."
     height, width = both_sides(size)
     return f'{height}' if height == width else f'{height}x{width}'
 
 def check_stride(size: int | tuple,         # side, or (height, width), in pixels
                  stride: int,               # both must be multiples of it
-                 what: str = 'this network' # who asks
+                 what: str = 'this network' # whose stride it is, for the message
                 ):
     "`MedsynError` unless both sides are multiples of a network's stride."
     sides = both_sides(size)
@@ -557,7 +562,7 @@ def _resized(picture, sides, smooth):
 
 @dataclass(frozen=True)
 class Geometry:
-    "How a picture is brought to another size, and the way back."
+    "Resizes images and masks to the size of a network, and predictions back to the original."
     original: tuple         # (height, width) of the picture, in pixels
     size: int | tuple       # side, or (height, width), of what the network sees
     fit: str = 'stretch'    # one of `FITS`
@@ -568,7 +573,7 @@ class Geometry:
 
     @property
     def boxes(self) -> tuple:
-        "Two boxes (top, left, height, width): what is shown of the original, and where it lies."
+        "Two boxes (top, left, height, width): the part of the original that is shown, and its place."
         (H, W), (h, w) = self.original, self.size
         whole, full = (0, 0, H, W), (0, 0, h, w)
         if self.fit == 'stretch': return whole, full
@@ -585,9 +590,9 @@ class Geometry:
         top, left, height, width = source
         part = np.ascontiguousarray(picture[top:top + height, left:left + width])
         top, left, height, width = target
-        out = np.zeros((*sides, *picture.shape[2:]), picture.dtype)
-        out[top:top + height, left:left + width] = _resized(part, (height, width), smooth)
-        return out
+        moved = np.zeros((*sides, *picture.shape[2:]), picture.dtype)
+        moved[top:top + height, left:left + width] = _resized(part, (height, width), smooth)
+        return moved
 
     def image(self, image: np.ndarray) -> np.ndarray:
         "An image uint8 (H,W,3) at the new size."
@@ -611,14 +616,16 @@ def fitting_size(shape: tuple,      # (height, width) of the pictures
                  side: int,         # wanted length of the shorter side, in pixels
                  stride: int = 32   # of the network
                 ) -> tuple:         # (height, width), multiples of `stride`
-    "The size nearest to a shorter side of `side` that keeps about the aspect ratio and fits the network."
+    "Multiples of `stride` near the size whose shorter side is `side` and that keeps the aspect ratio."
     scale = side/min(shape)
     return tuple(max(1, round(length*scale/stride))*stride for length in shape)
 
 # %% ../../nbs/api/11_data.pairs.ipynb #15bb712f
 def _file_of(item): return Path(getattr(item, 'image', item))
 
-_DEEP = ('I', 'F', 'I;16', 'I;16B', 'I;16L', 'I;16N')
+_DEEP = ('I', 'F', 'I;16', 'I;16B', 'I;16L', 'I;16N')    # pillow's modes of more than 8 bits
+_ORIENTATION = 0x0112                                    # the EXIF tag of the rotation
+_PHOTOMETRIC = 262      # the TIFF tag that says what 0 means; its value 0: white
 
 def _stored_mode(im):
     "How the channels are stored in the file, 'RGB;16B' for instance."
@@ -627,30 +634,40 @@ def _stored_mode(im):
 
 def _pages(im): return 1 if im.format == 'MPO' else getattr(im, 'n_frames', 1)
 
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}   # PNG's colour type -> values per pixel
+# PNG's interlacing (Adam7): first column, first row, step of columns, step of rows of each pass
+_PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+               (0, 1, 1, 2))
+
+def _ceil_div(a, b): return -(-a//b)
+
 def _png_bytes_of(width, height, head):
     "How many bytes the rows of a PNG take, by its header: bits, colour type, interlace."
     bits, colour, interlaced = head
-    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    if not interlaced: return height*(1 + -(-width*bits*samples//8))
+    def bytes_of(rows, columns):
+        filter_byte = 1     # before each row
+        return rows*(filter_byte + _ceil_div(columns*bits*_PNG_SAMPLES[colour], 8))
+    if not interlaced: return bytes_of(height, width)
     total = 0
-    for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
-                         (0, 1, 1, 2)):
-        columns, rows = -(-(width - x)//dx), -(-(height - y)//dy)
-        if columns > 0 and rows > 0: total += rows*(1 + -(-columns*bits*samples//8))
+    for first_column, first_row, column_step, row_step in _PNG_PASSES:
+        columns = _ceil_div(width - first_column, column_step)
+        rows = _ceil_div(height - first_row, row_step)
+        if columns > 0 and rows > 0: total += bytes_of(rows, columns)
     return total
 
 def _refuse_missing_rows(im, path):
-    "An error for a PNG whose data end before its last row, which pillow fills with black."
+    "`OSError` for a PNG whose data end before its last row; pillow fills the missing rows with black."
     if im.format != 'PNG' or _pages(im) > 1 or np.asarray(im)[-1].any(): return
     data = Path(path).read_bytes()
     width, height, bits, colour, _, _, interlaced = struct.unpack('>IIBBBBB', data[16:29])
-    place, parts = 8, []
+    place = 8       # after the signature
+    parts = []
     while place + 8 <= len(data):
         length, kind = struct.unpack('>I4s', data[place:place + 8])
         if kind == b'IDAT': parts.append(data[place + 8:place + 8 + length])
-        place += 12 + length
-    found = len(zlib.decompressobj().decompress(b''.join(parts)))
-    if found < _png_bytes_of(width, height, (bits, colour, interlaced)):
+        place += 12 + length    # a chunk is length, kind, data and checksum
+    n_bytes = len(zlib.decompressobj().decompress(b''.join(parts)))
+    if n_bytes < _png_bytes_of(width, height, (bits, colour, interlaced)):
         raise OSError('truncated: rows are missing')
 
 def _open(path, what, page=None, axis='axial'):
@@ -662,7 +679,7 @@ def _open(path, what, page=None, axis='axial'):
         if page is not None and 0 <= page < _pages(im): im.seek(page)
         stored = _stored_mode(im)
         im.load()
-        im.turn = im.getexif().get(0x0112, 1)
+        im.turn = im.getexif().get(_ORIENTATION, 1)
         _refuse_missing_rows(im, path)
     except FileNotFoundError as e: raise MedsynError(f"{what} {path} does not exist: check the path") from e
     # pillow's decoders raise OSError, SyntaxError, ValueError, DecompressionBombError ...
@@ -676,7 +693,7 @@ def _open(path, what, page=None, axis='axial'):
     # pillow keeps the upper 8 of 16 bits
     im.deep_colour = bool(re.fullmatch(r'(RGB.?|LA|CMYK);16[BLN]?', stored))
     # pillow turns white-is-zero round for 8 bits, and not for more
-    im.inverted = im.mode in _DEEP and getattr(im, 'tag_v2', {}).get(262) == 0
+    im.inverted = im.mode in _DEEP and getattr(im, 'tag_v2', {}).get(_PHOTOMETRIC) == 0
     return im
 
 def _open_slice(path, what, page, axis):
@@ -740,8 +757,8 @@ def _full_values(im, path, page=None):
                           "which are not read: save it as 16-bit RGB PNG")
     return (np.asarray(im).astype(np.uint16)*256 + low)[..., :3]
 
-def auto_window(values: np.ndarray  # of any shape, not all nan
-               ) -> tuple:          # (lo, hi): the percentiles 0.5 and 99.5
+def auto_window(values: np.ndarray  # of any shape; nan and infinite values are left out
+               ) -> tuple:          # (lo, hi): the percentiles 0.5 and 99.5; (0, 1) without finite values
     "The window that `window='auto'` stands for."
     finite = values[np.isfinite(values)]
     if not finite.size: return 0., 1.
@@ -749,7 +766,7 @@ def auto_window(values: np.ndarray  # of any shape, not all nan
     return float(lo), float(max(hi, lo + 1e-6))
 
 def through_window(values: np.ndarray,  # of any shape and type
-                   window: tuple        # (lo, hi), lo < hi
+                   window: tuple        # (lo, hi); `MedsynError` unless lo < hi
                   ) -> np.ndarray:      # uint8: 0 up to lo, 255 from hi on, linear between
     "Values as 8 bits through a window; nan becomes 0."
     lo, hi = window
@@ -758,7 +775,7 @@ def through_window(values: np.ndarray,  # of any shape and type
     return (share.clip(0, 1)*255).round().astype(np.uint8)
 
 def _opaque(im, path):
-    "`MedsynError` for a picture that can be seen through."
+    "`MedsynError` for a picture with transparent pixels."
     if im.mode not in ('RGBA', 'LA', 'PA', 'RGBa', 'La') and 'transparency' not in im.info: return
     if im.mode in _DEEP or im.convert('RGBA').getchannel('A').getextrema()[0] == 255: return
     raise MedsynError(f"image {path} has transparency, and what lies below is not known: "
@@ -805,15 +822,16 @@ def read_image(path: str | Path | Pair,     # an image file, or a pair or frame 
                size: int | tuple = None,    # side, or (height, width), in pixels; `None`: as stored
                window: tuple | str = None,  # (lo, hi) or 'auto', for more than 8 bits per channel
                page: int = None,            # which page or slice of a file with several, from 0
-               fit: str = None,             # how another aspect ratio is met; `None`: its own, else stretch
+               fit: str = None,             # see `Geometry`; `None`: its own, else stretch
                axis: str = None             # of a volume's slices; `None`: its own, else axial
               ) -> np.ndarray:              # uint8 (H,W,3)
-    "One image; `MedsynError` if it is unreadable, or has several pages or 16 bits and no choice is given."
+    "One image; `MedsynError` if it is unreadable or transparent, or a window or page must be given."
     how = _reading_of(path, window=window, page=page, fit=fit, axis=axis)
     image = _turned(*_open_image(path, how))
     return image if size is None else Geometry(image.shape[:2], size, how.fit).image(image)
 
 # %% ../../nbs/api/11_data.pairs.ipynb #09389641
+_MOST_CLASSES = 64      # a picture with more values or colours is no mask with classes
 _THRESHOLD = 'threshold it at 128 and save it as PNG (medsyn clean does it for a whole folder)'
 
 def _colour_number(rgb):
@@ -836,17 +854,19 @@ def _plane(im):
         return rgba[..., 0], 'alpha channel' if im.mode in ('RGBA', 'LA', 'PA') else ''
     numbers = _colour_number(rgba)
     colours = np.unique(numbers)
-    return (numbers, 'colour') if len(colours) <= 64 else (None, f'{len(colours)} colours')
+    return (numbers, 'colour') if len(colours) <= _MOST_CLASSES else (None, f'{len(colours)} colours')
 
 def _value_text(value, unusual): return f'#{value:06x}' if unusual == 'colour' else str(value)
 
 def _cause(plane, values, unusual, jpeg):
     "The likely reason why a mask has more than two values, and the remedy."
     top, n = int(values[-1]), len(values)
-    near_ends = ((plane < .07*top) | (plane > .93*top)).mean()
+    near_ends = ((plane < .07*top) | (plane > .93*top)).mean()     # a smeared edge has few pixels between
     if jpeg: return 'JPEG artefacts', _THRESHOLD
     if unusual == '16-bit' and n > 20: return '16-bit values', 'save the mask with 8 bits, 0 and 255'
-    if unusual == 'colour' or n <= 20 and near_ends < .98 or n < 5 and top < 20:
+    few_values = n <= 20 and near_ends < .98
+    small_numbers = n < 5 and top < 20
+    if unusual == 'colour' or few_values or small_numbers:
         listed = ', '.join(_value_text(v, unusual) for v in values[:6].tolist())
         return (f"several classes ({listed}{', ...' if n > 6 else ''})",
                 'choose the foreground with --label (label=), one or several, '
@@ -868,7 +888,7 @@ def _labelled(plane, values, label, jpeg):
     "`_judge` where the foreground is chosen by `label`."
     if jpeg:
         return _fault('mask is a JPEG file, whose values are not exact: no label can be picked', _THRESHOLD)
-    if len(values) > 64:
+    if len(values) > _MOST_CLASSES:
         problem = f'mask has {len(values)} values: a grey picture has no labels'
         return _fault(problem, 'is this the mask? give one with classes')
     mask = np.isin(plane, _label_values(label)).astype(np.uint8)
@@ -881,7 +901,8 @@ def _judge(im, label=None):
         return _fault('mask not two-valued: it has transparency (RGBA)', f'{_SAVE}, without alpha channel')
     if plane is None:
         return _fault(f'mask not two-valued: {unusual}; JPEG artefacts, or not a mask at all', _SAVE)
-    values, jpeg = np.unique(plane), im.format in ('JPEG', 'MPO')
+    values = np.unique(plane)
+    jpeg = im.format in ('JPEG', 'MPO')
     if label is not None: return _labelled(plane, values, label, jpeg)
     if len(values) == 1 and values[0] == 0: return np.zeros(plane.shape, np.uint8), [_EMPTY]
     if len(values) == 1:
@@ -900,13 +921,12 @@ def _judge(im, label=None):
 def _open_mask(path, how):
     "The picture of a mask, at the page that is chosen if there are several."
     several = how.page is not None and _pages_of(path) > 1
-    im = _open(path, 'mask', how.page if several else None, how.axis)
-    return im
+    return _open(path, 'mask', how.page if several else None, how.axis)
 
 def _pages_of(path):
-    "How many pages a file has; 1 for what cannot be opened, which reading it will say."
+    "How many pages a file has; 1 if it cannot be opened: reading it then names the problem."
     try:
-        if is_volume(path): return 2        # whether the page exists is for the volume to say
+        if is_volume(path): return 2        # any number above 1: the volume itself checks the page
         with Image.open(path) as im: return _pages(im)
     except Exception: return 1
 
@@ -920,13 +940,13 @@ def _stored_mask(item, how):
     return mask, im.turn
 
 def read_mask(path: str | Path | Pair,          # an image file with two values, or with classes; or a pair
-              size: int | tuple = None,  # side, or (height, width), in pixels (nearest); `None`: as stored
+              size: int | tuple = None,         # side, or (height, width), in pixels; `None`: as stored
               label: int | str | list = None,   # value or values of the foreground; `None`: all that is not 0
               page: int = None,                 # which page or slice of a file with several, from 0
-              fit: str = None,                  # for another aspect ratio; `None`: its own, else stretch
+              fit: str = None,                  # see `Geometry`; `None`: its own, else stretch
               axis: str = None                  # of a volume's slices; `None`: its own, else axial
              ) -> np.ndarray:                   # uint8 (H,W) in {0,1}
-    "One mask; `MedsynError` if it is unreadable or not two-valued. Empty and full masks are returned."
+    "One mask, resized nearest; `MedsynError` if unreadable or not two-valued. It may be empty or full."
     how = _reading_of(path, label=label, page=page, fit=fit, axis=axis)
     mask = _turned(*_stored_mask(path, how))
     return mask if size is None else Geometry(mask.shape, size, how.fit).mask(mask)
@@ -954,7 +974,8 @@ def _misfit(pair, stored, turned, mask, turn):
     "Why a mask does not lie on its image (file, problem, remedy), or `None`; sizes are (height, width)."
     sizes = f"image {turned[1]}x{turned[0]}, mask {mask[1]}x{mask[0]}"
     if turned != mask:
-        tag = f" (the image carries a rotation tag and is stored {stored[1]}x{stored[0]})"*(turn in _TURNS)
+        tag = f" (the image carries a rotation tag and is stored {stored[1]}x{stored[0]})"
+        if turn not in _TURNS: tag = ''
         return pair.mask, f"size mismatch: {sizes} of {pair.image}{tag}", 'export both at the same size'
     if turn in _TURNS and stored == mask:
         return (pair.image,
@@ -976,7 +997,7 @@ def foreground_values(pairs: list   # of `Pair`
         plane, unusual = _plane(im)
         if plane is None or im.format in ('JPEG', 'MPO'): continue
         values = np.unique(plane)
-        if len(values) > 64: continue
+        if len(values) > _MOST_CLASSES: continue
         for value in values[values != 0].tolist(): files[_value_text(value, unusual)].append(p.mask)
     return dict(files)
 
@@ -992,7 +1013,7 @@ def _classes(pairs):
     return f"the masks hold several classes ({counts}{', ...' if len(single) > 6 else ''})"
 
 def _refuse_two_kinds(present, wanted):
-    "`MedsynError` if a label leaves those masks empty that know no classes, only 0 and 255."
+    "`MedsynError` if masks of only 0 and 255 would be read as empty under a label."
     n_values = Counter(file for files in present.values() for file in files)
     plain = [file for file in present.get('255', ()) if n_values[file] == 1]
     if 255 in wanted or not plain: return
@@ -1004,19 +1025,21 @@ def _refuse_two_kinds(present, wanted):
 def refuse_classes(pairs: list,                     # of `Pair`
                    label: int | str | list = None   # value(s) of the foreground; `None`: each pair's own
                   ):
-    "`MedsynError` if masks hold several classes and none is chosen, or if the chosen one is in no mask."
+    "`MedsynError` if masks hold several classes and none is chosen, or the chosen one is missing."
     labelled = [p for p in pairs if label is not None or p.reading.label is not None]
-    problem = _classes([p for p in pairs if p not in set(labelled)])
+    with_label = set(labelled)
+    problem = _classes([p for p in pairs if p not in with_label])
     if problem:
         raise MedsynError(f"{problem}: choose the foreground with --label (label=, one value or several), "
                           "or write a two-valued copy with medsyn clean --label")
     if not labelled: return
     present = foreground_values(labelled)
-    wanted = _label_values(label if label is not None else labelled[0].reading.label)
+    chosen = label if label is not None else labelled[0].reading.label
+    wanted = _label_values(chosen)
     if {*wanted} & {*_label_values(list(present))}: return _refuse_two_kinds(present, wanted)
-    found = ', '.join(f'{v} in {len(f)}' for v, f in sorted(present.items())[:6]) or 'nothing but 0'
-    raise MedsynError(f"label {label if label is not None else labelled[0].reading.label} is in none of the "
-                      f"{len(labelled)} masks, as {labelled[0].mask} (they hold {found}): choose another")
+    held = ', '.join(f'{v} in {len(f)}' for v, f in sorted(present.items())[:6]) or 'nothing but 0'
+    raise MedsynError(f"label {chosen} is in none of the "
+                      f"{len(labelled)} masks, as {labelled[0].mask} (they hold {held}): choose another")
 
 # %% ../../nbs/api/11_data.pairs.ipynb #52dbfa01
 def same_images(a: list,    # image files or `Pair`s
@@ -1038,8 +1061,8 @@ def _duplicates(files, prints, least=.95, block=1024):
     "Rows for the pictures that repeat an earlier one."
     prints = np.array(prints)
     for start in range(0, len(prints), block):
-        for j, correlation in enumerate(prints[start:start + block] @ prints.T, start):
-            earlier = np.flatnonzero(correlation[:j] >= least)
+        for j, similarity in enumerate(prints[start:start + block] @ prints.T, start):
+            earlier = np.flatnonzero(similarity[:j] >= least)
             if not len(earlier): continue
             remedy = "keep one of them, or keep them in the same split"
             yield _row(files[j], f"near-duplicate of {files[earlier[0]]}", remedy, 'warning')
@@ -1151,7 +1174,7 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
                 label: int | str | list = None, # value or values of the foreground
                 axis: str = None                # of a volume's slices
                ) -> pd.DataFrame: # file, problem, remedy, severity (error, warning, note); no rows: all well
-    "Every problem of a set of pairs; `MedsynError` only if the folder is missing or of no known layout."
+    "Every problem of a set of pairs; `MedsynError` for an unknown layout, several splits or a bad choice."
     root = None if isinstance(pairs, (list, tuple)) else Path(pairs)
     pairs, rows = (list(pairs), []) if root is None else _scan(root)
     choices = reading(window, label, page=page, axis=axis or 'axial')
@@ -1246,14 +1269,14 @@ def _refuse_same_names(pairs):
 
 def clean_masks(path: str | Path,               # folder in a known layout
                 out: str | Path,                # new folder: out/images and out/masks (PNG, 0 and 255)
-                threshold: int = 128,           # foreground is what is at least this (0 to 255)
-                label: int | str | list = None, # or what has this value, or one of these
+                threshold: int = 128,           # of JPEG and soft masks: least foreground value (0 to 255)
+                label: int | str | list = None, # value or values of the foreground of masks with classes
                 window: tuple | str = 'auto',   # (lo, hi) for more than 8 bits; 'auto': see `auto_window`
                 page: int = None,               # which page of files with several, from 0
-                exif: str = None,               # turn or ignore a rotation tag where the mask fits both ways
+                exif: str = None,               # 'turn' or 'ignore' rotation tags; `None`: refuse if unclear
                 leave_out: bool = False         # leave out and list what cannot be mended
                ) -> pd.DataFrame: # name, unsure (share between 10% and 90%), masks (united), window, changes
-    "Write a copy of a set of pairs with two-valued masks; `MedsynError` if `out` holds anything else."
+    "Write a copy with two-valued masks; `MedsynError` if a pair cannot be mended or `out` is in use."
     pairs, problems = _scan(path, unite=True)
     if problems and not leave_out: find_pairs(path)               # names what does not pair up
     choices = reading(window, label, page=page)
@@ -1304,7 +1327,7 @@ def group_of(pair: Pair     # from `find_pairs`
 
 # %% ../../nbs/api/11_data.pairs.ipynb #a58030d0
 def split_pairs(pairs: list,            # of `Pair`
-                valid: float = .1,  # share to hold out, in (0,1); at least one group goes to either side
+                valid: float = .1,      # about this share is held out, in (0,1), but at least one group
                 seed: int = 0,          # another seed, another split
                 group: Callable = group_of  # equal results stay together; `None`: each pair by itself
                ) -> tuple:              # training pairs and validation pairs, each sorted by name
@@ -1335,8 +1358,8 @@ class PairDataset:
                  pairs: list,           # of `Pair`
                  size: int | tuple,     # side, or (height, width), in pixels
                  cache: bool = True,    # keep the decoded pictures in memory if they fit
-                 limit: float = 2,      # what may be kept, in GiB
-                 **reading              # for `read_pair`: fit, window, page, label
+                 limit: float = 2,      # memory for them, in GiB; a larger set is decoded each time
+                 **reading              # for `read_pair`: fit, window, page, label, axis
                 ):
         self.pairs, self.size, self.reading = list(pairs), size, reading
         height, width = both_sides(size)
@@ -1377,8 +1400,9 @@ def random_stream(seed: int,        # in [0, 2**63)
         finally: random.setstate(state)
 
 class _SeededPipeline(Pipeline):
-    "fastai's batch transforms, under the stream that the `SeededDL` names."
-    stream, batch = (0, 'none', 0), 0
+    "fastai's batch transforms, with the random stream that the `SeededDL` sets."
+    stream = (0, 'none', 0)     # seed, purpose and epoch
+    batch = 0                   # batches of this epoch that were transformed
     def __call__(self, b):
         self.batch += 1
         with random_stream(seed_of(*self.stream, self.batch), b[0].device): return super().__call__(b)
@@ -1392,8 +1416,11 @@ class SeededDL(TfmdDL):
                  **kwargs           # as in fastai's `TfmdDL`
                 ):
         super().__init__(dataset, *args, **kwargs)
-        self.seed, self.epoch = seed, 0
-        self.given, self.first, self.resumes_at = 0, 0, None
+        self.seed = seed
+        self.epoch = 0              # epochs that have begun
+        self.given = 0              # batches of this epoch that the loop has got
+        self.first = 0              # batches that the next iteration leaves out
+        self.resumes_at = None      # a position, until the iteration begins there
         self.after_batch = _SeededPipeline(self.after_batch)
 
     def randomize(self):
@@ -1419,7 +1446,7 @@ class SeededDL(TfmdDL):
             yield batch
 
     def position(self) -> dict:
-        "Where the iteration is: its epoch, the batches that it has given, those that were transformed."
+        "Where the iteration is: its epoch, and how many batches it has given and transformed."
         return dict(epoch=max(self.epoch - 1, 0), given=self.given, transformed=self.after_batch.batch)
 
     def resume_at(self,
@@ -1442,12 +1469,12 @@ AUGMENT = {'full': dict(flip_vert=True, max_rotate=10., min_zoom=1., max_zoom=1.
            'flip': dict(flip_vert=True, max_rotate=0., max_zoom=1., max_warp=0., max_lighting=0.),
            'strong': None, 'none': None}
 
-def _elastic(h, w, mean=.02):
-    "kornia's elastic deformation with bumps of a twelfth of the picture, moved by `mean` of its side."
+def _elastic(h, w, deviation=.02):
+    "Settings of kornia's elastic deformation: bumps of a twelfth of the side, moved by `deviation` of it."
     sigma = h/12, w/12
     kernel = tuple(2*int(3*s + .99) + 1 for s in sigma)
-    # smoothed uniform noise has a deviation of .163/sigma
-    alpha = tuple(2*mean*s/.163 for s in reversed(sigma))
+    # uniform noise in [-1,1], smoothed, has a standard deviation of .163/sigma; kornia's side has length 2
+    alpha = tuple(2*deviation*s/.163 for s in reversed(sigma))
     return dict(kernel_size=kernel, sigma=sigma, alpha=alpha, padding_mode='reflection')
 
 @lru_cache(8)
@@ -1534,9 +1561,9 @@ def pair_dls(pairs: list,                       # training `Pair`s; with a share
              seed: int = 0,                     # for the split, the order and the augmentation
              augment: str | bool = True,        # 'strong', 'full' (True), 'flip' or 'none' (False)
              device: torch.device | str = None, # where the batches go; `None`: see `default_device`
-             num_workers: int = 0,  # processes that decode; 0 is fastest once the pictures are cached
-             cache: bool = True,                # keep the decoded pictures in memory if they fit in 2 GiB
-             **reading                          # for `read_pair`: fit, window, page, label
+             num_workers: int = 0,              # processes that decode; 0: none, best with cached pictures
+             cache: bool = True,                # keep the decoded pictures in memory, up to 2 GiB a list
+             **reading                          # for `read_pair`: fit, window, page, label, axis
             ) -> DataLoaders:                   # with `.pairs_train`, `.pairs_valid` and `.size`
     "fastai DataLoaders of image/mask batches; `MedsynError` for too few, damaged or overlapping pairs."
     train, held_out = _split(list(pairs), valid, seed)
@@ -1557,7 +1584,7 @@ def pair_dls(pairs: list,                       # training `Pair`s; with a share
 
 # %% ../../nbs/api/11_data.pairs.ipynb #b2968611
 class ImageDataset(PairDataset):
-    "Images as tuples of one `TensorImage` uint8 (3,size,size), decoded once; with `blank` an empty mask too."
+    "Images as tuples of one `TensorImage` uint8 (3,H,W), decoded once; with `blank` an empty mask too."
     blank = False
     def read(self, item):
         image = _image_tensor(read_image(item, self.size, **self.reading))
@@ -1570,11 +1597,11 @@ def image_dls(images: list,                         # image files, see `find_ima
               seed: int = 0,                        # for the order and the augmentation
               augment: str | bool = True,           # as in `pair_dls`
               device: torch.device | str = None,    # where the batches go; `None`: see `default_device`
-              shuffle: bool = True,                 # False: every image once, in the given order
-              cache: bool = True,  # keep the decoded pictures in memory if they fit in 2 GiB
-              blank: bool = False,  # with an empty mask beside each image: batches (x, y)
-              **reading                             # for `read_image`: fit, window, page
-             ) -> SeededDL:                         # batches (x,), x float (B,3,size,size) in [0,1]
+              shuffle: bool = True,                 # and drop an incomplete last batch; False: all, in order
+              cache: bool = True,                   # keep the decoded pictures in memory, up to 2 GiB
+              blank: bool = False,                  # an empty mask beside each image: batches (x, y)
+              **reading                             # for `read_image`: fit, window, page, axis
+             ) -> SeededDL:                         # batches (x,), x float (B,3,H,W) in [0,1]
     "A loader of images alone; `MedsynError` if there are none or one cannot be read."
     if not len(images): raise MedsynError("the list of images is empty: give at least one image")
     dataset = ImageDataset(images, size, cache, **reading)

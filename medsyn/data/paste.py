@@ -23,9 +23,9 @@ def _gaussian(sigma):
     return weights/weights.sum()
 
 def feathered(mask: Tensor,         # (B,1,H,W) in {0,1}
-              feather: float = 1.5  # standard deviation of the border in pixels; 0 is a hard edge
+              feather: float = 1.5  # standard deviation of the border in pixels, 0 (a hard edge) or more
              ) -> Tensor:           # (B,1,H,W) float32 in [0,1]
-    "A mask with a soft border, 0 further than three standard deviations from the lesion."
+    "A mask with a soft border, 0 beyond three standard deviations; `MedsynError` if they are negative."
     if feather < 0: raise MedsynError(f"a feathered border of {feather} pixels: give 0 (a hard edge) or more")
     alpha = mask.float()
     if feather == 0: return alpha
@@ -46,18 +46,19 @@ def lesion_centres(masks: Tensor    # (B,1,H,W) in {0,1}
     area = m.sum((1, 2)).clamp(min=1)
     return torch.stack([(m*xs).sum((1, 2))/area, (m*ys[:, None]).sum((1, 2))/area], 1)
 
-def affine_moves(centres: Tensor,   # (B,2) what stays in place, in [-1,1]
+def affine_moves(centres: Tensor,   # (B,2) x and y of the point that stays in place, in [-1,1]
                  scale: Tensor,     # (B,) over 1 enlarges
-                 turn: Tensor,      # (B,) degrees
+                 turn: Tensor,      # (B,) degrees, clockwise
                  mirror: Tensor,    # (B,) 1 mirrors left and right, 0 does not
                  shift: Tensor,     # (B,2) to the right and downwards, as a share of the picture
-                 aspect: float = 1. # width of the pictures over their height: a turn keeps the shape
+                 aspect: float = 1. # width of the pictures over their height, so that a turn keeps the shape
                 ) -> Tensor:        # (B,2,3) for `move`
     "The affine maps that mirror, turn and scale about a centre and then shift."
     angle = turn*math.pi/180
     cos, sin = angle.cos()/scale, angle.sin()/scale
     sign = 1 - 2*mirror
-    across, down = torch.stack([sign*cos, sign*sin/aspect], 1), torch.stack([-sin*aspect, cos], 1)
+    across = torch.stack([sign*cos, sign*sin/aspect], 1)
+    down = torch.stack([-sin*aspect, cos], 1)
     turned = torch.stack([across, down], 1)
     goal = centres + 2*shift                                # a picture is 2 wide in these coordinates
     offset = centres - (turned @ goal[..., None])[..., 0]
@@ -69,7 +70,7 @@ def random_moves(masks: Tensor,                 # (B,1,H,W) masks of the lesions
                  turn: float = 180.,            # largest turn either way, degrees
                  shift: float = .25             # largest shift either way, as a share of the picture
                 ) -> Tensor:                    # (B,2,3) for `move`
-    "One random move for each lesion."
+    "One random move for each lesion; half of them mirror, and the logarithm of the scale is uniform."
     n = len(masks)
     low, high = math.log(scale[0]), math.log(scale[1])
     u = torch.rand(n, 5, generator=generator)
@@ -80,9 +81,9 @@ def random_moves(masks: Tensor,                 # (B,1,H,W) masks of the lesions
 
 def move(x: Tensor,                 # (B,C,H,W) images or masks
          moves: Tensor,             # (B,2,3), as `affine_moves` and `random_moves` return them
-         mode: str = 'bilinear'     # nearest for masks and labels
+         mode: str = 'bilinear'     # or 'nearest', for masks
         ) -> Tensor:                # (B,C,H,W) float32; what comes from outside the picture is 0
-    "Apply a move to each picture."
+    "Apply its move to each picture of a batch."
     x = x.as_subclass(Tensor).float()
     grid = F.affine_grid(moves.to(x), x.shape, align_corners=False)
     return F.grid_sample(x, grid, mode, align_corners=False)
@@ -90,9 +91,9 @@ def move(x: Tensor,                 # (B,C,H,W) images or masks
 # %% ../../nbs/api/14_data.paste.ipynb #f2906974
 def paste(image: Tensor,            # (B,3,H,W) what the lesion is pasted into
           mask: Tensor,             # (B,1,H,W) its mask in {0,1}
-          donor: Tensor,            # (B,3,H,W) images that have the lesion in its new place
-          donor_mask: Tensor,       # (B,1,H,W) where it lies, in {0,1}
-          feather: float = 1.5      # standard deviation of its border in pixels
+          donor: Tensor,            # (B,3,H,W) images with the lesion already in its new place
+          donor_mask: Tensor,       # (B,1,H,W) its mask there, in {0,1}
+          feather: float = 1.5      # standard deviation of its border in pixels, 0 or more
          ) -> tuple:                # images (B,3,H,W) and masks (B,1,H,W)
     "Lay the donor's lesion over the image; the label is the union of both masks."
     alpha = feathered(donor_mask, feather)

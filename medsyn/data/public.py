@@ -36,7 +36,7 @@ class PublicSet:
     page: str           # where it is published
     n: str              # how many pairs
     layout: str         # its folders after unpacking
-    licence: str        # as far as known; the page decides
+    licence: str        # quoted second-hand; what the page says is valid
     citation: str       # what to cite
     files: tuple = ()   # (address, SHA-256 or None) of each archive; empty where a person has to fetch it
     by_hand: str = ''   # what to do by hand
@@ -44,7 +44,7 @@ class PublicSet:
 # %% ../../nbs/api/13_data.public.ipynb #0a223866
 _ISIC = 'https://isic-challenge-data.s3.amazonaws.com'
 def _isic(year, splits, kinds, prefix):
-    "The archives of an ISIC challenge, whose checksums nobody has published."
+    "(address, no checksum) of each archive of an ISIC challenge."
     return tuple((f'{_ISIC}/{year}/{prefix}_{split}_{kind}.zip', None) for split in splits for kind in kinds)
 
 _ISIC_2018 = {
@@ -119,7 +119,7 @@ PUBLIC = {s.name: s for s in _SETS}    # name -> PublicSet
 
 # %% ../../nbs/api/13_data.public.ipynb #fa74f568
 def _open_url(url, start, version, timeout):
-    "The server's answer from byte `start` on, and where it really starts."
+    "The server's answer to a request from byte `start` on, and the byte that it really starts at."
     request = urllib.request.Request(url, headers={'User-Agent': 'medsyn', 'Accept-Encoding': 'identity'})
     if start:
         request.add_header('Range', f'bytes={start}-')
@@ -137,12 +137,12 @@ def _version(headers):
     return etag if etag and not etag.startswith('W/') else headers.get('Last-Modified')
 
 def _arrived(part, known, url):
-    "How many bytes of this file are there already, if they can be continued."
+    "How many bytes of this file are there already; 0 without a version to compare."
     if not part.exists() or known.get('url') != url or not known.get('mark'): return 0
     return part.stat().st_size
 
 def _receive(url, part, state, timeout):
-    "Append what the server sends to `part`; true when all of it is there."
+    "Append what the server sends to `part`; True when the file is complete."
     known = load_json(state) if state.exists() else {}
     answer, start = _open_url(url, _arrived(part, known, url), known.get('mark'), timeout)
     with answer:
@@ -169,7 +169,7 @@ def _sha256(path): return file_hash(path, 64)
 def _size(path): return path.stat().st_size if path.exists() else 0
 
 def _attempts(url, part, state, tries, timeout):
-    "Call `_receive` until the file is complete; `MedsynError` when nothing arrives any more."
+    "Call `_receive` until the file is complete; `MedsynError` after `tries` attempts without a new byte."
     left, reason = tries, ''
     while left:
         before = _size(part)
@@ -190,12 +190,12 @@ def _attempts(url, part, state, tries, timeout):
                       f"what has arrived is kept in {part.name}")
 
 def fetch(url: str,             # http or https
-          dest: str | Path,     # the file to write
+          dest: str | Path,     # the file to write; if it exists, only its checksum is tested
           sha256: str = None,   # the expected SHA-256 in hexadecimal; `None`: not checked
-          tries: int = 5,       # attempts without progress before giving up
-          timeout: float = 30   # seconds to wait for the server
+          tries: int = 5,       # attempts in a row without a new byte before giving up
+          timeout: float = 30   # seconds to wait for the server's answer
          ) -> Path:             # `dest`
-    "Download a file whole or not at all, resuming a part that is there; `MedsynError` if that fails."
+    "Download a file completely or not at all, resuming an earlier part; `MedsynError` if that fails."
     dest = Path(dest)
     if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
         raise MedsynError(f"{url} is no http or https address: download the file yourself and give its path")
@@ -298,7 +298,7 @@ def extract(archive: str | Path,    # a zip or tar file, compressed or not
             max_gb: float = 50,     # most that may come out, in GiB
             max_ratio: float = 200  # the same in multiples of the archive's size (64 MiB are always allowed)
            ) -> Path:               # `dest`
-    "Unpack an archive inside `dest`, whole or not at all; `MedsynError` if it is hostile or damaged."
+    "Unpack an archive into `dest`, completely or not at all; `MedsynError` if it is unsafe or damaged."
     archive, dest = Path(archive), Path(dest)
     if not archive.is_file(): raise MedsynError(f"{archive} is not a file: check the path")
     limit = min(max_gb*2**30, max(2**26, max_ratio*archive.stat().st_size))
@@ -316,17 +316,19 @@ def extract(archive: str | Path,    # a zip or tar file, compressed or not
 
 # %% ../../nbs/api/13_data.public.ipynb #1db21a2c
 def get_public(name: str,           # one of `PUBLIC`
-               dest: str | Path     # folder for it
+               dest: str | Path     # folder to put it into: `dest/downloads` and `dest/name`
               ) -> Path:            # the folder for `find_pairs` (with `split=` where it holds several)
     "Download and unpack a public set; `MedsynError` says what to do by hand where a person has to fetch it."
-    s, dest = PUBLIC[pick(name, PUBLIC, 'public set')], Path(dest)
-    if not s.files:
-        raise MedsynError(f"{s.title} ({s.name}) cannot be fetched by a program: {s.by_hand} ({s.page}; "
-                          f"licence: {s.licence})")
-    for url, sha in s.files:
-        archive = fetch(url, dest/'downloads'/PurePosixPath(urllib.parse.urlsplit(url).path).name, sha)
-        done = archive.with_name(archive.name + '.unpacked')
-        if not done.exists():
-            extract(archive, dest/s.name)
-            done.touch()
-    return dest/s.name
+    wanted = PUBLIC[pick(name, PUBLIC, 'public set')]
+    dest = Path(dest)
+    if not wanted.files:
+        raise MedsynError(f"{wanted.title} ({name}) cannot be fetched by a program: {wanted.by_hand} "
+                          f"({wanted.page}; licence: {wanted.licence})")
+    for url, sha in wanted.files:
+        file_name = PurePosixPath(urllib.parse.urlsplit(url).path).name
+        archive = fetch(url, dest/'downloads'/file_name, sha)
+        unpacked = archive.with_name(archive.name + '.unpacked')     # an empty file that marks it as done
+        if not unpacked.exists():
+            extract(archive, dest/name)
+            unpacked.touch()
+    return dest/name

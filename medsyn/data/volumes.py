@@ -18,8 +18,8 @@ import numpy as np
 from ..core import MedsynError, pick, write_atomic
 
 # %% ../../nbs/api/09_data.volumes.ipynb #9d51d038
-AXES = ('sagittal', 'coronal', 'axial')     # the dimension of a RAS+ array that its slices follow
-UNREAD = ('.nrrd', '.nhdr', '.mha', '.mhd', '.mgz', '.mnc')     # of volumes that are not read
+AXES = ('sagittal', 'coronal', 'axial')     # slices along the first, second, third index of a RAS+ array
+UNREAD = ('.nrrd', '.nhdr', '.mha', '.mhd', '.mgz', '.mnc')     # endings of volumes that are not read
 NIFTI, DICOM = ('.nii', '.nii.gz'), ('.dcm', '.dicom')
 
 def is_volume(path: str | Path  # a file
@@ -51,15 +51,15 @@ def _library(name):
 # %% ../../nbs/api/09_data.volumes.ipynb #a4ce77b7
 @dataclass(eq=False)
 class Volume:
-    "A volume, or the frames of a file; `slice` returns one picture."
-    values: np.ndarray          # (X,Y,Z) in RAS+ order; (n,H,W[,3]) for frames without a position in the body
+    "A volume, or the frames of one DICOM file; `slice` returns one picture."
+    values: np.ndarray          # (X,Y,Z) in RAS+ order; (n,H,W) or (n,H,W,3) for frames without a position
     affine: np.ndarray = None   # (4,4) from RAS+ indices to millimetres; `None`: frames without a position
     stored_affine: np.ndarray = None    # (4,4) of the file's own order
     inverted: bool = False      # whether small values are bright (DICOM's MONOCHROME1)
     window: tuple = None        # (lo, hi) that the file suggests
 
     def count(self, axis: str = 'axial') -> int:
-        "How many slices there are along an axis."
+        "How many slices there are along an axis; without a position, how many frames."
         pick(axis, AXES, 'axis')
         return len(self.values) if self.affine is None else self.values.shape[AXES.index(axis)]
 
@@ -162,7 +162,7 @@ def _read_dicom(path):
 
 # %% ../../nbs/api/09_data.volumes.ipynb #394be3c8
 def _place(dataset, path):
-    "Orientation (6,), position (3,) and voxel size (2,) of a slice."
+    "Orientation (6,), position (3,) and distance of rows and columns (2,) of a slice, in millimetres."
     try:
         orientation = np.array(dataset.ImageOrientationPatient, float)
         position = np.array(dataset.ImagePositionPatient, float)
@@ -218,7 +218,7 @@ def _opened(path, changed, size):
     return _read_nifti(path) if path.name.lower().endswith(NIFTI) else _read_dicom(path)
 
 def open_volume(path: str | Path    # a NIfTI or DICOM file, or the folder of a DICOM series
-               ) -> Volume:         # the last four files are kept open
+               ) -> Volume:         # the last four files (not series) stay in memory
     "Open a volume; `MedsynError` if it cannot be read."
     path = Path(path)
     if path.is_dir(): return read_series(path)
@@ -230,18 +230,18 @@ def open_volume(path: str | Path    # a NIfTI or DICOM file, or the folder of a 
 
 def same_place(a: Volume,   # a volume
                b: Volume,   # another
-               close: float = 1e-3  # of the affines' entries, in millimetres
+               close: float = 1e-3  # largest difference between entries of the affines, in millimetres
               ) -> bool:    # whether a voxel index means the same position in both
     "Whether two volumes have the same grid; frames without a position need only the same shape."
     if a.affine is None or b.affine is None: return a.values.shape[:3] == b.values.shape[:3]
     return a.values.shape == b.values.shape and abs(a.affine - b.affine).max() <= close
 
 # %% ../../nbs/api/09_data.volumes.ipynb #70928b8d
-def stack_of(volume: Volume,    # the volume that the slices were taken from
+def stack_of(volume: Volume,    # the volume that the slices were taken from; it must have an affine
              slices: list,      # (H,W) arrays, one for each slice along `axis`, of one type
              axis: str = 'axial'# the axis that they were taken along
             ) -> np.ndarray:    # of the volume's shape, in RAS+ order
-    "Slices stacked into a volume: the inverse of `Volume.slice`."
+    "Slices stacked into a volume, the inverse of `Volume.slice`; `MedsynError` unless all are given."
     along = AXES.index(pick(axis, AXES, 'axis'))
     if len(slices) != volume.count(axis):
         raise MedsynError(f"{len(slices)} slices for a volume that has {volume.count(axis)} along {axis}: "
@@ -250,13 +250,14 @@ def stack_of(volume: Volume,    # the volume that the slices were taken from
     return np.stack(turned, axis=along)
 
 def save_masks(path: str | Path,    # the file to write, .nii.gz
-               volume: Volume,      # the volume that the slices were taken from
+               volume: Volume,      # the volume that the slices were taken from; it must have an affine
                slices: list,        # masks (H,W) uint8, one for each slice
                axis: str = 'axial'  # the axis that they were taken along
               ) -> Path:            # the file
     "Write masks of slices as a NIfTI volume on the grid of the original, with a new header."
     nib = _library('nibabel')
     stacked = nib.Nifti1Image(stack_of(volume, slices, axis), volume.affine)
-    there = nib.orientations.io_orientation(volume.stored_affine)
-    back = nib.orientations.ornt_transform(nib.orientations.io_orientation(volume.affine), there)
-    return write_atomic(path, gzip.compress(stacked.as_reoriented(back).to_bytes(), mtime=0))
+    stored_order = nib.orientations.io_orientation(volume.stored_affine)
+    ras_order = nib.orientations.io_orientation(volume.affine)
+    to_stored = nib.orientations.ornt_transform(ras_order, stored_order)
+    return write_atomic(path, gzip.compress(stacked.as_reoriented(to_stored).to_bytes(), mtime=0))
