@@ -177,8 +177,16 @@ def write_card(folder: str | Path,      # a saved folder
     return write_atomic(folder/'README.md', card_text(folder, licence))
 
 # %% ../nbs/api/07_cards.ipynb #deeb71a3
-_PUBLISHED = ('.safetensors', '.json', '.jsonl', '.csv', '.png', '.txt', '.md')
+_PUBLISHED = ('.safetensors', '.json', '.png')
+_TEXTS = ('README.md', 'manifest.jsonl', 'log.csv', 'probe.csv', 'merges.txt', 'vocab.txt')     # no others:
+                                                            # a table or a text may name patients or reviewers
 _PRIVATE = (*_MARKS.values(), 'predict.json', 'fit.json')   # marks of runs
+_UNFINISHED = ('live', 'state')                             # folders of a run while it trains
+
+def _is_public(path):
+    "Whether a file may be published, by its path below the saved folder."
+    if {*path.parts[:-1]} & {*_UNFINISHED} or path.name in _PRIVATE: return False
+    return path.name in _TEXTS or path.suffix in _PUBLISHED
 
 def check_novelty(folder: Path  # a synthetic set
                  ):
@@ -217,7 +225,7 @@ def stage(folder: str | Path,   # a saved folder
     folder, target = Path(folder), Path(target)
     if kind_of(folder) == 'synthetic set': check_novelty(folder)
     for file in sorted(folder.rglob('*')):
-        if not file.is_file() or file.name in _PRIVATE or file.suffix not in _PUBLISHED: continue
+        if not file.is_file() or not _is_public(file.relative_to(folder)): continue
         if not file.resolve().is_relative_to(folder.resolve()):
             raise MedsynError(f"{file} is a link to a place outside {folder}: remove it")
         with os_errors(target): _copy_public(file, target/file.relative_to(folder))

@@ -10,8 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
+from medsyn.data.layouts import convert
 from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks, find_images,
-                               find_pairs, fitting_size, pair_dls, pairs_hash, read_image, read_mask,
+                               find_pairs, fitting_size, group_of, pair_dls, pairs_hash, read_image, read_mask,
                                read_pair, reading, save_list)
 
 N = 24
@@ -569,3 +570,14 @@ def test_a_label_does_not_empty_masks_that_know_no_classes(tmp_path):
     clean_masks(folder, tmp_path/'clean', label=[1, 255])
     areas = {p.name: int(read_mask(p).sum()) for p in find_pairs(tmp_path/'clean')}
     assert areas['0002'] == 25 and all(areas.values())
+
+def test_a_copy_keeps_the_groups_of_its_source(tmp_path):
+    folder = lesion_folder(tmp_path/'a', 4, 32)
+    lines = [f'{i:04d},patient{i//2},C{1 + i%2}\n' for i in range(4)]
+    (folder/'manifest.csv').write_text('id,group,centre\n' + ''.join(lines))
+    clean_masks(folder, tmp_path/'clean')
+    convert(folder, tmp_path/'converted', to='pairs')
+    for copy in ('clean', 'converted'):
+        groups = [group_of(p) for p in find_pairs(tmp_path/copy)]
+        assert groups == ['patient0', 'patient0', 'patient1', 'patient1']
+    assert len(find_pairs(tmp_path/'clean', where=dict(centre='C2'))) == 2

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core import (MedsynError, load_json, open_run, pick, removed_on_error, save_json, track,
                          write_atomic)
-from .pairs import (Pair, Reading, find_pairs, png_of, read_image, read_mask, read_pair,
+from .pairs import (Pair, Reading, find_pairs, group_of, png_of, read_image, read_mask, read_pair,
                                read_table, refuse_classes, show_slice)
 from .volumes import DICOM, is_volume, open_volume, same_place, stem_of
 
@@ -75,7 +75,7 @@ class Item:
 
 def _from_pairs(path, how):
     pairs = find_pairs(path, how=how)
-    return [Item(p.name, p.image, p.mask, reading=p.reading) for p in pairs]
+    return [Item(p.name, p.image, p.mask, group=group_of(p), reading=p.reading) for p in pairs]
 
 def _from_nnunet(path, how):
     "`imagesTr/NAME_0000.*` and `labelsTr/NAME.*`."

@@ -400,6 +400,25 @@ def _scan(path, split=None, unite=False):
     return sorted(pairs, key=lambda p: p.name), rows
 
 # %% ../../nbs/api/11_data.pairs.ipynb #03662fd2
+def _manifest_beside(pair):
+    "The `manifest.csv` that describes a pair, or `None`."
+    image = Path(pair.image or pair.mask)
+    for folder in (image.parent, image.parent.parent):
+        if (folder/'manifest.csv').is_file(): return folder/'manifest.csv'
+
+def _manifest_rows(pairs):
+    "What the manifests beside some pairs say of them, by `name`; without a manifest an empty table."
+    known, rows = {}, []        # manifest -> name -> its row
+    for pair in pairs:
+        file = _manifest_beside(pair)
+        if file is None: continue
+        if file not in known:
+            table = read_table(file, 'write it again')
+            known[file] = dict(zip(table.iloc[:, 0], table.iloc[:, 1:].to_dict('records')))
+        row = known[file].get(pair.name, known[file].get(Path(pair.image).stem))
+        if row is not None: rows.append({'name': pair.name} | {k: v for k, v in row.items() if k != 'name'})
+    return pd.DataFrame(rows).fillna('')
+
 def _where(path, pairs, where):
     "The pairs whose line in `manifest.csv` has the wanted values."
     table = Path(path)/'manifest.csv'
@@ -1276,7 +1295,9 @@ def clean_masks(path: str | Path,               # folder in a known layout
                 exif: str = None,               # 'turn' or 'ignore' rotation tags; `None`: refuse if unclear
                 leave_out: bool = False         # leave out and list what cannot be mended
                ) -> pd.DataFrame: # name, unsure (share between 10% and 90%), masks (united), window, changes
-    "Write a copy with two-valued masks; `MedsynError` if a pair cannot be mended or `out` is in use."
+    """Write a copy with two-valued masks, and with the rows of `manifest.csv`.
+
+    `MedsynError` if a pair cannot be mended or `out` is in use."""
     pairs, problems = _scan(path, unite=True)
     if problems and not leave_out: find_pairs(path)               # names what does not pair up
     choices = reading(window, label, page=page)
@@ -1303,6 +1324,8 @@ def clean_masks(path: str | Path,               # folder in a known layout
             n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
             done = dict(name=p.name, unsure=unsure, masks=n_masks, window=used)
             rows.append(dict(done, changes='; '.join(changes)))
+        described = _manifest_rows(pairs)       # the groups that no split divides, and what `where` selects by
+        if len(described): write_atomic(out/'manifest.csv', described.to_csv(index=False))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
 
 # %% ../../nbs/api/11_data.pairs.ipynb #85223663
@@ -1317,13 +1340,10 @@ def _groups_of(table, changed):
 def group_of(pair: Pair     # from `find_pairs`
             ) -> str:       # its group (patient, video), or its name
     "What a split keeps together: the column `group` of the `manifest.csv` beside the pair, else its name."
-    image = Path(pair.image or pair.mask)
-    for folder in (image.parent, image.parent.parent):
-        table = folder/'manifest.csv'
-        if not table.is_file(): continue
-        groups = _groups_of(table, table.stat().st_mtime_ns)
-        return groups.get(pair.name, groups.get(image.stem, pair.name))
-    return pair.name
+    table = _manifest_beside(pair)
+    if table is None: return pair.name
+    groups = _groups_of(table, table.stat().st_mtime_ns)
+    return groups.get(pair.name, groups.get(Path(pair.image or pair.mask).stem, pair.name))
 
 # %% ../../nbs/api/11_data.pairs.ipynb #a58030d0
 def split_pairs(pairs: list,            # of `Pair`
