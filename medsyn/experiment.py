@@ -123,7 +123,7 @@ def open_arm(form: object,              # a short form, an `Arm`, a list of `Pai
 
 # %% ../nbs/api/70_experiment.ipynb #d99bbba9
 class HeldOutCurveCB(EvalCB):
-    "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the run trained until flat?"
+    "Dice at probability 0.5 on the held-out real pairs, every `every` steps: is the curve flat at the end?"
     column = 'held-out dice@0.5'
 
     def evaluate(self) -> dict:
@@ -271,7 +271,8 @@ def design(arms: dict,              # name -> form
     return runs
 
 # %% ../nbs/api/70_experiment.ipynb #159dbd31
-HEARTBEAT, VOID_AFTER = 30, 600     # seconds between signs of life; without one for so long, a claim is void
+HEARTBEAT = 30      # seconds between two signs of life of a claim
+VOID_AFTER = 600    # seconds without a sign of life after which a claim is void
 
 def _is_alive(pid):
     "Whether a process of this machine exists."
@@ -410,8 +411,8 @@ def _one_each(what, given, segmenters):
                       " give one for all, or one for each in their order")
 
 # %% ../nbs/api/70_experiment.ipynb #4a6984e6
-METRICS_SHOWN = ('dice@0.5', 'iou@0.5', 'dice@256', 'iou@256')
-FACTORS = ['arm', 'segmenter', 'subset', 'generator', 'seed']
+METRICS_SHOWN = ('dice@0.5', 'iou@0.5', 'dice@256', 'iou@256')     # columns of the table by default
+FACTORS = ['arm', 'segmenter', 'subset', 'generator', 'seed']       # in which runs differ
 
 @dataclass
 class _Plan:

@@ -118,7 +118,7 @@ class Results:
         arm: str = None,    # whose prediction is outlined in magenta; `None`: none
         side: int = 320     # the longer side, in pixels
     ) -> bytes:             # a PNG file
-        "The image with its mask in green and a prediction in magenta."
+        "The image with its mask outlined in green and a prediction, at probability 0.5, in magenta."
         image, mask = read_pair(self.pair(case))
         if arm is None: return picture_bytes(image, side, mask)
         p = self.prediction(case, pick(arm, self.arms, 'arm'))
@@ -132,6 +132,6 @@ class Results:
         outlines = [(Image.fromarray(mask*255), Image.Resampling.NEAREST, '#39ff14'),
                     (Image.fromarray((p*255).astype(np.uint8)), Image.Resampling.BILINEAR, '#ff39d0')]
         for outline, how, color in outlines:
-            found = (np.asarray(outline.resize(shape, how)) > 127).astype(np.uint8)*255
-            shown = contour(shown, found, color=color)[0]
+            region = (np.asarray(outline.resize(shape, how)) > 127).astype(np.uint8)*255
+            shown = contour(shown, region, color=color)[0]
         return picture_bytes(shown, side)
