@@ -70,8 +70,8 @@ def nearest(query: Tensor,          # (M,D) vectors
 # %% ../../nbs/api/62_evaluate.novelty.ipynb #29a60d34
 @dataclass
 class Novelty:
-    "What `novelty` found: one row per synthetic image, one per space, and the images for the picture."
-    frame: pd.DataFrame     # per synthetic image and space: nearest training image, flip, distance, rank
+    "The result of `novelty`: a table of synthetic images, one of spaces, and the images for the figure."
+    frame: pd.DataFrame     # per image and space: nearest, flip, d, rank (share of real d below it), close
     summary: pd.DataFrame   # per space: threshold, share closer, medians, counts, extractor
     real_d: dict            # space -> nearest-neighbour distances within the training set
     real: list              # training images, as `image_list` gives them
@@ -112,7 +112,7 @@ def novelty(real: str | Path | list | np.ndarray,   # training images, as for `i
             device: str = None, # `None`: the accelerator if there is one
             cache: str | Path = None # folder to keep features in; `None`: not kept
            ) -> Novelty:        # `.frame`, `.summary`; see `show_closest`
-    "Distances of synthetic images to the training set, beside those within it."
+    "Distances of synthetic images to the training set, and those within it; it needs 3 training images."
     real, fake = image_list(real, 'training images'), image_list(fake, 'synthetic images')
     if len(real) < 3:
         raise MedsynError(f"{len(real)} training images: at least three are needed to know how near"

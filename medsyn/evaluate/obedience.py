@@ -53,7 +53,7 @@ def agreement(segmenter: Segmenter,     # trained on real pairs alone
 # %% ../../nbs/api/64_evaluate.obedience.ipynb #22c4c712
 @dataclass
 class Obedience:
-    "What `obedience` found."
+    "The result of `obedience`."
     frame: pd.DataFrame     # set (synthetic, real), name, `SCORES`, mask, found; one row per image
     summary: pd.DataFrame   # set, metric, value, lo, hi, n, extractor, note; one row per set and metric
     size: int | tuple       # side, or (height, width), in pixels at which both sets were compared
@@ -173,11 +173,11 @@ def keep_obedient(segmenter: Segmenter, # trained on real pairs alone
     return keep
 
 def keep_believed(generator: object,    # the generator, or another one with a mask, trained
-                  least: float = 0.,    # smallest margin
+                  least: float = 0.,    # smallest margin: 0.05 asks for a shifted loss 5% higher
                   ts: tuple = (100, 300, 500, 700, 900), # timesteps to average over
                   seed: int = 0         # of the noise
                  ) -> Callable:         # (image uint8 (H,W,3), mask uint8 (H,W)) -> (bool, scores)
-    "A test for `synthesize(keep=...)`: the image's own mask must have a lower loss than it shifted."
+    "A test for `synthesize(keep=...)`: the loss under the pair's mask must be lower than under it shifted."
     _check_takes_mask(generator, 'cannot judge one')
 
     def keep(image, mask):

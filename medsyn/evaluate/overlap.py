@@ -27,7 +27,8 @@ from ..segment.learner import foreground, predict, upsample
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #f65581ec
 THRESHOLDS = np.arange(256) / 255
 
-def minmax(p: np.ndarray):  # (H,W) -> (H,W) in [0,1]
+def minmax(p: np.ndarray    # (H,W)
+          ):                # (H,W) in [0,1]
     "Stretch to [0,1]; a constant becomes 0, as in the toolbox."
     p = np.asarray(p, np.float64)
     return (p - p.min()) / (p.max() - p.min()) if p.max() > p.min() else np.zeros_like(p)
@@ -36,14 +37,19 @@ def threshold_counts(q: np.ndarray,     # (H,W) in [0,1]
                      g: np.ndarray       # (H,W) bool
                     ):      # true positives (256,), false positives (256,)
     "Pixels inside and outside the mask that reach each of the 256 thresholds."
-    i = np.minimum((q * 255).astype(np.intp), 255)
-    i -= q < THRESHOLDS[i]                              # the product may round up across a threshold, or down
-    i += q >= np.append(THRESHOLDS, 2.)[i + 1]
-    above = lambda j: np.bincount(j, minlength=256)[::-1].cumsum()[::-1]
-    return above(i[g]), above(i[~g])
+    highest = np.minimum((q * 255).astype(np.intp), 255)    # the highest threshold that each pixel reaches
+    # the product may be rounded up or down across a threshold
+    highest -= q < THRESHOLDS[highest]
+    next_thresholds = np.append(THRESHOLDS[1:], 2.)         # after the last, one that nothing reaches
+    highest += q >= next_thresholds[highest]
+    def reaching(pixels): return np.bincount(pixels, minlength=256)[::-1].cumsum()[::-1]
+    return reaching(highest[g]), reaching(highest[~g])
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #79a7fcce
-def dice_iou(tp: np.ndarray, fp: np.ndarray, n: int):    # counts of any shape, and the number of mask pixels
+def dice_iou(tp: np.ndarray,    # true positives, of any shape
+             fp: np.ndarray,    # false positives, of the same shape
+             n: int             # pixels of the mask
+            ):                  # Dice and IoU in [0,1], each of that shape
     "Dice and IoU from counts; 0 where there is no true positive."
     tp, fp = np.asarray(tp, float), np.asarray(fp, float)
     return 2*tp / np.maximum(tp + fp + n, 1), tp / np.maximum(fp + n, 1)
@@ -75,10 +81,11 @@ def s_measure(q: np.ndarray,    # (H,W) in [0,1]
     return float(max(0., (object_part + region_part)/2))
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #bcd9fc59
-def e_curve(tp: np.ndarray, fp: np.ndarray,     # counts per threshold, any shape
-            n: int,     # mask pixels
-            total: int  # pixels
-           ):           # E_phi per threshold
+def e_curve(tp: np.ndarray, # true positives per threshold, of any shape
+            fp: np.ndarray, # false positives per threshold, of the same shape
+            n: int,         # pixels of the mask
+            total: int      # pixels of the image, N
+           ):               # E_phi per threshold, 0 to N/(N-1)
     "Enhanced-alignment measure (Fan et al., 2018) from counts."
     tp, fp = np.asarray(tp, float), np.asarray(fp, float)
     if n == 0: return (total - fp) / (total - 1 + 1e-16)
@@ -122,8 +129,8 @@ def hausdorff95(b: np.ndarray,  # (H,W) bool, predicted
     "95th percentile Hausdorff distance of two outlines; the diagonal if only one of them is empty."
     if not b.any() and not g.any(): return 0.
     if not b.any() or not g.any(): return float(np.hypot(*g.shape))
-    found, true = _outline(b), _outline(g)
-    return float(max(_directed95(found, true), _directed95(true, found)))
+    predicted, true = _outline(b), _outline(g)
+    return float(max(_directed95(predicted, true), _directed95(true, predicted)))
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #62d2c708
 class Case:
@@ -134,17 +141,27 @@ class Case:
     ):
         self.p, self.g, self.n = p, g, int(g.sum())
     @cached_property
-    def q(self): return minmax(self.p)
+    def q(self):
+        "The normalised map, (H,W) in [0,1]."
+        return minmax(self.p)
     @cached_property
-    def b(self): return self.p > .5
+    def b(self):
+        "The prediction at 0.5, (H,W) bool."
+        return self.p > .5
     @cached_property
-    def counts(self): return threshold_counts(self.q, self.g)
+    def counts(self):
+        "True and false positives of the normalised map at each threshold, two times (256,)."
+        return threshold_counts(self.q, self.g)
     @cached_property
     def at_half(self):
+        "Dice and IoU at 0.5; 1 if mask and prediction are empty."
         if not self.n and not self.b.any(): return 1., 1.
-        return tuple(float(v) for v in dice_iou((self.b & self.g).sum(), (self.b & ~self.g).sum(), self.n))
+        true_positives, false_positives = (self.b & self.g).sum(), (self.b & ~self.g).sum()
+        return tuple(float(v) for v in dice_iou(true_positives, false_positives, self.n))
     @cached_property
-    def e(self): return e_curve(*self.counts, self.n, self.g.size)
+    def e(self):
+        "E_phi of the normalised map at each threshold, (256,)."
+        return e_curve(*self.counts, self.n, self.g.size)
 
 # %% ../../nbs/api/60_evaluate.overlap.ipynb #863ca869
 METRICS = {
@@ -168,7 +185,8 @@ def _case(pred, mask, logits):
     "Check one prediction and its mask; `Case` of a probability in [0,1] and a bool mask of the same size."
     g = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
     if g.ndim != 2: raise MedsynError(f"the mask has shape {g.shape}: give one mask (H,W)")
-    g = g > (128 if g.max(initial=0) > 1 else 0)
+    largest_background = 128 if g.max(initial=0) > 1 else 0     # 0..255, or {0,1}
+    g = g > largest_background
     t = torch.as_tensor(pred).detach().cpu()
     if logits: t = upsample(t, g.shape).sigmoid()
     if t.shape != g.shape:
@@ -248,7 +266,8 @@ def evaluate_segmenter(model: nn.Module,    # a `Segmenter`
         "The rows of one batch."
         testset, batch = item
         images, masks = zip(*map(read_pair, batch))
-        predictions, rows = predict(model, list(images), size=size, bs=bs, device=device), []
+        predictions = predict(model, list(images), size=size, bs=bs, device=device)
+        rows = []
         for pair, p, mask in zip(batch, predictions, masks):
             rows.append(dict(testset=testset, name=pair.name, **score(p, mask, metrics)))
             if callback: callback(testset, pair, p)

@@ -284,9 +284,11 @@ def _set_rows(diff, runs, images, over, **kw):
         parts += [('Overall', everything, 'overall'), ('AVE', everything, 'ave')]
     levels = {f: int(runs[f].nunique()) if f in runs else 1 for f in RUN_FACTORS}
     for name, part, average in parts:
-        found = _interval(diff[:, part], runs, images.testset[part].to_numpy(), over, average=average, **kw)
+        strata = images.testset[part].to_numpy()
+        interval = _interval(diff[:, part], runs, strata, over, average=average, **kw)
         counts = dict(seeds=levels['seed'], generators=levels['generator'], subsets=levels['subset'])
-        yield dict(testset=name, **found, **counts, shown=not found['lo'] <= 0 <= found['hi'])
+        includes_zero = interval['lo'] <= 0 <= interval['hi']
+        yield dict(testset=name, **interval, **counts, shown=not includes_zero)
 
 def compare_arms(scores: pd.DataFrame,      # arm, segmenter, seed, testset, name, metric; subset, generator
                  baseline: str,             # the arm the others are compared with

@@ -115,7 +115,7 @@ class RealAnchorCB(Callback):
     def __init__(self,
         every: int = 16,        # steps between updates, K
         start: float = .9,      # both gates at the beginning, in (0,1)
-        prior: float = 2.,      # lambda at the end of the run
+        prior: float = 2.,      # lambda: the closing force at the end of the run, 0 or more
         rate: float = 20.,      # R: change of a logit by a constant force of 1 in the whole run
         bound: float = 4.,      # largest absolute logit
         delta: float = .02      # half the width of the central difference in s

@@ -43,13 +43,15 @@ def noised_images(generator: nn.Module, # takes a mask; any class
                   rng: torch.Generator, # on the CPU: timesteps and noise
                   t_range: tuple = (200, 800), # timesteps, the first included, the last not
                   n_t: int = 1,         # draws per image
-                  prompt: str = None    # default: the backbone's
+                  prompt: str = None    # `None`: the backbone's
                  ) -> Iterator:         # `n_t` times zt, t, eps and a condition that still lacks its mask
     "Noised latents, and the part of the generator's computation that does not depend on the mask."
-    backbone, dtype = generator.backbone, next(generator.parameters()).dtype
+    backbone = generator.backbone
+    dtype = next(generator.parameters()).dtype
     with torch.no_grad():
         x0 = fit_size(x.as_subclass(Tensor).float(), backbone.size).to(backbone.device, dtype)*2 - 1
-        z0, no_mask = backbone.codec.encode(x0), x0.new_zeros(len(x0), 1, *x0.shape[2:])
+        z0 = backbone.codec.encode(x0)
+        no_mask = x0.new_zeros(len(x0), 1, *x0.shape[2:])
     for _ in range(n_t):
         t = torch.randint(*t_range, (len(x0),), generator=rng).to(backbone.device)
         eps = torch.randn(z0.shape, generator=rng).to(z0)
@@ -72,7 +74,8 @@ def feedback(generator: nn.Module,  # takes a mask; any class
              mask: Tensor           # (B,1,H,W) in [0,1]
             ) -> tuple:             # the mean loss, and its gradient with respect to the mask (B,1,H,W)
     "Generative feedback and its gradient; the generator's weights get none."
-    leaf, losses, grads = mask.detach().requires_grad_(), [], []
+    leaf = mask.detach().requires_grad_()
+    losses, grads = [], []
     for draw in noised:
         with torch.enable_grad(): loss = judged(generator, draw, leaf).mean()
         grads.append(torch.autograd.grad(loss, leaf)[0])
@@ -104,13 +107,13 @@ class GenerativeFeedbackCB(LossTermCB):
     name, keeps = 'L_fb', ('rng',)
     def __init__(self,
         generator: nn.Module,           # takes a mask; any class (`load_generator` opens one)
-        weight: float = 1.,             # of the term
+        weight: float = 1.,             # factor of the term in the loss; 1 in the paper
         temperature: float = 0.5,       # lambda, in (0, 1]
         t_range: tuple = (200, 800),    # timesteps, the first included, the last not
         every: int = 1,                 # the term is computed once in `every` steps
         n_t: int = 1,                   # draws of timestep and noise per image and step
-        resize: bool = False,           # let a generator of another image size judge
-        prompt: str = None,             # default: the backbone's
+        resize: bool = False,           # let a generator of another size judge; images and masks are resized
+        prompt: str = None,             # `None`: the backbone's
         seed: int = 0                   # of timesteps and noise
     ):
         super().__init__(weight)

@@ -56,7 +56,7 @@ def cross_entropy(out: Tensor,              # network output (B,C,H,W), C = 1 or
 
 def bce_dice(out: Tensor,               # network output (B,C,H,W), C = 1 or 2
              mask: Tensor,              # (B,H,W) in {0,1}
-             smooth: float = 1.,        # pixels added above and below: an empty mask left empty costs 0
+             smooth: float = 1.,        # added to numerator and denominator: an empty mask left empty costs 0
              reduction: str = 'mean'    # mean, or none: (B,)
             ) -> Tensor:                # scalar
     "Cross-entropy plus one minus the soft Dice, which is taken per image."
@@ -153,14 +153,14 @@ class SegmenterEMACB(EMACB):
 
 # %% ../../nbs/api/52_segment.learner.ipynb #ff8fbbfa
 def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,1], y (B,H,W) in {0,1}
-                    model: nn.Module,           # a `Segmenter`, or any network for images in [0,1]
+                    model: nn.Module,           # a `Segmenter`, or any network (B,3,H,W) -> logits (B,C,H,W)
                     loss: str | Callable = 'bce_dice', # key of `LOSSES`, or a function (out, mask) -> scalar
                     lr: float = 1e-3,           # peak learning rate
                     wd: float = 1e-2,           # AdamW's weight decay
                     metrics: list = None,       # fastai metrics; `None`: `DiceMetric`
                     clip: float = 1.,           # largest gradient norm; `None`: no clipping
                     ema: float | str = None,    # decay of averaged weights, see `train.EMACB`; `None`: none
-                    channels_last: bool = None, # memory format of the network; `None`: on a CPU and on CUDA
+                    channels_last: bool = None, # memory format of the network; `None`: yes on CPU and CUDA
                     opt_func: Callable = None,  # makes the optimiser; `None`: AdamW
                     splitter: Callable = trainable_params, # network -> groups of parameters
                     cbs: list = ()              # further callbacks: what a paper adds
@@ -207,17 +207,20 @@ def _batch(images, geometries, device):
     stacked = np.stack([g.image(image) for g, image in zip(geometries, images, strict=True)])
     return torch.from_numpy(stacked).to(device).permute(0, 3, 1, 2).float() / 255
 
-NOT_SHOWN = -20.    # the logit where the network has seen nothing: probability 2e-9
+NOT_SHOWN = -20.    # the logit where the image was cropped away: probability 2e-9
 
 def to_original(out: Tensor,        # logits (C,h,w) at the network's size
                 geometry: Geometry  # how the image came to that size
                ) -> Tensor:         # (H,W) logit of the foreground at the image's size
     "The way back: padding is left off, and what was cropped away gets the logit `NOT_SHOWN`."
     if geometry.fit == 'stretch': return upsample(out, geometry.original)
-    (top, left, height, width), (ptop, pleft, pheight, pwidth) = geometry.boxes
-    seen = upsample(out[:, ptop:ptop + pheight, pleft:pleft + pwidth], (height, width))
-    logit = seen.new_full(geometry.original, NOT_SHOWN)
-    logit[top:top + height, left:left + width] = seen
+    in_image, in_output = geometry.boxes
+    top, left, height, width = in_output
+    shown_part = out[:, top:top + height, left:left + width]
+    top, left, height, width = in_image
+    shown_logit = upsample(shown_part, (height, width))
+    logit = shown_logit.new_full(geometry.original, NOT_SHOWN)
+    logit[top:top + height, left:left + width] = shown_logit
     return logit
 
 # %% ../../nbs/api/52_segment.learner.ipynb #5e9a02b4
@@ -225,7 +228,7 @@ FLIPS = [(), (-1,), (-2,), (-2, -1)]    # dimensions that are reversed: none, wi
 
 def flip_averaged(model: nn.Module, # (B,3,H,W) -> (B,C,H,W)
                   x: Tensor         # (B,3,H,W) images
-                 ) -> Tensor:       # (B,C,H,W) mean of the four outputs, each turned back
+                 ) -> Tensor:       # (B,C,H,W) mean of the four outputs, each mirrored back
     "The network's output, averaged over the four mirror images of its input."
     outputs = [model(x.flip(dims)).flip(dims) for dims in FLIPS]
     return torch.stack(outputs).mean(0)
@@ -234,15 +237,16 @@ def flip_averaged(model: nn.Module, # (B,3,H,W) -> (B,C,H,W)
 @torch.no_grad()
 def predict(model: Segmenter,   # a segmenter, on any device
             items: list,        # of `Pair`, or uint8 images: (N,H,W,3) or a list of (H,W,3) of any sizes
-            size: int | tuple = None, # side, or (height, width), in pixels; `None`: the model's or images'
-            bs: int = 16,       # images per batch; it does not change the result
-            device: str | torch.device = None, # where to run; `None`: where the model is
+            size: int | tuple = None, # side or (height, width) in pixels; `None`: the model's, or an image's
+            bs: int = 16,       # images per batch; with one size it does not change the result
+            device: str | torch.device = None, # where to run: the model stays there; `None`: where it is
             logits: bool = False, # return logits instead of probabilities
             flips: bool = False, # average over the image, its two mirror images and both at once: four passes
             precision: str = None # fp32, bf16 or fp16; `None`: what the device is made for
            ) -> list:           # float32 arrays (H,W): each image's prediction at its own size
     "Predict the lesion in each image; the model's mode is restored."
-    device, was_training = device or next(model.parameters()).device, model.training
+    device = device or next(model.parameters()).device
+    was_training = model.training
     predictions = []
     model.to(device).eval()
     try:

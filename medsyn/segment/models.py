@@ -32,7 +32,8 @@ from ..data.pairs import FITS, both_sides
 def encoder_name(name: str      # a name of smp ("resnet18") or of timm ("convnext_atto", "tu-convnext_atto")
                 ) -> str:       # the name under which smp knows it
     "The encoder's name as smp spells it; a `MedsynError` with similar names if neither smp nor timm has it."
-    name, of_smp = str(name), smp.encoders.get_encoder_names()
+    name = str(name)
+    of_smp = smp.encoders.get_encoder_names()
     if name in of_smp: return name
     bare = name.removeprefix('tu-')
     if timm.is_model(bare): return f'tu-{bare}'
@@ -100,10 +101,10 @@ def fit_weights(module: nn.Module,  # what the weights are for
         raise MedsynError(f"{where} does not fit {what}: {len(missing)} of {len(needed)} tensors are missing,"
                           f" {missing[0]!r} first; {advice}")
     for name in needed:
-        there, here = tuple(given[name].shape), tuple(current[name].shape)
-        if there != here:
-            raise MedsynError(f"{where} does not fit {what}: {name!r} is {there} there and {here} here;"
-                              f" {advice}")
+        given_shape, needed_shape = tuple(given[name].shape), tuple(current[name].shape)
+        if given_shape != needed_shape:
+            raise MedsynError(f"{where} does not fit {what}: {name!r} is {given_shape} there"
+                              f" and {needed_shape} here; {advice}")
     module.load_state_dict({**current, **given})
     return module
 
@@ -149,10 +150,11 @@ def own_encoder(name: str   # a key of `NETWORKS`
 # %% ../../nbs/api/50_segment.models.ipynb #16098916
 def good_sizes(side: int,           # a side in pixels
                stride: int = 32,    # what it must be a multiple of
-               least: int = None    # the smallest size that is taken, a multiple of it; `None`: the stride
+               least: int = None    # the smallest size taken, a multiple of `stride`; `None`: `stride`
               ) -> list[int]:       # the nearest multiples: one if it fits, else those below and above
     "The sizes nearest to `side` that a network of this stride takes."
-    least, below = least or stride, side // stride * stride
+    least = least or stride
+    below = side // stride * stride
     if below == side >= least: return [side]
     return sorted({max(size, least) for size in (below, below + stride) if size > 0})
 
@@ -162,7 +164,7 @@ def check_size(h: int,      # height in pixels
                what: str,   # the network, for the message
                least: int = None # the smallest size that is taken; `None`: the stride
               ) -> None:
-    "Refuse sides that are no multiples of `stride` or too small, naming the nearest that are not."
+    "`MedsynError` for a side that is no multiple of `stride` or too small; it names the nearest that fit."
     least = least or stride
     bad = [side for side in (h, w) if side % stride or side < least]
     if not bad: return
@@ -181,7 +183,7 @@ def is_weights_file(weights: str | Path    # what was given as `encoder_weights`
 def normalisation(encoder: str,             # an encoder as smp spells it, see `encoder_name`
                   weights: str | Path = None # its weights: `None` (random), a name ('imagenet') or a file
                  ) -> tuple:                # mean and standard deviation, a list of 3 numbers each
-    "The mean and standard deviation per channel with which an encoder's weights were trained."
+    "The mean and standard deviation per channel that an encoder's weights expect; ImageNet's if random."
     imagenet = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     if weights is None: return imagenet
     if not is_weights_file(weights):
@@ -275,7 +277,8 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
               **kw                          # the network's options (`decoder_channels`, `encoder_depth`, ...)
              ) -> Segmenter:                # a segmenter with fresh weights, in training mode
     "Build a segmentation network; `MedsynError` for unknown names and for a size that does not fit."
-    build, encoder = network(name), own_encoder(name) if encoder is None else encoder
+    build = network(name)
+    if encoder is None: encoder = own_encoder(name)
     encoder_of_smp = encoder_name(encoder)
     if classes not in (1, 2):
         raise MedsynError(f"classes is {classes}: lesion masks are two-valued, give 1 or 2")
@@ -327,7 +330,8 @@ def from_pretrained(cls: Segmenter,
                     path: str | Path    # a folder that `save_pretrained` wrote
                    ) -> Segmenter:      # in evaluation mode
     "Open a folder that `save_pretrained` wrote, in evaluation mode; `MedsynError` if it holds anything else."
-    path, advice = Path(path), "give the folder of medsyn segment, or the model of medsyn fit"
+    path = Path(path)
+    advice = "give the folder of medsyn segment, or the model of medsyn fit"
     if not path.is_dir(): raise MedsynError(f"{path} is not a folder: {advice}")
     config = load_json(path/'config.json')
     kind = config.pop('kind', None) if isinstance(config, dict) else None

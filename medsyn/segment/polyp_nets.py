@@ -156,9 +156,9 @@ class ColourExchangeCB(Callback):
         "A random cycle through the batch: the partner of each image."
         seed = seed_of(getattr(self.dls.train, 'seed', 0), 'colour', self.train_iter)
         ring = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        found = torch.empty_like(ring)
-        found[ring] = ring.roll(1)
-        return found
+        partner_of = torch.empty_like(ring)
+        partner_of[ring] = ring.roll(1)
+        return partner_of
 
     def before_batch(self):
         x, *others = self.xb
