@@ -12,8 +12,8 @@ from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.layouts import convert
 from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks, find_images,
-                               find_pairs, fitting_size, group_of, pair_dls, pairs_hash, read_image, read_mask,
-                               read_pair, reading, save_list)
+                               find_masks, find_pairs, fitting_size, group_of, pair_dls, pairs_hash,
+                               read_image, read_mask, read_pair, reading, save_list)
 
 N = 24
 
@@ -581,3 +581,35 @@ def test_a_copy_keeps_the_groups_of_its_source(tmp_path):
         groups = [group_of(p) for p in find_pairs(tmp_path/copy)]
         assert groups == ['patient0', 'patient0', 'patient1', 'patient1']
     assert len(find_pairs(tmp_path/'clean', where=dict(centre='C2'))) == 2
+
+def write_masks(folder, *names):
+    "Masks with a square, as PNG."
+    folder.mkdir(parents=True)
+    square = np.pad(np.full((8, 8), 255, np.uint8), 8)
+    for name in names: Image.fromarray(square).save(folder/f'{name}.png')
+
+def test_folders_without_a_counterpart_are_listed(tmp_path):
+    lesion_folder(tmp_path/'a', 8, 32)
+    assert not len(check_pairs(tmp_path/'a'))
+    lesion_folder(tmp_path/'a'/'extra', 1, 32)
+    write_masks(tmp_path/'a'/'masks_C2', '0000')
+    write_masks(tmp_path/'a'/'ignored', '0000')             # medsyn's own: neither images nor masks by its name
+    listed = check_pairs(tmp_path/'a')
+    assert listed.file.tolist() == ['extra', 'masks_C2'] and set(listed.severity) == {'warning'}
+    assert len(find_pairs(tmp_path/'a')) == 8
+
+def test_folders_with_different_numbers_are_no_pairs(tmp_path):
+    write_masks(tmp_path/'a'/'images_1', '0')
+    write_masks(tmp_path/'a'/'masks_2', '0')
+    with pytest.raises(MedsynError, match='no image/mask pairs'): find_pairs(tmp_path/'a')
+    write_masks(tmp_path/'a'/'images_2', '0')
+    write_masks(tmp_path/'a'/'masks_1', '0')
+    assert [p.mask.parent.name for p in find_pairs(tmp_path/'a')] == ['masks_1', 'masks_2']
+
+@pytest.mark.parametrize('name', ['x_mask', 'x_segmentation', 'x'])
+def test_masks_alone_under_any_name(tmp_path, name):
+    write_masks(tmp_path/'flat', name)
+    write_masks(tmp_path/'below'/'masks', name)
+    for folder in ('flat', 'below'): assert [p.name for p in find_masks(tmp_path/folder)] == [name]
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(MedsynError, match='no image in'): find_masks(tmp_path/'empty')

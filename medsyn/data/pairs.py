@@ -141,10 +141,11 @@ LAYOUTS = ("images/ + masks/ (or image/ + mask/, Original/ + Ground Truth/), "
            "ISIC's *_Input/ + *_GroundTruth/, <set>/images/ + <set>/masks/, "
            "or one folder with a.jpg + a_segmentation.png, a.png + a_mask.png or a.jpg + a.png")
 
+_TASK = re.compile(r'(?<![a-z])(task|part)\d+[a-c]?(-\d+[a-c]?)*')      # of the ISIC challenges: task1-2, part3b
+
 def _role(folder):
     "('image' or 'mask' or None, what remains of the name): 'masks_C1' -> ('mask', 'c1')."
-    words = re.split(r'[^a-z0-9]+', folder.lower())
-    words = [w for w in words if w and not re.fullmatch(r'(task|part)?\d+[a-c]?', w)]
+    words = re.findall(r'[a-z0-9]+', _TASK.sub(' ', folder.lower()))
     rest = '-'.join(w for w in words if w not in MASK_WORDS | IMAGE_WORDS)
     if MASK_WORDS & {*words}: return 'mask', rest
     if IMAGE_WORDS & {*words}: return 'image', rest
@@ -232,12 +233,16 @@ def _folders(path):
     def hidden(name): return name.startswith('.') or name == '__MACOSX'
     return [p for p in sorted(path.iterdir()) if p.is_dir() and not hidden(p.name)]
 
+def _by_role(folders):
+    "The folders of each role and remaining name, and the names that images and masks share."
+    roles = defaultdict(list)
+    for p in folders: roles[_role(p.name)].append(p)
+    return roles, sorted(key for role, key in roles if role == 'image' and ('mask', key) in roles)
+
 def _collections(path, prefix='', depth=2):
     "The collections under a folder: list of (prefix, image files, mask files, other files)."
     folders = _folders(path)
-    roles = defaultdict(list)
-    for p in folders: roles[_role(p.name)].append(p)
-    matched = sorted(key for role, key in roles if role == 'image' and ('mask', key) in roles)
+    roles, matched = _by_role(folders)
     collections = []
     for key in matched:
         images, other_images = _files(_only(path, 'image', roles['image', key]), True)
@@ -253,6 +258,15 @@ def _collections(path, prefix='', depth=2):
     if masks: return [(prefix, images, masks, other)]
     if not depth: return []
     return [c for p in folders for c in _collections(p, f'{prefix}{p.name}/', depth - 1)]
+
+def _unread(path, depth=2):
+    "Folders beside matched ones that hold images, masks or pairs of their own: `_collections` leaves them out."
+    folders = _folders(path)
+    roles, matched = _by_role(folders)
+    if not matched: return [q for p in folders for q in _unread(p, depth - 1)] if depth else []
+    alone = [p for (role, key), ps in roles.items() if role and key not in matched for p in ps]
+    nested = [p for p in folders if not _role(p.name)[0] and _by_role(_folders(p))[1]]
+    return sorted(p for p in [*alone, *nested] if _files(p, True)[0])
 
 def _split_of(collection):
     "'train', 'validation' or 'test' by a collection's prefix, or `None`."
@@ -513,19 +527,20 @@ def find_images(path: str | Path,   # folder of images, folder with `images`, or
     if how is None or not how.chosen(): return sorted(files)
     return sorted(Frame(file, how) for file in files)
 
-def _images_in(path):
-    "The image files of a folder."
+def _images_in(path, role='image'):
+    "The files of a folder of images, or of masks; called x_mask in a folder of images, a file is left out."
     if not path.is_dir():
         raise MedsynError(f"{path} is {'a file' if path.exists() else 'not there'}: give a folder of images")
-    folders = [p for p in sorted(path.iterdir()) if p.is_dir() and _role(p.name) == ('image', '')]
+    folders = [p for p in sorted(path.iterdir()) if p.is_dir() and _role(p.name) == (role, '')]
     if len(folders) > 1:
-        raise MedsynError(f"{path} has two folders of images ({folders[0].name!r} and "
+        raise MedsynError(f"{path} has two folders of {role}s ({folders[0].name!r} and "
                           f"{folders[1].name!r}): give one of them")
     files, other = _files(folders[0] if folders else path, deep=bool(folders))
     if other:
         row = _unknown_type(other[0])
         raise MedsynError(f"{other[0]}: {row['problem']} ({len(other)} such files): {row['remedy']}")
-    images, _ = _flat(files)
+    images, masks = _flat(files)
+    if role == 'mask' and masks: images = masks
     if not images:
         raise MedsynError(f"no image in {path}: give a folder with {', '.join(sorted(IMAGE_TYPES))} files, "
                           "or one with images/")
@@ -536,8 +551,7 @@ def find_masks(path: str | Path,    # folder of masks, or folder with `masks`
               ) -> list:            # of `Pair` whose image is `None`, sorted by name
     "Masks alone, to generate images under; `MedsynError` if there are none."
     path = Path(path)
-    inside = [p for p in _folders(path) if _role(p.name) == ('mask', '')] if path.is_dir() else []
-    files = _images_in(inside[0] if len(inside) == 1 else path)
+    files = _images_in(path, 'mask')
     return sorted(Pair(stem_of(f), None, f, how or Reading()) for f in files)
 
 # %% ../../nbs/api/11_data.pairs.ipynb #c0ddde41
@@ -1201,6 +1215,9 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
     names = Counter(p.name for p in pairs)
     twice = [name for name, n in names.items() if n > 1]
     rows += [_row(name, 'duplicate stem: two pairs have this name', 'rename one of them') for name in twice]
+    if root is not None and root.is_dir():
+        remedy = 'if it is meant, give it and its counterpart names that differ in images and masks alone'
+        rows += [_row(p, 'not read: a folder without a counterpart', remedy, 'warning') for p in _unread(root)]
     if len(pairs) < least:
         remedy = f'at least {least} are needed for training and validation'
         rows.append(_row(root or 'all', f'only {len(pairs)} pairs', remedy))
