@@ -215,7 +215,7 @@ def sample(generator: Denoiser,         # any generator
            init: Tensor = None,         # (N,3,H,W) in [-1,1] to start from instead of noise
            strength: float = None,      # share of the schedule for `init`, [0,1]; `None`: 0.6; with `keep` 1
            keep: Tensor = None,         # (N,1,H,W) in {0,1}: where `init` is kept (1); the rest is generated
-           resample: int = 1,           # how often each step but the last is made (RePaint); above 1: ddim only
+           resample: int = 1,           # how often each step but the last is made (RePaint); above 1: ddim
            desc: str = 'sample',        # title of the progress bar
            interval: Sequence = (0., 1.), # shares of the timesteps between which guidance is used
            precision: str = None        # fp32, bf16 or fp16; `None`: see `train.autocast_of`
