@@ -36,7 +36,7 @@ def module_hash(module: nn.Module   # a codec or text encoder
 
 def entries(file: Path,         # a file that `remember` wrote, or none
             made_with: dict     # what its entries must have been made with
-           ) -> dict:           # name -> tensor; empty if the file is missing, damaged or made with other things
+           ) -> dict:           # name -> tensor; empty if the file is missing, damaged or made otherwise
     "The entries of a cache file that can be trusted."
     try:
         with safe_open(file, 'pt') as f:
