@@ -53,7 +53,7 @@ def plan(pairs: list,           # of `Pair` that lend their masks
 # %% ../nbs/api/40_synth.ipynb #a61081e6
 def generator_hash(generator: torch.nn.Module   # any generator
                   ) -> str:                     # 16 hexadecimal digits
-    "The weights of a generator as a short name."
+    "A hash of all weights and buffers of a generator."
     return content_hash(generator.state_dict())
 
 def png_bytes(a: np.ndarray # uint8, (H,W,3) or (H,W)
@@ -85,7 +85,7 @@ def finished(out: Path      # folder of a synthesis run
 
 # %% ../nbs/api/40_synth.ipynb #7832cf8e
 def _sources(pairs, size):
-    "The pairs whose mask has a lesion at this size; a warning names the others, none left is an error."
+    "The pairs whose mask has a lesion at this size; a warning names up to five others; no pair is an error."
     empty = [p for p in track(pairs, 'reading masks') if not read_mask(p, size).any()]
     if len(empty) == len(pairs):
         raise MedsynError(f"none of the {len(pairs)} masks has a lesion at {size_text(size)} px: give masks"
@@ -94,7 +94,8 @@ def _sources(pairs, size):
         names = ', '.join(p.name for p in empty[:5])
         warnings.warn(f"{len(empty)} of {len(pairs)} masks have no foreground at {size_text(size)} px"
                       f" and lend nothing to synthesis: {names}", stacklevel=3)
-    return [p for p in pairs if p not in set(empty)]
+    without_lesion = set(empty)
+    return [p for p in pairs if p not in without_lesion]
 
 def _plain(value):
     "A number of numpy as Python's own, anything else as text."
@@ -136,7 +137,7 @@ def _init_run(out, config):
 # %% ../nbs/api/40_synth.ipynb #1e0476e3
 @dataclass
 class Draft:
-    "What is settled about a synthetic image before the generator is asked."
+    "What is settled about a synthetic image before the generator runs."
     mask: np.ndarray            # (H,W) uint8 in {0,1}: the label
     seed: int                   # of the noise
     about: dict                 # what the manifest says of its origin
@@ -154,22 +155,22 @@ class Job:
     masks: str = 'random'       # a key of `MASK_KINDS`
     into: list = None           # `Pair`s or image files that receive a lesion; `None`: the pairs
     hardness: dict = None       # see `plan`
-    feather: float = 1.5        # border of what is pasted or new, pixels
-    ring: int = 4               # known background around a new lesion in a frame without a mask, pixels
+    feather: float = 1.5        # standard deviation of the border of what is pasted or new, pixels
+    ring: int = 4               # width of the known background around a new lesion in a frame, pixels
     healthy: bool = False       # whether frames without a mask are known to have no lesion
 
-def from_noise(job: Job,    # what is made
-              i: int       # number of the pair
-             ) -> Draft:
+def from_noise(job: Job,    # the run
+               i: int       # index of the synthetic image
+              ) -> Draft:   # without `init`
     "A mask of the pairs, as it is or moved; the image is all new."
     source, rng, seed = plan(job.pairs, i, job.seed, job.hardness)
     image, own = read_pair(source, job.size) if source.image else (None, read_mask(source, job.size))
     mask, transform = MASK_KINDS[job.masks](own, rng)
     return Draft(mask, seed, dict(source=source.name, transform=transform), shown=image)
 
-def from_real(job: Job,    # what is made
-              i: int       # number of the pair
-             ) -> Draft:
+def from_real(job: Job,     # the run
+              i: int        # index of the synthetic image
+             ) -> Draft:    # `init` is the real image
     "A real image under its own mask."
     source, _, seed = plan(job.pairs, i, job.seed, job.hardness)
     image, mask = read_pair(source, job.size)
@@ -193,19 +194,20 @@ def _unknown(lesion, ring):
     near = torch.nn.functional.max_pool2d(lesion, 2*ring + 1, 1, ring)
     return (near[0, 0] == 0).numpy().astype(np.uint8)
 
-def _moved_lesion(mask, seed, tries=20):
-    "A random move that keeps most of the lesion in the picture, and the lesion there."
+def _moved_lesion(mask, seed, tries=20, least=.8):
+    "A random move that keeps a share `least` of the lesion in the picture (else none), and the moved lesion."
     rng = torch.Generator().manual_seed(seed)
     for _ in range(tries):
         moves = random_moves(mask, rng)
         area = float(torch.linalg.det(moves[0, :, :2]).abs())           # the moved lesion is 1/area as large
         lesion = move(mask, moves, 'nearest')
-        if lesion.sum()*area >= .8*mask.sum(): return moves, lesion
-    return torch.eye(2, 3)[None], mask
+        if lesion.sum()*area >= least*mask.sum(): return moves, lesion
+    unmoved = torch.eye(2, 3)[None]
+    return unmoved, mask
 
-def from_paste(job: Job,    # what is made
-              i: int       # number of the pair
-             ) -> Draft:
+def from_paste(job: Job,    # the run
+               i: int       # index of the synthetic image
+              ) -> Draft:   # `init` has the pasted lesion; `unknown` in a frame without a mask
     "A real lesion, moved, turned and scaled, in another real picture."
     source, _, seed = plan(job.pairs, i, job.seed, job.hardness)
     donor, donor_mask = _tensors(*read_pair(source, job.size))
@@ -218,10 +220,10 @@ def from_paste(job: Job,    # what is made
     unknown = None if known else _unknown(lesion, job.ring)
     return Draft(union[0, 0].numpy().astype(np.uint8), seed, about, init, unknown=unknown)
 
-def from_inpaint(job: Job,    # what is made
-              i: int       # number of the pair
-             ) -> Draft:
-    "A new lesion in a real picture: in place of its own (`masks='real'`), or under another pair's mask."
+def from_inpaint(job: Job,  # the run
+                 i: int     # index of the synthetic image
+                ) -> Draft: # `fresh` is the new lesion; `unknown` in a frame without a mask
+    "A new lesion in a real picture: in place of its own (`masks='real'` without `into`), or of another pair."
     source, rng, seed = plan(job.pairs, i, job.seed, job.hardness)
     if job.masks == 'real' and job.into is None:
         image, mask = read_pair(source, job.size)
@@ -235,7 +237,7 @@ def from_inpaint(job: Job,    # what is made
     return Draft(mask | lesion, seed, about, image, lesion, unknown)
 
 STARTS = dict(noise=from_noise, real=from_real, paste=from_paste, inpaint=from_inpaint)
-STRENGTHS = dict(noise=1., real=.5, paste=.3, inpaint=1.)   # how far the picture is noised by default
+STRENGTHS = dict(noise=1., real=.5, paste=.3, inpaint=1.)   # defaults of `strength`, shares of the schedule
 
 # %% ../nbs/api/40_synth.ipynb #a1d1507e
 def _as_latent_range(pictures):
@@ -247,23 +249,24 @@ def put_back(images: np.ndarray,    # (N,H,W,3) uint8, as sampled
              feather: float = 1.5   # standard deviation of the border in pixels
             ) -> np.ndarray:        # (N,H,W,3) uint8
     "The real picture outside what is new, the sampled one inside, blended over a feathered border."
-    out = []
+    pictures = []
     for image, draft in zip(images, drafts, strict=True):
-        alpha = feathered(torch.from_numpy(draft.fresh)[None, None].float(), feather)[0, 0, ..., None].numpy()
+        fresh = torch.from_numpy(draft.fresh)[None, None].float()
+        alpha = feathered(fresh, feather)[0, 0, ..., None].numpy()
         alpha = np.where(draft.fresh[..., None] > 0, 1., alpha)             # the lesion itself is all new
         blended = (1 - alpha)*draft.init + alpha*image
-        out.append(np.where(alpha == 0, draft.init, blended.round().astype(np.uint8)))
-    return np.stack(out)
+        pictures.append(np.where(alpha == 0, draft.init, blended.round().astype(np.uint8)))
+    return np.stack(pictures)
 
 def render(generator: object,   # takes a mask
-           drafts: list,        # of `Draft`
+           drafts: list,        # of N `Draft`, all of one start
            strength: float,     # how far pictures are noised, in [0,1]; 0 leaves them as they are
            settings: dict,      # steps, guidance, guide, sampler, prompt, interval: as in `sample`
-           feather: float = 1.5 # border of what is new, pixels
+           feather: float = 1.5 # standard deviation of the border of what is new, pixels
           ) -> np.ndarray:      # (N,H,W,3) uint8
-    "The images of some drafts."
-    masks, seeds = np.stack([draft.mask for draft in drafts]), [draft.seed for draft in drafts]
-    kw = dict(settings, seeds=seeds, bs=len(drafts))
+    "The images of some drafts, sampled as one batch."
+    masks = np.stack([draft.mask for draft in drafts])
+    kw = dict(settings, seeds=[draft.seed for draft in drafts], bs=len(drafts))
     if generator.needs_image:
         shown = [draft.init if draft.shown is None else draft.shown for draft in drafts]
         kw['images'] = _as_latent_range(shown)
@@ -277,11 +280,11 @@ def render(generator: object,   # takes a mask
     return put_back(images, drafts, feather)
 
 # %% ../nbs/api/40_synth.ipynb #e940d164
-LEAST_MARGIN = .005     # a bar for `least_margin`: half of what a generator has whose masks hold
+LEAST_MARGIN = .005     # a value for `least_margin`, below the margins of trained generators
 
 def saved_margin(folder: Path   # what `medsyn train` wrote
                 ) -> float:     # the last margin of its probe, `None` if it has none
-    "The margin that training wrote."
+    "The margin that training wrote; see `diffusion.learner.margin`."
     probe = Path(folder)/'probe.csv'
     if not probe.is_file(): return None
     table = pd.read_csv(probe)
@@ -289,33 +292,32 @@ def saved_margin(folder: Path   # what `medsyn train` wrote
     return float(values.iloc[-1]) if len(values) else None
 
 def measured_margin(generator: object,  # takes a mask
-                    pairs: list,    # real `Pair`s, two or more
+                    pairs: list,    # real `Pair`s with images, two or more (a single one gives 0)
                     size: int | tuple,  # side, or (height, width), in pixels
-                    n: int = 16     # how many pairs are looked at
+                    n: int = 16     # at most so many pairs are used, the first
                    ) -> float:      # see `diffusion.learner.margin`
     "The margin on some pairs, with the masks exchanged among them."
     pictures = [read_pair(p, size) for p in pairs[:n]]
     device = generator.backbone.device
     x0 = _as_latent_range([image for image, _ in pictures]).to(device)
     mask = torch.from_numpy(np.stack([mask for _, mask in pictures]))[:, None].float().to(device)
-    was = generator.training
+    was_training = generator.training
     try: return margin(denoising_losses(generator.eval(), x0, mask))
-    finally: generator.train(was)
+    finally: generator.train(was_training)
 
 def check_margin(value: float,          # the generator's margin
-                 least_margin: float,   # the bar
-                 anyway: bool           # go on below it
+                 least_margin: float,   # the least that is accepted
+                 anyway: bool           # accept any margin
                 ):
-    "`MedsynError` for a generator that ignores its mask."
+    "`MedsynError` for a generator whose margin is too small."
     if value >= least_margin or anyway: return
     raise MedsynError("the generator hardly follows its mask: its denoising loss under another mask is"
-                      f" {value:+.2%}"
-                      f" higher, at least {least_margin:.2%} is asked: train it longer, or pass"
+                      f" {value:+.2%} higher, at least {least_margin:.2%} is asked: train it longer, or pass"
                       " anyway=True (--anyway)")
 
 # %% ../nbs/api/40_synth.ipynb #b3cff3b8
 def keep_new(distance: Callable,    # function (image uint8 (H,W,3)) -> distance to the nearest training image
-             least: float           # the smallest that is kept
+             least: float           # the smallest distance that is kept, in the unit of `distance`
             ) -> Callable:          # a test for `synthesize(keep=...)`
     "Refuse near-copies of training images."
     def keep(image, mask):
@@ -326,7 +328,7 @@ def keep_new(distance: Callable,    # function (image uint8 (H,W,3)) -> distance
     return keep
 
 def _settings_of(keep):
-    "What determines a test, for the folder's mark."
+    "What determines a test, for the settings of the run (synth.json): its `about`, else its name."
     return getattr(keep, 'about', getattr(keep, '__qualname__', type(keep).__name__))
 
 def keep_all(*tests: Callable   # tests for `synthesize(keep=...)`
@@ -345,8 +347,8 @@ def keep_all(*tests: Callable   # tests for `synthesize(keep=...)`
     return keep
 
 def teacher_of(keep: Callable   # a test, or `None`
-              ) -> str:         # the hash of the segmenter that it asks, `None` if it asks none
-    "The teacher behind a test."
+              ) -> str:         # the hash of the segmenter that it uses, `None` if it uses none
+    "Which segmenter judges the images in a test, if one does."
     settings = _settings_of(keep) if keep else None
     for about in settings if isinstance(settings, list) else [settings]:
         if isinstance(about, dict) and 'segmenter' in about: return about['segmenter']
@@ -374,7 +376,7 @@ def _judged(keep, image, mask):
 
 # %% ../nbs/api/40_synth.ipynb #44f030b3
 def _under_masks(generator, job, start, strength, settings):
-    "Makes images under masks: function of indices -> list of (image, draft, entry of the manifest)."
+    "A function that makes images under masks: indices -> list of (image, draft, entry of the manifest)."
     names = 'steps', 'guidance', 'guide', 'sampler', 'prompt', 'interval'
     for_sampler = {name: settings[name] for name in names if name in settings}
     def draw(indices):
@@ -385,19 +387,19 @@ def _under_masks(generator, job, start, strength, settings):
     return draw
 
 def _with_masks(generator, size, seed, settings):
-    "Samples images and masks together; an entry with `dropped` says that the mask is of no use."
+    "The same for images sampled with their masks; an entry with `dropped` says why the mask cannot be used."
     def draw(indices):
         seeds = [seed_of(seed, 'image', i) for i in indices]
         kw = dict(steps=settings['steps'], sampler=settings['sampler'], size=size, bs=len(seeds))
         images, soft_masks = generator.sample_pairs(seeds, **kw)
-        out = []
+        pictures = []
         for image, soft, s in zip(images, soft_masks, seeds, strict=True):
             mask, cleaned, refused = generator.clean_mask(soft)
-            about = dict(seed=s, tidied=cleaned)
-            if generator.grey: about['grey'] = True
-            if refused: about['dropped'] = refused
-            out.append((image, Draft(mask, s, {}), about))
-        return out
+            entry = dict(seed=s, tidied=cleaned)
+            if generator.grey: entry['grey'] = True
+            if refused: entry['dropped'] = refused
+            pictures.append((image, Draft(mask, s, {}), entry))
+        return pictures
     return draw
 
 def _wanted(verdicts, rows, n, tries):
@@ -412,32 +414,35 @@ def _wanted(verdicts, rows, n, tries):
 def _make_batches(draw, out, rows, n, bs, settings, keep, tries):
     "Make a batch in each process; the main process writes the manifest, in the order of one process."
     first = (len(rows)//bs + number())*bs
-    indices = range(first, first + bs if tries else max(min(first + bs, n), first))
-    made = {}
-    for i, (image, draft, about) in zip(indices, draw(indices) if indices else [], strict=True):
-        row = dict(about, versions=versions(), **settings)
+    end = first + bs if tries else max(min(first + bs, n), first)       # without drops, no more than n
+    indices = range(first, end)
+    drawn = draw(indices) if indices else []
+    candidates = {}
+    for i, (image, draft, entry) in zip(indices, drawn, strict=True):
+        row = dict(entry, versions=versions(), **settings)
         if keep and 'dropped' not in row: row.update(_judged(keep, image, draft.mask))
-        made[i] = image, draft, row
-    wanted = _wanted(gathered([(i, 'dropped' in row) for i, (_, _, row) in made.items()]), rows, n, tries)
-    mine = []
-    for i in sorted(wanted & set(made)):
-        image, draft, row = made[i]
-        mine.append(dict(row, index=i) if 'dropped' in row else _store(out, i, image, draft, row))
-    for row in sorted(gathered(mine), key=lambda row: row['index']):
+        candidates[i] = image, draft, row
+    verdicts = gathered([(i, 'dropped' in row) for i, (_, _, row) in candidates.items()])
+    wanted = _wanted(verdicts, rows, n, tries)
+    own_rows = []
+    for i in sorted(wanted & set(candidates)):
+        image, draft, row = candidates[i]
+        own_rows.append(dict(row, index=i) if 'dropped' in row else _store(out, i, image, draft, row))
+    for row in sorted(gathered(own_rows), key=lambda row: row['index']):
         rows.append(_append(out, row) if is_main() else row)
 
 def _make_batch(draw, out, indices, rows, n, settings, keep, tries):
     "Make the images `indices` together and write those that are not written yet."
-    for i, (image, draft, about) in zip(indices, draw(indices), strict=True):
+    for i, (image, draft, entry) in zip(indices, draw(indices), strict=True):
         if i < len(rows) or _over(rows, n, tries): continue
-        row = dict(about, versions=versions(), **settings)
+        row = dict(entry, versions=versions(), **settings)
         if keep and 'dropped' not in row: row.update(_judged(keep, image, draft.mask))
         dropped = 'dropped' in row
         rows.append(_append(out, dict(row, index=i)) if dropped else _write(out, i, image, draft, row))
 
 # %% ../nbs/api/40_synth.ipynb #a630fb2f
 def _check_start(start, masks, strength, into):
-    "Masks and strength filled in; `MedsynError` for what contradicts the start."
+    "Masks and strength, or the defaults of the start; `MedsynError` for what contradicts it."
     pick(start, STARTS, 'start')
     strength = STRENGTHS[start] if strength is None else strength
     if not 0 <= strength <= 1:
@@ -455,7 +460,7 @@ def _check_start(start, masks, strength, into):
     return ('real' if start in ('real', 'paste') else masks or 'random'), strength
 
 def _within(interval):
-    "The setting for an interval of guidance; none for that of all timesteps."
+    "The setting for an interval of guidance; empty for the interval of all timesteps."
     if interval is None: return {}
     low, high = check_interval(interval)
     return {} if (low, high) == (0, 1) else dict(interval=[low, high])
@@ -500,19 +505,22 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
                           " generator with a mask")
     if pairs is None:
         raise MedsynError("this generator samples under given masks: give pairs that lend theirs")
-    masks = pick(masks or 'random', MASK_KINDS, 'kind of masks') if masks else None
+    masks = pick(masks, MASK_KINDS, 'kind of masks') if masks else None
     masks, strength = _check_start(start, masks, strength, into)
     if generator.needs_image and start == 'noise' and masks != 'real':
         raise MedsynError("a generator of mask and image (M+I) samples under a real image's own mask: use"
                           " masks='real'")
     refuse_classes(pairs)
     _check_masks_alone(pairs, generator.needs_image, start, into)
-    backbone, given = generator.backbone, dict(settings)
+    backbone = generator.backbone
+    given = dict(settings)
     given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
     given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
     given['steps'], given['sampler'] = given['steps'] or SAMPLE_STEPS, given['sampler'] or SAMPLER
     given.update(_within(given.pop('interval')))
-    backbone.check_size(size); backbone.schedule.sampler(given['sampler']); backbone.text([given['prompt']])
+    backbone.check_size(size)                       # each refuses what the backbone cannot do
+    backbone.schedule.sampler(given['sampler'])
+    backbone.text([given['prompt']])
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size)
     _check_hardness(hardness, pairs)
     receivers = None if into is None else list(into)
@@ -524,7 +532,7 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
     return job, dict(given, start=start, strength=strength, generator=generator_hash(generator)), more
 
 def _plan_pairs(generator, masks, size, settings, start, strength, into, hardness):
-    "The settings for a generator that makes its own masks; what such a one cannot follow is refused."
+    "The settings for a generator that samples its own masks; `MedsynError` for what it cannot follow."
     fixed = dict(masks=masks, strength=strength, into=into, hardness=hardness)
     fixed.update({name: settings[name] for name in ('guidance', 'guide', 'prompt', 'interval')})
     fixed['start'] = None if start == 'noise' else start
@@ -535,7 +543,8 @@ def _plan_pairs(generator, masks, size, settings, start, strength, into, hardnes
                               " leave masks, guidance, interval, guide, prompt, start, strength, into and"
                               " hardness out")
     generator.check_size(size)
-    sampler, steps = settings['sampler'] or generator.sampler, settings['steps'] or generator.steps
+    sampler = settings['sampler'] or generator.sampler
+    steps = settings['steps'] or generator.steps
     generator.schedule.sampler(sampler)
     used = dict(sampler=sampler, steps=steps, start='noise', generator=generator_hash(generator))
     return dict(generator.config, **used)
@@ -544,7 +553,7 @@ def _plan_pairs(generator, masks, size, settings, start, strength, into, hardnes
 def synthesize(generator: object,           # any generator that takes a mask, or draws its own
                pairs: list,                 # of `Pair` that lend masks, lesions and pictures; `None` for PIG
                out: Path,                   # folder to write: images/, masks/, manifest.jsonl, synth.json
-               n: int,                      # pairs to make; with `keep` or masks of its own, to keep
+               n: int,                      # pairs to write; dropped ones do not count
                masks: str = None,           # random: flipped, scaled, shifted (default), or real
                seed: int = 0,               # of everything
                steps: int = None,           # sampler steps; `None`: 20, and 256 for PIG
@@ -553,7 +562,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                guide: str = None,           # prompt or mask, see `sample`; `None`: the generator's own
                sampler: str = None,         # ddim, dpm++ or unipc; `None`: dpm++, and ddim for PIG
                prompt: str = None,          # default: the backbone's
-               bs: int = 8,                 # images made together; does not change them
+               bs: int = 8,                 # images made together; changes them by rounding alone
                size: int | tuple = None,    # side, or HxW, in pixels; default: the generator's
                keep: Callable = None,       # (image (H,W,3), mask (H,W) in {0,1}), uint8 -> (bool, why)
                tries: int = 5,              # where images are dropped: how many per wanted pair
@@ -566,7 +575,8 @@ def synthesize(generator: object,           # any generator that takes a mask, o
                anyway: bool = False         # go on with a generator below that bar
               ) -> list:                    # of `Pair`, the synthetic ones that were kept
     "Make `n` image-mask pairs, or resume; `MedsynError` for what cannot be made, or if too much is dropped."
-    out, draws_pairs = Path(out), isinstance(generator, PairGenerator)
+    out = Path(out)
+    draws_pairs = isinstance(generator, PairGenerator)
     if n < 1 or tries < 1:
         raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
     if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
@@ -597,7 +607,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     return [Pair(Path(r['file']).stem, out/r['file'], out/r['mask']) for r in rows if 'file' in r]
 
 def _run(draw, out, rows, n, bs, settings, keep, tries):
-    "Make whole batches until enough are kept, so that a run that resumes repeats the unbroken one's."
+    "Make batches until enough are kept; each starts at a multiple of `bs`, also in a run that resumes."
     with track(desc='synth', total=n) as bar:
         bar.update(_kept(rows))
         while not _over(rows, n, tries):
@@ -608,11 +618,11 @@ def _run(draw, out, rows, n, bs, settings, keep, tries):
             bar.update(_kept(rows) - before)
 
 def _too_few(rows, kept, n, out, keep):
-    "The sentence for a run that gave up."
+    "The error message of a run that gave up."
     for_mask = sum(isinstance(r.get('dropped'), str) and 'mask' in r['dropped'] for r in rows)
-    who = 'keep dropped' if keep else 'empty or full masks:'
+    cause = 'keep dropped' if keep else 'empty or full masks:'
     note = f', {for_mask} for their drawn mask' if keep and for_mask else ''
     lower = 'lower its bar or ' if keep else ''
     remedy = f'{lower}train the generator longer, and choose a new folder; or raise tries'
-    return (f"{who} {len(rows) - kept} of {len(rows)} images ({out/'manifest.jsonl'} says why{note}),"
+    return (f"{cause} {len(rows) - kept} of {len(rows)} images ({out/'manifest.jsonl'} says why{note}),"
             f" {kept} of {n} are kept: {remedy}")

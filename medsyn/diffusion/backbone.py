@@ -52,8 +52,8 @@ class PatchPCA(nn.Module):
 
     def some_patches(self,
         x0: 'Tensor | Iterable'     # (N,C,H,W) images, or batches of N images in all
-    ) -> Tensor:                    # (n,d), evenly spaced; n is at most about two million
-        "Patches to fit the codec on: of many images, some of each."
+    ) -> Tensor:                    # (n,d), every k-th patch; n is at most about two million
+        "Patches to fit the codec on: all of them, or every k-th if there are many."
         every, first, found = None, 0, []
         for batch in [x0] if isinstance(x0, Tensor) else x0:
             patches = F.pixel_unshuffle(batch, self.stride).movedim(1, -1).flatten(0, -2)
@@ -155,8 +155,8 @@ class PromptTable(nn.Module):
     "A learned embedding for each of a few known prompts."
     def __init__(self,
         prompts: list = (PROMPT,),  # the prompts; the empty one is added
-        dim: int = 64,          # embedding width D
-        length: int = 4         # tokens a prompt is given, L
+        dim: int = 64,              # embedding width D
+        length: int = 4             # tokens per prompt, L
     ):
         super().__init__()
         self.prompts = ['', *[p for p in prompts if p]]
@@ -258,7 +258,7 @@ def head(unet: UNet2DConditionModel,    # the network
          tr: Trunk,                     # from `trunk`
          control: tuple = None          # control features `(down, mid)` shaped like skips and middle
         ) -> Tensor:                    # (B,K,h,w) noise or velocity
-    "The decoder's answer on a trunk, with control features added to skips and middle."
+    "The decoder's output on a trunk, with control features added to skips and middle."
     down, mid = control if control is not None else ([0.]*len(tr.skips), 0.)
     skips, h = tuple(s + c for s, c in zip(tr.skips, down, strict=True)), tr.mid + mid
     for b in unet.up_blocks:
@@ -312,7 +312,7 @@ class Backbone(nn.Module):
     def device(self): return next(self.unet.parameters()).device
 
     def decoder(self):
-        "The modules of the U-Net that the papers train: decoder blocks and output."
+        "The modules of the U-Net that Siamese-Diffusion trains: decoder blocks and output."
         return [self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out]
 
     def with_own_decoder(self) -> 'Backbone':

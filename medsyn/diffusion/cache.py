@@ -30,13 +30,13 @@ def _settings(config):
 
 def module_hash(module: nn.Module   # a codec or text encoder
                ) -> str:            # 16 hexadecimal digits
-    "The class, configuration and weights of a module as a short name."
+    "A hash of the class, configuration and weights of a module."
     settings = [_settings(getattr(m, 'config', None)) for m in module.modules()]
     return content_hash(type(module).__name__, *settings, module.state_dict())
 
 def entries(file: Path,         # a file that `remember` wrote, or none
             made_with: dict     # what its entries must have been made with
-           ) -> dict:           # name -> tensor; empty if there is no such file, or it is stale or damaged
+           ) -> dict:           # name -> tensor; empty if the file is missing, damaged or made otherwise
     "The entries of a cache file that can be trusted."
     try:
         with safe_open(file, 'pt') as f:
@@ -49,7 +49,7 @@ def remember(file: Path,        # the cache file
              names: list,       # the entries that are wanted
              make: Callable     # list of missing names -> list of tensors
             ) -> dict:          # name -> tensor, for exactly the names asked for
-    "Entries from a cache file; what it lacks is made and added."
+    "Entries from a cache file; those that it lacks are computed and added."
     known = entries(file, made_with)
     missing = [n for n in dict.fromkeys(names) if n not in known]
     if missing:
@@ -60,23 +60,23 @@ def remember(file: Path,        # the cache file
 # %% ../../nbs/api/24_diffusion.cache.ipynb #d3a663fa
 @torch.no_grad()
 def latent_moments(file: Path,              # the cache file
-                   dataset: object,         # decoded pairs
+                   dataset: object,         # a `PairDataset`, with images (C,H,W) uint8
                    codec: nn.Module,        # `PatchPCA` or `KLCodec`
                    dtype: torch.dtype = torch.float32,  # how they are stored
                    bs: int = 8              # images encoded together
-                  ) -> list:                # of (C,h,w) moments, one an item of the dataset
+                  ) -> list:                # of (C,h,w) moments on the CPU, one per item of the dataset
     "The codec's moments of every image of a dataset."
     names = [file_hash(p.image, 64) for p in dataset.pairs]
     index = {name: i for i, name in enumerate(names)}
     device = next(iter(codec.state_dict().values())).device
 
     def encode(missing):
-        out = []
+        moments = []
         for i in track(range(0, len(missing), bs), 'encoding'):
             images = [dataset[index[name]][0].as_subclass(Tensor) for name in missing[i:i + bs]]
             x0 = torch.stack(images).to(device).float().div(255)*2 - 1
-            out += codec.moments(x0).to(dtype).cpu()
-        return out
+            moments += codec.moments(x0).to(dtype).cpu()
+        return moments
 
     made_with = dict(what='latents', size=str(dataset.size), codec=module_hash(codec), dtype=str(dtype))
     stored = remember(file, made_with, names, encode)
@@ -86,8 +86,8 @@ def cached_text(file: Path,             # the cache file
                 text: ClipText,         # a text encoder; its `known` prompts are filled
                 prompts: list           # of str
                ):
-    "The embeddings of prompts from a file, computed where it lacks them."
-    def name_of(prompt): return prompt or ' '       # an entry must have a name
+    "Fill `text.known` from a file; embeddings that it lacks are computed and added to it."
+    def name_of(prompt): return prompt or ' '       # the empty prompt: an entry must have a name
     def embed(names): return [text.embed(name if name != ' ' else '').cpu() for name in names]
     made_with = dict(what='text', encoder=module_hash(text.encoder))
     stored = remember(file, made_with, [name_of(p) for p in prompts], embed)
@@ -99,8 +99,8 @@ class WithMoments:
     "A dataset of (image, mask) as (image, moments, mask)."
     n_inp, split_idx = 2, 0
     def __init__(self,
-        dataset: object,        # decoded pairs
-        moments: list   # of (C,h,w), one an item
+        dataset: object,    # a `PairDataset`
+        moments: list       # of (C,h,w), one per item, from `latent_moments`
     ):
         self.dataset, self.moments = dataset, moments
         self.pairs, self.size = dataset.pairs, dataset.size
@@ -120,11 +120,13 @@ def cached_dls(dls: DataLoaders,        # from `pair_dls(..., augment=False)`
         raise MedsynError(f"the images are augmented at random ({', '.join(random)}), "
                           "so their latents cannot be kept: use augment=False with a cache")
     folder = Path(folder)
-    backbone.codec.to(dls.device); backbone.text.to(dls.device)
+    backbone.codec.to(dls.device)
+    backbone.text.to(dls.device)
     moments = latent_moments(folder/'latents.safetensors', dls.train.dataset, backbone.codec, dtype)
     if isinstance(backbone.text, ClipText):
         cached_text(folder/'text.safetensors', backbone.text, ['', backbone.prompt])
-    new, train = copy.copy(dls), dls.train.new(WithMoments(dls.train.dataset, moments))
-    for k in ('_n_inp', '_types'): vars(train).pop(k, None)        # fastai's notes on the old batches
-    new.loaders = [train, *dls.loaders[1:]]
-    return new
+    train = dls.train.new(WithMoments(dls.train.dataset, moments))
+    for k in ('_n_inp', '_types'): vars(train).pop(k, None)        # what fastai stored about the old batches
+    cached = copy.copy(dls)
+    cached.loaders = [train, *dls.loaders[1:]]
+    return cached

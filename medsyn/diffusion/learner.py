@@ -38,7 +38,7 @@ class Cond:
     has_mask: Tensor = field(default=None, kw_only=True)    # (B,) 1 where a mask is given; `None`: all are
 
     def map(self, f) -> 'Cond':
-        "A condition with `f` applied to every part that is there."
+        "A condition with `f` applied to every part that is not `None`."
         mask, text, image, has_mask = [None if v is None else f(v) for v in self.parts()]
         return Cond(mask, text, image, has_mask=has_mask)
     def __getitem__(self, i): return self.map(lambda v: v[i])
@@ -53,11 +53,11 @@ class Cond:
         return self.has_mask
 
     def without_mask(self) -> 'Cond':
-        "The same condition with no mask given: zeros, and `has_mask` 0."
+        "The same condition with its mask dropped: zeros, and `has_mask` 0; it must have a mask."
         return replace(self, mask=self.mask*0, has_mask=self.given()*0)
 
     def cat(self, other: 'Cond') -> 'Cond':
-        "Two conditions as one batch."
+        "Two conditions with the same parts as one batch."
         if self.has_mask is None and other.has_mask is None: flags = None, None
         else: flags = self.given(), other.given()
         pairs = [(self.mask, other.mask), (self.text, other.text), (self.image, other.image), flags]
@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
         t: Tensor,      # (B,) timesteps
         cond: Cond      # what is given besides
     ) -> Tensor:        # (B,K,h,w)
-        "The network's own answer, noise or velocity."
+        "The network's output, noise or velocity."
         return self.backbone.unet(zt, t, cond.text).sample
 
     def eps(self,
@@ -107,7 +107,7 @@ class Denoiser(nn.Module):
         t: Tensor,      # (B,) timesteps
         cond: Cond      # the condition
     ) -> Cond:          # to be used under many masks: `replace(cond, mask=...)`
-        "`cond` with the part of the answer that does not depend on the mask; here nothing."
+        "`cond`, with what the network computes without the mask; the base class adds nothing."
         return cond
 
     def two_answers(self,
@@ -115,8 +115,8 @@ class Denoiser(nn.Module):
         t: Tensor,      # (B,) timesteps
         cond: Cond,     # the whole condition
         null: Cond      # the weaker one
-    ) -> tuple:         # the answers under `null` and under `cond`, each (B,K,h,w)
-        "What guidance compares, computed as one batch."
+    ) -> tuple:         # the outputs under `null` and under `cond`, each (B,K,h,w)
+        "The two outputs that guidance compares, computed as one batch."
         return self(torch.cat([zt, zt]), torch.cat([t, t]), null.cat(cond)).chunk(2)
 
     def steady_parts(self) -> list:
@@ -127,7 +127,7 @@ class Denoiser(nn.Module):
         cond: Cond,     # the condition of a batch
         z0: Tensor      # (B,K,h,w) latents of the real images whose surroundings are kept
     ) -> Cond:          # to be used instead
-        "`cond`, with what this generator reads from the real image; here nothing."
+        "`cond`, with what this generator reads from the real image; the base class adds nothing."
         return cond
 
     def trainable(self) -> list:
@@ -138,7 +138,7 @@ class Denoiser(nn.Module):
         "Trainable modules that take a fraction of the learning rate: module -> fraction."
         return {}
 
-    def freeze_rest(self):
+    def freeze_rest(self) -> 'Denoiser':    # itself
         "Gradients for the trainable modules and for nothing else."
         self.requires_grad_(False)
         for m in self.trainable(): m.requires_grad_(True)
@@ -150,8 +150,8 @@ class Denoiser(nn.Module):
     config = {}
 
     def save_pretrained(self,
-        path        # folder to write
-    ) -> Path:      # the folder: backbone with the trained U-Net, the generator's parts, generator.json
+        path: str | Path    # folder to write
+    ) -> Path:              # the folder: backbone with the trained U-Net, generator's parts, generator.json
         "Write safetensors and JSON, openable by `from_pretrained`."
         path = self.backbone.save_pretrained(path)
         for name, m in self.parts().items():
@@ -161,17 +161,17 @@ class Denoiser(nn.Module):
 
     @classmethod
     def from_pretrained(cls,
-        path        # folder written by `save_pretrained`
-    ):              # the generator, in evaluation mode
+        path: str | Path    # folder written by `save_pretrained`
+    ) -> 'Denoiser':        # the generator, in evaluation mode, on the CPU
         "Open a saved generator; `MedsynError` if the folder holds another class."
         config = cls.read_config(path)
         return cls(Backbone.from_pretrained(path), **config).eval()
 
     @classmethod
     def read_config(cls,
-        path        # folder written by `save_pretrained`
-    ) -> dict:      # keywords of the constructor
-        "The saved keywords, after checking that the folder holds this class."
+        path: str | Path    # folder written by `save_pretrained`
+    ) -> dict:              # keywords of the constructor
+        "The saved keywords; `MedsynError` if the folder holds no generator, or one of another class."
         file = Path(path)/'generator.json'
         if not file.exists():
             raise MedsynError(f"{path} holds no generator (no generator.json): "
@@ -192,25 +192,25 @@ class PairGenerator(nn.Module):
     "Base class of generators that sample images and masks together."
     needs_mask, needs_image = False, False
     size: int | tuple   # of its training images: side, or (height, width), pixels
-    steps: int = SAMPLE_STEPS   # sampler steps unless told otherwise
-    sampler: str = SAMPLER      # and its sampler
-    schedule = None     # its noise schedule
+    steps: int = SAMPLE_STEPS   # default number of sampler steps
+    sampler: str = SAMPLER      # default sampler: ddim, dpm++ or unipc
+    schedule = None     # its noise schedule, a `Schedule`
     grey: bool = False  # whether its images have one channel
     config: dict = {}   # its constructor's settings, as they are saved
 
     def sample_pairs(self,
-        seeds,                  # one seed a pair, or a number n for 0 to n-1
+        seeds: int | list,      # one seed per pair, or a number n for 0 to n-1
         steps: int = None,      # sampler steps; `None`: the generator's own
         sampler: str = None,    # ddim, dpm++ or unipc; `None`: the generator's own
         size: int | tuple = None, # side, or (height, width), pixels; `None`: the one it was trained at
-        bs: int = 8             # pairs sampled together; does not change them
+        bs: int = 8             # pairs sampled together; changes them by rounding alone
     ) -> tuple:                 # images (N,H,W,3) uint8, soft masks (N,H,W) float in about [-1,1]
         "Sample images with their masks; pair i depends on `seeds[i]` alone."
         raise TypeError(f"{type(self).__name__} has no sample_pairs(): define one")
 
     def clean_mask(self,
-        soft        # (H,W) one sampled mask, about [-1,1]
-    ) -> tuple:     # mask uint8 (H,W) in {0,1}; what was done, a dict; why it is refused, or `None`
+        soft: np.ndarray    # (H,W) one sampled mask, about [-1,1]
+    ) -> tuple:             # mask uint8 (H,W) in {0,1}; what was done, a dict; why it is refused, or `None`
         "Threshold a sampled mask and decide whether it can be used."
         raise TypeError(f"{type(self).__name__} has no clean_mask(): define one")
 
@@ -221,7 +221,7 @@ class PairGenerator(nn.Module):
         raise TypeError(f"{type(self).__name__} has no check_size(): define one")
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #ace0bb5a
-UNKNOWN = 255       # the value of a mask that is not known: the image is unlabelled
+UNKNOWN = 255       # the value of all pixels of a mask that is not known: the image is unlabelled
 
 @dataclass
 class Noised:
@@ -287,7 +287,7 @@ class DiffusionCB(Callback):
         return _at_least_float32(codec.draw(moments, self.rng))
 
     def masks(self):
-        "The masks (B,1,H,W), what the network is shown of them, and where that is a mask (B,)."
+        "The masks (B,1,H,W), those that the network is given (zeros if none), and where one is given (B,)."
         if not self.yb: return None, None, None
         mask = self.yb[0].as_subclass(Tensor)[:, None].float()
         known = (mask != UNKNOWN).flatten(1).all(1)
@@ -319,7 +319,7 @@ class DenoisingWeightCB(WeightedLossCB):
             raise MedsynError(f"min-SNR weighting with gamma {min_snr}: give a positive number, such as 5")
 
     def weights(self):
-        "(B,) or (B,1,h,w)."
+        "The weights of this batch, (B,) or (B,1,h,w)."
         n, schedule = self.learn.noised, self.model.backbone.schedule
         by_time = torch.ones(len(n.t), device=n.t.device)
         if self.min_snr is not None: by_time = min_snr_weight(schedule, n.t, self.min_snr)
@@ -340,11 +340,11 @@ def denoising_losses(model: Denoiser,                   # a trained or untrained
                      x0: Tensor,                        # (N,3,H,W) images in [-1,1]
                      mask: Tensor,                      # (N,1,H,W) their masks in {0,1}
                      masks: tuple | dict = ('right', 'shuffled'),   # names in `MASKS`, or name -> function
-                     ts: tuple = (100, 300, 500, 700, 900),         # timesteps
+                     ts: tuple = (100, 300, 500, 700, 900),         # timesteps, each in 0 to T-1
                      seed: int = 0,                     # of the noise, the same for every mask
                      prompt: str = None                 # default: the backbone's
                     ) -> pd.DataFrame:                  # image, t, mask, loss (squared error of the noise)
-    "Denoising loss per image, timestep and mask (Free Lunch, Sec. 3: the free lunch itself)."
+    "Denoising loss per image, timestep and mask: a wrong mask raises it (Free Lunch, Sec. 1)."
     bb = model.backbone
     variants = masks if isinstance(masks, dict) else {k: MASKS[k] for k in masks}
     z0, rows = bb.codec.encode(x0), []
@@ -372,7 +372,7 @@ class ObedienceCB(EvalCB):
     name = 'obedience'
     def __init__(self,
         every: int = None,  # steps between probes; `None`: ten in a run
-        n: int = 16         # validation images probed
+        n: int = 16         # at most so many validation images are probed, the first
     ): self.every, self.n = every, n
 
     def before_fit(self):
@@ -389,11 +389,11 @@ class ObedienceCB(EvalCB):
         return row
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #0486fbfe
-def denoising_loss(pred: Tensor,            # (B,K,h,w) the network's answer; bf16 under autocast
+def denoising_loss(pred: Tensor,            # (B,K,h,w) the network's output; bf16 under autocast
                    target: Tensor,          # (B,K,h,w)
                    reduction: str = 'mean'  # mean, sum or none
-                  ) -> Tensor:              # the loss, in the type of `target`
-    "The mean squared error, reduced in the target's precision."
+                  ) -> Tensor:              # the loss, in the dtype of `target`; (B,K,h,w) with none
+    "The squared error, computed and reduced in the target's precision."
     return F.mse_loss(pred.to(target.dtype), target, reduction=reduction)
 
 def denoising_learner(
@@ -408,14 +408,15 @@ def denoising_learner(
     seed: int = 0,                  # of noise, timesteps and dropping
     ema: float | str = 'auto',      # decay of the averaged weights, see `EMACB`; `None` for none
     probe: int = None,              # steps between obedience probes; `None`: ten in a run
-    cbs: list = ()                  # what the method adds
+    cbs: list = ()                  # further callbacks: what the method adds
 ) -> Learner:                       # train it with `fit_steps`
     "A fastai Learner with the plain denoising loss; `MedsynError` if the image size does not fit."
     model.backbone.check_size(dls.size)
     lr = lr or (5e-4 if model.backbone.is_tiny else 1e-5)
     model.freeze_rest().to(dls.device)
     unet = model.backbone.unet
-    if any(m is unet for m in model.trainable()): model.backbone.source = None      # soon not what is on disk
+    trains_unet = any(m is unet for m in model.trainable())
+    if trains_unet: model.backbone.source = None            # after this its weights are those of no folder
     if model.slow(): lr = np.array([*model.slow().values(), 1.])*lr
     weighting = [DenoisingWeightCB(min_snr, lesion_weight)] if lesion_weight or min_snr is not None else []
     noising = DiffusionCB(seed, drop_prompt, drop_mask=drop_mask)

@@ -22,7 +22,7 @@ from .schedule import SAMPLE_STEPS, SAMPLER, Schedule
 from ..train import autocast_of
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #c8c6162f
-def start_noise(seeds: list,        # one seed an image
+def start_noise(seeds: list,        # one seed per image
                 shape: tuple        # (K,h,w) of a latent
                ) -> Tensor:         # (len(seeds),K,h,w) standard normal
     "The initial latents: image i depends on `seeds[i]` alone."
@@ -30,8 +30,9 @@ def start_noise(seeds: list,        # one seed an image
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #81ba9afb
-GUIDES = {'prompt': lambda cond, empty: replace(cond, text=empty),      # the papers': with the mask alone
-          'mask': lambda cond, empty: cond.without_mask()}              # with the prompt alone
+# name -> the weaker condition, from the whole one and the embedded empty prompt
+GUIDES = {'prompt': lambda cond, empty: replace(cond, text=empty),      # Siamese-Diffusion: the mask alone
+          'mask': lambda cond, empty: cond.without_mask()}              # the prompt alone
 
 def guided(model: Denoiser,     # any generator
            zt: Tensor,          # (B,K,h,w) noised latents
@@ -39,19 +40,19 @@ def guided(model: Denoiser,     # any generator
            cond: Cond,          # the whole condition
            null: Cond,          # the weaker one
            guidance: float      # g; 1 is no guidance
-          ) -> Tensor:          # the network's answer, (B,K,h,w)
-    "The network's answer, with the difference between the two conditions multiplied by `guidance`."
+          ) -> Tensor:          # (B,K,h,w) noise or velocity, as the network predicts
+    "The guided prediction: that under `null` plus `guidance` times the difference."
     if guidance == 1: return model(zt, t, cond)
     out_null, out = model.two_answers(zt, t, cond, null)
     return out_null + guidance*(out - out_null)
 
-TINY_GUIDANCE = 2.      # by the mask, on a tiny backbone
+TINY_GUIDANCE = 2.      # g, by the mask, on a tiny backbone
 
 def defaults_of(generator: Denoiser,    # any generator
-                guidance: float = None, # g, or nothing
-                guide: str = None       # a key of `GUIDES`, or nothing
-               ) -> tuple:              # guidance and guide, filled in
-    "Guidance as the generator's class has it on Stable Diffusion; by the mask on a tiny backbone."
+                guidance: float = None, # g; `None`: the default
+                guide: str = None       # a key of `GUIDES`; `None`: the default
+               ) -> tuple:              # g, a float, and a key of `GUIDES`
+    "On Stable Diffusion the class's guidance; on a tiny backbone by the mask, or none if it takes no mask."
     if not generator.backbone.is_tiny: usual, usual_guide = generator.guidance, generator.guide
     elif generator.needs_mask: usual, usual_guide = TINY_GUIDANCE, 'mask'
     else: usual, usual_guide = 1., 'prompt'
@@ -63,18 +64,19 @@ def defaults_of(generator: Denoiser,    # any generator
 # %% ../../nbs/api/23_diffusion.sample.ipynb #5c0a91d2
 def _remembering(f):
     "`f` of one tensor: an input that was seen before is not computed again."
-    known = []
+    computed = []
     def call(x):
-        for seen, answer in known:
-            if seen.shape == x.shape and torch.equal(seen, x): return answer
-        known.append((x, f(x)))
-        return known[-1][1]
+        for known_input, known_output in computed:
+            if known_input.shape == x.shape and torch.equal(known_input, x): return known_output
+        output = f(x)
+        computed.append((x, output))
+        return output
     return call
 
 @contextmanager
 def computed_once(modules: Sequence     # each takes one tensor
                  ):
-    "Inside, each of these modules computes an input once and remembers the answer."
+    "Inside, each of these modules computes an input once and keeps the output."
     for m in modules: m.forward = _remembering(m.forward)
     try: yield
     finally:
@@ -107,7 +109,7 @@ def _timesteps(schedule, sampler, steps, strength, device):
     "A diffusers scheduler and the timesteps that are left at this strength."
     scheduler = schedule.sampler(sampler)
     scheduler.set_timesteps(steps, device=device)
-    last = len(scheduler.timesteps) - (strength > 0)            # a strength above 0 has a step at least
+    last = len(scheduler.timesteps) - (strength > 0)            # a strength above 0 leaves at least one step
     first = min(max(round(steps*(1 - strength)), 0), last)
     if first and hasattr(scheduler, 'set_begin_index'): scheduler.set_begin_index(first)
     return scheduler, scheduler.timesteps[first:]
@@ -123,26 +125,27 @@ def denoise(model: Denoiser,            # any generator
             null: Cond,                 # the weaker one
             guidance: float,            # g; 1 is no guidance
             scheduler: object,          # a diffusers scheduler
-            timesteps: Tensor,          # those that are left
+            timesteps: Tensor,          # of the steps to make, falling
             kept: KeptRegion = None,    # what follows a real image, if anything
-            resample: int = 1,          # how often each step is made (RePaint)
-            seeds: list = (),           # with `resample`: one seed an image
+            resample: int = 1,          # how often each step but the last is made (RePaint)
+            seeds: list = (),           # with `resample` above 1: one seed per image
             interval: tuple = (0., 1.)  # shares of the timesteps between which guidance is used
            ) -> Tensor:                 # (B,K,h,w) clean latents
-    "The reverse process."
+    "The reverse process, from the first of `timesteps` to the end."
     schedule = model.backbone.schedule
-    first, end = (round(share*schedule.T) for share in interval)
+    guided_from, guided_until = (round(share*schedule.T) for share in interval)
     for k, t in enumerate(timesteps):
-        t_batch, is_last = t.expand(len(z)), k + 1 == len(timesteps)
+        t_batch = t.expand(len(z))
+        is_last = k + 1 == len(timesteps)
         for repeat in range(1 if is_last else resample):
             if repeat:
                 step_seeds = [seed_of(s, 'resample', k, repeat) for s in seeds]
                 noise = start_noise(step_seeds, z.shape[1:]).to(z)
                 z = _noised_again(schedule, z, t, timesteps[k + 1], noise)
             if kept: z = kept.impose(z, schedule, t_batch.long())
-            g = guidance if first <= t < end else 1.
-            out = guided(model, scheduler.scale_model_input(z, t), t_batch, cond, null, g)
-            z = scheduler.step(out.to(z.dtype), t, z).prev_sample
+            g = guidance if guided_from <= t < guided_until else 1.
+            prediction = guided(model, scheduler.scale_model_input(z, t), t_batch, cond, null, g)
+            z = scheduler.step(prediction.to(z.dtype), t, z).prev_sample
     return kept.impose(z, schedule) if kept else z
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #6b5291da
@@ -154,8 +157,8 @@ def to_uint8(x: Tensor      # (B,3,H,W) images in about [-1,1]
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #c07569ab
 def check_masks(generator: Denoiser,    # it decides which sizes fit
-                masks: np.ndarray | Tensor, # (N,H,W) or (N,1,H,W), two values
-                what: str = 'masks'     # what they are, for the message
+                masks: np.ndarray | Tensor, # (N,H,W) or (N,1,H,W), N at least 1, values 0 and 1
+                what: str = 'masks'     # their name in the error message
                ) -> Tensor:             # (N,1,H,W) float in {0,1}
     "Masks in the form that generators take; `MedsynError` for other shapes, values or sizes."
     m = masks if isinstance(masks, Tensor) else torch.as_tensor(np.asarray(masks))
@@ -164,18 +167,18 @@ def check_masks(generator: Denoiser,    # it decides which sizes fit
         raise MedsynError(f"{what} of shape {tuple(m.shape)}: give at least one, as (N,H,W) or (N,1,H,W)")
     m = m.float()
     if ((m != 0) & (m != 1)).any():
-        found = f"{m.min():g} to {m.max():g}"
-        raise MedsynError(f"{what} hold values other than 0 and 1 ({found}): threshold them first")
+        extremes = f"{m.min():g} to {m.max():g}"
+        raise MedsynError(f"{what} hold values other than 0 and 1 ({extremes}): threshold them first")
     generator.backbone.check_size(tuple(m.shape[-2:]))
     return m
 
-def check_interval(interval: Sequence   # of guidance: shares of the timesteps
-                  ) -> tuple:           # (low, high)
-    "`MedsynError` unless these are two shares, the lower first."
-    low, high = interval if len(interval) == 2 else (1., 0.)
-    if not 0 <= low <= high <= 1:
+def check_interval(interval: Sequence   # of guidance: two shares of the timesteps, in [0,1]
+                  ) -> tuple:           # (low, high), floats
+    "`MedsynError` unless these are two shares, the lower first; they may be equal."
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise MedsynError(f"the interval of guidance is {tuple(interval)}: give two shares of the timesteps,"
                           " such as (0.2, 0.7)")
+    low, high = interval
     return float(low), float(high)
 
 def _check_inputs(generator, masks, steps, strength, sampler, resample, **each):
@@ -203,19 +206,19 @@ def sample(generator: Denoiser,         # any generator
            masks: Tensor,               # (N,1,H,W) in {0,1}; (N,H,W) and numpy are taken too
            steps: int = SAMPLE_STEPS,   # sampler steps
            guidance: float = None,      # g, 1 is none; `None`: see `defaults_of`
-           guide: str = None,           # what the weaker half lacks: prompt or mask; `None` as above
+           guide: str = None,           # what the weaker half lacks: prompt or mask; `None`: as above
            sampler: str = SAMPLER,      # ddim (eta 0), dpm++ or unipc
-           seeds: int | list = 0,       # one seed an image, or one number s for s, s+1, s+2, ...
+           seeds: int | list = 0,       # one seed per image, or one number s for s, s+1, s+2, ...
            prompt: str = None,          # default: the backbone's
-           bs: int = 8,                 # images sampled together; does not change them
+           bs: int = 8,                 # images sampled together; changes them by rounding alone
            images: Tensor = None,       # (N,3,H,W) in [-1,1], for generators that also see the image (M+I)
            init: Tensor = None,         # (N,3,H,W) in [-1,1] to start from instead of noise
-           strength: float = None,      # share of the schedule for `init`, [0,1]; `None`: 0.6, with `keep` 1
+           strength: float = None,      # share of the schedule for `init`, [0,1]; `None`: 0.6; with `keep` 1
            keep: Tensor = None,         # (N,1,H,W) in {0,1}: where `init` is kept (1); the rest is generated
-           resample: int = 1,           # with `keep` and ddim: how often each step is made (RePaint)
+           resample: int = 1,           # how often each step but the last is made (RePaint); above 1: ddim
            desc: str = 'sample',        # title of the progress bar
            interval: Sequence = (0., 1.), # shares of the timesteps between which guidance is used
-           precision: str = None        # fp32, bf16 or fp16; `None`: what the device is made for
+           precision: str = None        # fp32, bf16 or fp16; `None`: see `train.autocast_of`
           ) -> np.ndarray:              # (N,H,W,3) uint8
     "Sample one image per mask; `MedsynError` names what does not fit."
     bb = generator.backbone
@@ -232,7 +235,8 @@ def sample(generator: Denoiser,         # any generator
 
     def sample_batch(chosen):
         def part(v): return None if v is None else v[chosen].to(bb.device)
-        n, noise = len(seeds[chosen]), start_noise(seeds[chosen], shape).to(bb.device)
+        n = len(seeds[chosen])
+        noise = start_noise(seeds[chosen], shape).to(bb.device)
         z0 = None if init is None else bb.codec.encode(part(init))
         share = 1. if init is None else strength
         scheduler, timesteps = _timesteps(bb.schedule, sampler, steps, share, bb.device)
@@ -248,12 +252,13 @@ def sample(generator: Denoiser,         # any generator
                         seeds[chosen], interval)
         return to_uint8(bb.codec.decode(z))
 
-    was_training, out = generator.training, []
+    was_training = generator.training
     generator.eval()
+    batches = []
     try:
         with track(desc=desc, total=len(masks)) as bar:
             for i in range(0, len(masks), bs):
-                out.append(sample_batch(slice(i, i + bs)))
-                bar.update(len(out[-1]))
+                batches.append(sample_batch(slice(i, i + bs)))
+                bar.update(len(batches[-1]))
     finally: generator.train(was_training)
-    return np.concatenate(out)
+    return np.concatenate(batches)

@@ -55,7 +55,7 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls,
-        config      # configuration of any diffusers scheduler (its `.config` or the JSON it was saved as)
+        config: dict    # of any diffusers scheduler: its `.config`, or the JSON it was saved as
     ) -> 'Schedule':
         "The schedule of a diffusers scheduler; `MedsynError` for one that this class cannot express."
         if config.get('trained_betas') is not None or config.get('rescale_betas_zero_snr'):
@@ -78,7 +78,7 @@ class Schedule:
     def coefs(self,
         t: Tensor,      # (B,) timesteps, or one
         like: Tensor    # (B,...) what they will multiply
-    ) -> tuple:         # two tensors (B,1,1,1), in the type and on the device of `like`
+    ) -> tuple:         # two tensors (B,1,1,1), in the dtype and on the device of `like`
         "The amplitudes of signal and noise, `sqrt(abar_t)` and `sqrt(1 - abar_t)`."
         shape = -1, *[1]*(like.dim() - 1)
         if isinstance(t, Tensor): t = t.to(like.device)
@@ -105,7 +105,7 @@ class Schedule:
         eps: Tensor,    # (B,K,h,w) standard normal
         t: Tensor       # (B,) timesteps
     ) -> Tensor:        # (B,K,h,w)
-        "What the network should answer for `noise(z0, eps, t)`: `eps` or `v`."
+        "What the network should predict for `noise(z0, eps, t)`: `eps` or `v`."
         if self.prediction == 'epsilon': return eps
         a, s = self.coefs(t, z0)
         return a*eps - s*z0
@@ -115,7 +115,7 @@ class Schedule:
         zt: Tensor,     # (B,K,h,w) noised latents
         t: Tensor       # (B,) timesteps
     ) -> Tensor:        # (B,K,h,w)
-        "The noise that the network's answer `out` stands for."
+        "The noise that the network's output `out` stands for."
         if self.prediction == 'epsilon': return out
         a, s = self.coefs(t, zt)
         return a*out + s*zt
@@ -132,7 +132,7 @@ class Schedule:
     def sampler(self,
         name: str   # ddim, dpm++ or unipc
     ):              # a diffusers scheduler
-        "A fresh diffusers scheduler on this schedule: ddim (eta 0), dpm++ or unipc."
+        "A new diffusers scheduler on this schedule; `MedsynError` for another name."
         return SAMPLERS[pick(name, SAMPLERS, 'sampler')](self.config)
 
     def __repr__(self): return f"Schedule(T={self.T}, {self.config['beta_schedule']}, {self.prediction})"

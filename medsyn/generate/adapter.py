@@ -25,7 +25,7 @@ def adapter_network(
     backbone: Backbone,     # its widths and its codec's stride are used
     res_blocks: int = 2     # residual blocks per level
 ) -> T2IAdapter:            # with random weights
-    "A full T2I-Adapter for this backbone."
+    "A T2I-Adapter for this backbone (diffusers' `full_adapter`); `MedsynError` without residual blocks."
     if res_blocks < 1: raise MedsynError(f"an adapter with {res_blocks} residual blocks: give at least 1")
     return T2IAdapter(
         in_channels=3,
@@ -36,10 +36,10 @@ def adapter_network(
 # %% ../../nbs/api/34_generate.adapter.ipynb #adab340c
 class AdapterGenerator(MaskGenerator):
     "Mask to image: a T2I-Adapter beside a frozen U-Net."
-    guidance = 7.5                      # of the prompt, on Stable Diffusion (the paper's code)
+    guidance = 7.5                      # by the prompt, on Stable Diffusion (the paper's code)
     def __init__(self,
         backbone: Backbone,             # shared and not changed
-        weight: float = 1.,             # of the features: 0 is the backbone
+        weight: float = 1.,             # of the features, 0 or more: 0 is the backbone
         res_blocks: int = 2,            # residual blocks per level
         adapter: T2IAdapter = None      # an existing adapter; used when loading
     ):
@@ -65,8 +65,12 @@ class AdapterGenerator(MaskGenerator):
         factor = self.config['weight']*cond.given().reshape(-1, 1, 1, 1)
         return [factor*feature for feature in self.adapter(cond.mask.expand(-1, 3, -1, -1))]
 
-    def forward(self, zt, t, cond: Cond):
-        "The network's output (noise or velocity), (B,K,h,w)."
+    def forward(self,
+        zt: Tensor,     # (B,K,h,w) noised latents
+        t: Tensor,      # (B,) timesteps
+        cond: Cond      # mask and embedded prompt
+    ) -> Tensor:        # (B,K,h,w)
+        "The network's output, noise or velocity."
         unet = self.backbone.unet
         return head(unet, trunk(unet, zt, t, cond.text, self.features(cond)))
 
@@ -89,7 +93,7 @@ def cubic_times(u: Tensor,      # (B,) uniform timesteps, integers in [0,T)
 
 class CubicTimeCB(Callback):
     "Moves the noised batch to cubic timesteps (T2I-Adapter, Sec. 3.4)."
-    order, run_valid, name = ORDER['image_branch'], False, 'cubic_time'
+    order, run_valid, name = ORDER['image_branch'], False, 'cubic_time'     # after DiffusionCB
 
     def before_batch(self):
         n, schedule = self.learn.noised, self.model.backbone.schedule

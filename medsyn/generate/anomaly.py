@@ -120,7 +120,7 @@ class NormalCond(Cond):
     normal: Tensor = field(default=None, kw_only=True)      # (B,K,h,w)
 
     def map(self, f) -> 'NormalCond':
-        "The condition with `f` applied to every part."
+        "The condition with `f` applied to every part that is not `None`, and to the normal images."
         return with_normal(super().map(f), f(self.normal))
 
     def cat(self, other: 'NormalCond') -> 'NormalCond':
@@ -136,7 +136,7 @@ def with_normal(cond: Cond,     # any condition
 
 class AnomalyGenerator(MaskGenerator):
     "Mask to image: a frozen backbone whose prompt ends with an anomaly's appearance and place."
-    guidance, guide = 2., 'mask'
+    guidance, guide = 2., 'mask'        # of sampling on Stable Diffusion; without a mask it is the backbone
     def __init__(self,
         backbone: Backbone,                 # shared and not changed
         tokens: int = 8,                    # tokens of the anomaly's appearance
@@ -150,8 +150,8 @@ class AnomalyGenerator(MaskGenerator):
                               "give one of medsyn pretrain, or a Stable-Diffusion-1.x folder")
         dim = backbone.unet.config.cross_attention_dim
         self.embedding = embedding or AnomalyEmbedding(dim, tokens, encoder)
-        made = self.embedding.config
-        self.config = dict(tokens=made['tokens'], encoder=made['encoder'], reweight=reweight)
+        settings = self.embedding.config
+        self.config = dict(tokens=settings['tokens'], encoder=settings['encoder'], reweight=reweight)
 
     def trainable(self) -> list:
         "The embedding alone."
@@ -173,12 +173,19 @@ class AnomalyGenerator(MaskGenerator):
         added_used = is_given[:, None].expand(-1, added.shape[1])
         return torch.cat([cond.text, added.to(cond.text)], 1), torch.cat([text_used, added_used], 1)
 
-    def with_kept(self, cond: Cond, z0) -> Cond:
+    def with_kept(self,
+        cond: Cond,     # the condition of a batch
+        z0: Tensor      # (B,K,h,w) latents of the normal images
+    ) -> Cond:          # a `NormalCond` if attention is re-weighted, else `cond`
         "The condition with the normal image, if attention is re-weighted."
         return with_normal(cond, z0) if self.config['reweight'] else cond
 
-    def forward(self, zt, t, cond: Cond):
-        "The network's output (noise or velocity), (B,K,h,w)."
+    def forward(self,
+        zt: Tensor,     # (B,K,h,w) noised latents
+        t: Tensor,      # (B,) timesteps
+        cond: Cond      # mask and embedded prompt; a `NormalCond` is re-weighted
+    ) -> Tensor:        # (B,K,h,w)
+        "The network's output, noise or velocity."
         unet, schedule = self.backbone.unet, self.backbone.schedule
         tokens, is_used = self.prompt_of(cond)
         def output(): return unet(zt, t, tokens, encoder_attention_mask=is_used).sample

@@ -36,9 +36,9 @@ def decoder_norms(unet: UNet2DConditionModel    # any U-Net of diffusers
 
 @contextlib.contextmanager
 def modulated(norms: list,      # normalisation layers
-              change: Callable  # called with a layer's number and its output; returns the new output
+              change: Callable  # (layer's place in `norms`, its output) -> the output to use instead
              ):                 # a context manager
-    "Inside, the output of every layer is changed."
+    "Inside, the output of each of these layers is replaced."
     def hook_of(i): return lambda layer, inputs, out: change(i, out)
     handles = [norm.register_forward_hook(hook_of(i)) for i, norm in enumerate(norms)]
     try: yield
@@ -61,9 +61,9 @@ class Spade(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self,
-        i: int,             # number of the normalisation
+        i: int,             # number of the normalisation, from 0
         h: Tensor,          # (B,C_i,h,w) its output
-        labels: Tensor      # (B,L,H,W) the label map, at the mask's size
+        labels: Tensor      # (B,L,H,W) the label map in [0,1], at the mask's size
     ) -> Tensor:            # (B,C_i,h,w)
         "The normalised features, scaled and shifted."
         labels = F.adaptive_avg_pool2d(labels, h.shape[-2:]).to(h)
@@ -73,17 +73,17 @@ class Spade(nn.Module):
 # %% ../../nbs/api/35_generate.arsdm.ipynb #a45d350a
 class ArSDMGenerator(MaskGenerator):
     "Mask to image: a U-Net with SPADE, computed from the mask, in its decoder."
-    guidance, guide = 2., 'mask'
+    guidance, guide = 2., 'mask'        # of sampling on Stable Diffusion; by the mask, because it was dropped
     can_recompute = False               # the mask is in the normalisations during the forward pass alone
     def __init__(self,
         backbone: Backbone,     # on pixels or on latents; not changed: its U-Net is copied
         hidden: int = 32,       # channels inside SPADE; 128 in the paper
         spade: Spade = None     # an existing one; used when loading
     ):
-        new = copy.copy(backbone)
-        new._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
-        super().__init__(new)
-        widths = [norm.num_channels for norm in decoder_norms(new.unet)]
+        own = copy.copy(backbone)
+        own._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
+        super().__init__(own)
+        widths = [norm.num_channels for norm in decoder_norms(own.unet)]
         self.spade = spade or Spade(widths, hidden)
         self.config = dict(hidden=self.spade.config['hidden'])
 
@@ -99,9 +99,14 @@ class ArSDMGenerator(MaskGenerator):
             raise MedsynError("this generator needs a mask and got none: pass masks")
         return torch.cat([cond.mask, 1 - cond.mask], 1)*cond.given().reshape(-1, 1, 1, 1)
 
-    def forward(self, zt, t, cond: Cond):
-        "The network's output (noise or velocity), (B,K,h,w)."
-        unet, labels = self.backbone.unet, self.labels(cond)
+    def forward(self,
+        zt: Tensor,     # (B,K,h,w) noised latents
+        t: Tensor,      # (B,) timesteps
+        cond: Cond      # mask and embedded prompt
+    ) -> Tensor:        # (B,K,h,w)
+        "The network's output, noise or velocity."
+        unet = self.backbone.unet
+        labels = self.labels(cond)
         with modulated(decoder_norms(unet), lambda i, h: self.spade(i, h, labels)):
             return unet(zt, t, cond.text).sample
 
@@ -135,15 +140,15 @@ def adaptive_weights(mask: Tensor,              # (B,1,H,W) in [0,1]
 def absolute_loss(pred: Tensor,             # (B,K,h,w) the network's output
                   target: Tensor,           # (B,K,h,w)
                   reduction: str = 'mean'   # mean, sum or none
-                 ) -> Tensor:               # the loss, in the type of `target`
-    "The mean absolute error, which ArSDM uses instead of the squared one."
+                 ) -> Tensor:               # the loss, in the dtype of `target`; (B,K,h,w) with none
+    "The absolute error, which ArSDM uses instead of the squared one."
     return F.l1_loss(pred.to(target.dtype), target, reduction=reduction)
 
 class AdaptiveWeightCB(WeightedLossCB):
     "Weights the denoising loss by the mask (ArSDM, Eq. 4)."
     name = 'L_adaptive'
     def __init__(self,
-        weight: float = 1.,         # share of the weighting: 0 is the plain loss
+        weight: float = 1.,         # share of the weighting, [0,1]: 0 is the plain loss
         normalise: bool = False     # divide the weights by their mean in each image
     ):
         super().__init__(weight)
@@ -171,10 +176,10 @@ class RefineCB(LossTermCB):
     def __init__(self,
         segmenter: nn.Module,       # images (B,3,H,W) in [0,1] to logits (B,C,H,W); it is copied
         weight: float = 1.,         # of the term
-        t_max: int = 300,           # samples with a smaller timestep take part
+        t_max: int = 300,           # samples with a smaller timestep take part; at least 1
         start: float = .5,          # share of the run after which the term begins, [0,1]
         released: bool = False,     # no gradient, as in the released code
-        judge: Callable = mask_loss # (logits (B,C,H,W), mask (B,H,W)) -> scalar
+        judge: Callable = mask_loss # its loss: (logits (B,C,H,W), mask (B,H,W)) -> scalar
     ):
         super().__init__(weight)
         if not isinstance(segmenter, nn.Module):
@@ -193,7 +198,7 @@ class RefineCB(LossTermCB):
     def estimate(self,
         chosen: Tensor      # (B,) bool, which samples
     ) -> Tensor:            # (N,3,H,W) in [0,1]
-        "The one-step estimates of the chosen images."
+        "The one-step estimates of the N chosen images."
         n, backbone = self.learn.noised, self.model.backbone
         t, zt = n.t[chosen], n.zt[chosen]
         eps = backbone.schedule.to_eps(self.pred[chosen].float(), zt, t)
@@ -219,7 +224,7 @@ def arsdm_learner(
     normalise: bool = False,        # divide these weights by their mean in each image
     refine: nn.Module = None,       # a segmenter that judges denoised images (`medsyn train`: its folder)
     refine_weight: float = 1.,      # of its term, 0 or more
-    released: bool = False,         # the judge's term has no gradient, as in the released code
+    released: bool = False,         # the refinement has no gradient, as in the released code
     drop_mask: float = .15,         # share of samples trained without their mask, [0,1]; 0 in the paper
     seed: int = 0,                  # of the initial weights, the noise and the timesteps
     cbs: list = (),                 # further callbacks

@@ -8,6 +8,7 @@ __all__ = ['mask_channels', 'ConcatGenerator', 'WithUnlabelled', 'with_unlabelle
 
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36004
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def mask_channels(mask: Tensor,             # (B,1,H,W) in [0,1]; a gradient flo
                   has_mask: Tensor,         # (B,) 1 where the mask is given, else 0
                   stride: int               # pixels per latent pixel, a divisor of H and W
                  ) -> Tensor:               # (B,stride**2 + 1,H/stride,W/stride)
-    "A mask at the latent's size without loss (space-to-depth), and a channel that says whether it is given."
+    "A mask at the latent's size (space-to-depth keeps all pixels), and a channel: whether it is given."
     flag = has_mask.reshape(-1, 1, 1, 1).to(mask)
     pixels = F.pixel_unshuffle(mask*flag, stride)
     return torch.cat([pixels, flag.expand(-1, -1, *pixels.shape[-2:])], 1)
@@ -36,31 +37,36 @@ def mask_channels(mask: Tensor,             # (B,1,H,W) in [0,1]; a gradient flo
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36011
 class ConcatGenerator(MaskGenerator):
     "Mask to image: the mask and a has-mask flag as input channels of the backbone's U-Net."
-    guidance, guide = 2., 'mask'        # from the trained prediction without a mask
+    guidance, guide = 2., 'mask'        # of sampling on Stable Diffusion; by the mask, because it was dropped
     def __init__(self,
         backbone: Backbone      # not changed: its U-Net is copied
     ):
-        new = copy.copy(backbone)
-        new._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
-        super().__init__(new)
+        own = copy.copy(backbone)
+        own._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
+        super().__init__(own)
         stride = backbone.codec.stride
-        new.unet.conv_in = MaskedConv(new.unet.conv_in, stride**2 + 1)
+        own.unet.conv_in = MaskedConv(own.unet.conv_in, stride**2 + 1)
 
     def mask_input(self,
         cond: Cond,     # a condition without mask counts as dropped
         zt: Tensor      # (B,K,h,w) noised latents
-    ) -> Tensor:        # (B,s*s+1,h,w)
+    ) -> Tensor:        # (B,s*s+1,h,w), of the dtype and device of `zt`
         "The added input channels."
-        added = self.backbone.unet.conv_in.mask.in_channels
-        if cond.mask is None: return zt.new_zeros(len(zt), added, *zt.shape[-2:])
+        channels = self.backbone.unet.conv_in.mask.in_channels
+        if cond.mask is None: return zt.new_zeros(len(zt), channels, *zt.shape[-2:])
         return mask_channels(cond.mask, cond.given(), self.backbone.codec.stride).to(zt)
 
-    def forward(self, zt, t, cond: Cond):
-        "The network's output (noise or velocity), (B,K,h,w)."
-        channels_last = zt.is_contiguous(memory_format=torch.channels_last)     # rounding depends on it
+    def forward(self,
+        zt: Tensor,     # (B,K,h,w) noised latents
+        t: Tensor,      # (B,) timesteps
+        cond: Cond      # mask and embedded prompt
+    ) -> Tensor:        # (B,K,h,w)
+        "The network's output, noise or velocity."
+        # the memory layout of `zt` decides how the convolutions round: keep it
+        channels_last = zt.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        further = self.mask_input(cond, zt).contiguous(memory_format=layout)
-        return self.backbone.unet(torch.cat([zt, further], 1), t, cond.text).sample
+        added = self.mask_input(cond, zt).contiguous(memory_format=layout)
+        return self.backbone.unet(torch.cat([zt, added], 1), t, cond.text).sample
 
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36016
 class WithUnlabelled:
@@ -75,7 +81,9 @@ class WithUnlabelled:
         self.pairs, self.size = dataset.pairs, dataset.size
 
     @property
-    def labelled(self): return self.copies*len(self.dataset)
+    def labelled(self):
+        "How many items are pairs, repetitions included: they come first."
+        return self.copies*len(self.dataset)
     def __len__(self): return self.labelled + len(self.unlabelled)
 
     def __getitem__(self, i):
@@ -99,10 +107,11 @@ def with_unlabelled(dls: DataLoaders,       # from `pair_dls`; not changed
     if not isinstance(pairs, PairDataset):
         raise MedsynError("unlabelled images need loaders of pair_dls: leave the cache of latents out")
     needed = share/(1 - share)*len(files)               # labelled items beside that many unlabelled ones
-    copies = max(1, -int(-needed//len(pairs)))
-    new, train = copy.copy(dls), dls.train.new(WithUnlabelled(pairs, files, copies))
-    new.loaders = [train, *dls.loaders[1:]]
-    return new
+    copies = max(1, math.ceil(needed/len(pairs)))
+    train = dls.train.new(WithUnlabelled(pairs, files, copies))
+    mixed = copy.copy(dls)
+    mixed.loaders = [train, *dls.loaders[1:]]
+    return mixed
 
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36019
 @delegates(denoising_learner)
@@ -123,11 +132,12 @@ def concat_learner(
 def as_backbone(self: ConcatGenerator
                ) -> Backbone:       # with a copy of the trained U-Net
     "A backbone that was trained with masks, for other generators: the network without its mask channels."
-    new, unet = copy.copy(self.backbone), copy.deepcopy(self.backbone.unet)
+    unet = copy.deepcopy(self.backbone.unet)
     unet.conv_in = unet.conv_in.conv
-    new._modules = {**self.backbone._modules, 'unet': unet}
-    new.source = None
-    return new
+    backbone = copy.copy(self.backbone)
+    backbone._modules = {**self.backbone._modules, 'unet': unet}
+    backbone.source = None      # no folder holds these weights yet
+    return backbone
 
 def save_pretrained(self: ConcatGenerator,
                     path: str | Path    # folder to write
