@@ -11,8 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.layouts import convert
-from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks, find_images,
-                               find_masks, find_pairs, fitting_size, group_of, pair_dls, pairs_hash,
+from medsyn.data.pairs import (FITS, Geometry, Pair, auto_window, auto_windows, check_pairs, clean_masks,
+                               find_images, find_masks, find_pairs, fitting_size, group_of, pair_dls, pairs_hash,
                                read_image, read_mask, read_pair, reading, save_list)
 
 N = 24
@@ -613,3 +613,8 @@ def test_masks_alone_under_any_name(tmp_path, name):
     for folder in ('flat', 'below'): assert [p.name for p in find_masks(tmp_path/folder)] == [name]
     (tmp_path/'empty').mkdir()
     with pytest.raises(MedsynError, match='no image in'): find_masks(tmp_path/'empty')
+
+@pytest.mark.parametrize('value', [0, 100., -3e4, 1e10])
+def test_a_constant_image_has_a_window(value):
+    lo, hi = auto_window(np.full((4, 4), value, np.float32))
+    assert lo == np.float32(value) and lo < hi

@@ -795,8 +795,8 @@ def auto_window(values: np.ndarray  # of any shape; nan and infinite values are 
     "The window that `window='auto'` stands for."
     finite = values[np.isfinite(values)]
     if not finite.size: return 0., 1.
-    lo, hi = np.percentile(finite, [.5, 99.5])
-    return float(lo), float(max(hi, lo + 1e-6))
+    lo, hi = map(float, np.percentile(finite, [.5, 99.5]))
+    return lo, max(hi, lo + 1e-6*max(1., abs(lo)))      # a constant image has a window too
 
 def through_window(values: np.ndarray,  # of any shape and type
                    window: tuple        # (lo, hi); `MedsynError` unless lo < hi
