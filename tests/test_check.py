@@ -12,8 +12,8 @@ from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.layouts import convert
 from medsyn.data.pairs import (FITS, Geometry, Pair, auto_window, auto_windows, check_pairs, clean_masks,
-                               find_images, find_masks, find_pairs, fitting_size, group_of, pair_dls, pairs_hash,
-                               read_image, read_mask, read_pair, reading, save_list)
+                               find_images, find_masks, find_pairs, fitting_size, group_of, pair_dls,
+                               pairs_hash, read_image, read_mask, read_pair, reading, save_list)
 
 N = 24
 
@@ -593,7 +593,7 @@ def test_folders_without_a_counterpart_are_listed(tmp_path):
     assert not len(check_pairs(tmp_path/'a'))
     lesion_folder(tmp_path/'a'/'extra', 1, 32)
     write_masks(tmp_path/'a'/'masks_C2', '0000')
-    write_masks(tmp_path/'a'/'ignored', '0000')             # medsyn's own: neither images nor masks by its name
+    write_masks(tmp_path/'a'/'ignored', '0000')             # medsyn's own: no word for images or masks
     listed = check_pairs(tmp_path/'a')
     assert listed.file.tolist() == ['extra', 'masks_C2'] and set(listed.severity) == {'warning'}
     assert len(find_pairs(tmp_path/'a')) == 8

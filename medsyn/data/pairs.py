@@ -141,7 +141,8 @@ LAYOUTS = ("images/ + masks/ (or image/ + mask/, Original/ + Ground Truth/), "
            "ISIC's *_Input/ + *_GroundTruth/, <set>/images/ + <set>/masks/, "
            "or one folder with a.jpg + a_segmentation.png, a.png + a_mask.png or a.jpg + a.png")
 
-_TASK = re.compile(r'(?<![a-z])(task|part)\d+[a-c]?(-\d+[a-c]?)*')      # of the ISIC challenges: task1-2, part3b
+# of the ISIC challenges: task1-2, part3b
+_TASK = re.compile(r'(?<![a-z])(task|part)\d+[a-c]?(-\d+[a-c]?)*')
 
 def _role(folder):
     "('image' or 'mask' or None, what remains of the name): 'masks_C1' -> ('mask', 'c1')."
@@ -260,7 +261,7 @@ def _collections(path, prefix='', depth=2):
     return [c for p in folders for c in _collections(p, f'{prefix}{p.name}/', depth - 1)]
 
 def _unread(path, depth=2):
-    "Folders beside matched ones that hold images, masks or pairs of their own: `_collections` leaves them out."
+    "Folders of images, masks or pairs beside matched ones: `_collections` leaves them out."
     folders = _folders(path)
     roles, matched = _by_role(folders)
     if not matched: return [q for p in folders for q in _unread(p, depth - 1)] if depth else []
@@ -1217,7 +1218,8 @@ def check_pairs(pairs: str | Path | list,       # folder in a known layout, or l
     rows += [_row(name, 'duplicate stem: two pairs have this name', 'rename one of them') for name in twice]
     if root is not None and root.is_dir():
         remedy = 'if it is meant, give it and its counterpart names that differ in images and masks alone'
-        rows += [_row(p, 'not read: a folder without a counterpart', remedy, 'warning') for p in _unread(root)]
+        problem = 'not read: a folder without a counterpart'
+        rows += [_row(p, problem, remedy, 'warning') for p in _unread(root)]
     if len(pairs) < least:
         remedy = f'at least {least} are needed for training and validation'
         rows.append(_row(root or 'all', f'only {len(pairs)} pairs', remedy))
@@ -1341,7 +1343,7 @@ def clean_masks(path: str | Path,               # folder in a known layout
             n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
             done = dict(name=p.name, unsure=unsure, masks=n_masks, window=used)
             rows.append(dict(done, changes='; '.join(changes)))
-        described = _manifest_rows(pairs)       # the groups that no split divides, and what `where` selects by
+        described = _manifest_rows(pairs)       # groups that no split divides, and what `where` selects by
         if len(described): write_atomic(out/'manifest.csv', described.to_csv(index=False))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
 
