@@ -75,7 +75,10 @@ class Item:
 
 def _from_pairs(path, how):
     pairs = find_pairs(path, how=how)
-    return [Item(p.name, p.image, p.mask, group=group_of(p), reading=p.reading) for p in pairs]
+    groups = {p.name: group_of(p) for p in pairs}
+    for name, group in groups.items():
+        if group == name: groups[name] = ''         # its new name is the group
+    return [Item(p.name, p.image, p.mask, group=groups[p.name], reading=p.reading) for p in pairs]
 
 def _from_nnunet(path, how):
     "`imagesTr/NAME_0000.*` and `labelsTr/NAME.*`."
