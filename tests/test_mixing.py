@@ -149,6 +149,16 @@ def test_damaged_manifest(tmp_path, discs):
     with pytest.raises(MedsynError, match='is damaged .* run synthesize again'):
         find_partners(folder, discs[0])
 
+def test_a_generator_with_masks_of_its_own_leaves_no_partners(tmp_path, discs):
+    "Its lines name no real pair and no transform."
+    folder = synthetic(tmp_path/'s', discs[0][:2])
+    about = [json.loads(line) for line in (folder/'manifest.jsonl').read_text().splitlines()]
+    own = [{k: row[k] for k in ('index', 'file', 'mask')} | dict(seed=1, tidied=0) for row in about]
+    dropped = dict(index=2, seed=2, tidied=0, dropped='empty mask')
+    (folder/'manifest.jsonl').write_text('\n'.join(map(json.dumps, [dropped, *own])))
+    with pytest.raises(MedsynError, match=r"000000\.png has a mask .* itself.* run synthesize with masks='real'"):
+        find_partners(folder, discs[0])
+
 def test_statistics_are_thawed_after_an_error():
     m = net()
     with pytest.raises(RuntimeError):

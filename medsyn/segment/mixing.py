@@ -46,7 +46,12 @@ def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` w
     partners = defaultdict(list)
     real_pairs = {p.name: p for p in pairs}
     for row in track(_manifest(folder), 'partners'):
+        if 'dropped' in row: continue
         image_file, mask_file = folder/row['file'], folder/row['mask']
+        if 'transform' not in row:
+            raise MedsynError(f"{image_file} has a mask that its generator made itself, so it is no partner of"
+                              " a real image: run synthesize with masks='real' and a generator that takes"
+                              " masks")
         kind = row['transform']['kind']
         if kind != 'real':
             raise MedsynError(f"{image_file} was sampled under a transformed mask ({kind}):"
