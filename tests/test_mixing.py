@@ -16,7 +16,7 @@ from torch import nn
 from medsyn import experiment
 from medsyn.core import MedsynError, seeded
 from medsyn.data.lesions import lesion_folder
-from medsyn.data.pairs import Pair, find_pairs, pair_dls, read_pair
+from medsyn.data.pairs import Pair, PairDataset, find_pairs, pair_dls, read_pair
 from medsyn.diffusion.backbone import Backbone
 from medsyn.experiment import compare, describe_arm
 from medsyn.generate.control import ControlGenerator
@@ -24,7 +24,7 @@ from medsyn.segment.annealing import RealAnchorCB, anchor_batch, hypergradient, 
 from medsyn.segment.catalog import MIX_ARMS, Arm, as_arm, mixing_arms
 from medsyn.segment.feedback import GenerativeFeedbackCB
 from medsyn.segment.learner import segment_learner
-from medsyn.segment.mixing import (MIX_SCHEDULES, CutMixCB, MixedBatch, MixUpCB, PairedMixCB,
+from medsyn.segment.mixing import (MIX_SCHEDULES, CutMixCB, MixedBatch, MixUpCB, PairedMixCB, PartnerDataset,
                                    check_partners, find_partners, frozen_stats, partner_dls)
 from medsyn.segment.models import Segmenter, segmenter
 from medsyn.train import fit_steps
@@ -136,6 +136,19 @@ def test_partners_of_another_shape(tmp_path):
     dls = partner_dls(pair_dls(pairs, (32, 64), 4, valid=.25, device='cpu'), partners)
     real, partner, mask = dls.train.one_batch()
     assert real.shape == partner.shape == (4, 3, 32, 64) and mask.shape == (4, 32, 64)
+
+@pytest.mark.parametrize('cache,limit,kept', [(True, 2, True), (True, 3e-4, False), (False, 2, False)])
+def test_partners_stay_in_memory_as_the_real_images_do(discs, cache, limit, kept):
+    "The same choice and the same limit; five partners of each image do not fit where one does."
+    pairs, partners = discs
+    real = PairDataset(pairs, S, cache=cache, limit=limit)
+    five = {name: found*5 for name, found in partners['good'].items()}
+    one_each, five_each = PartnerDataset(real, partners['good']), PartnerDataset(real, five)
+    assert (real.cache is not None) == (one_each.cache is not None) == cache
+    assert (five_each.cache is not None) == kept
+    for ds in (one_each, five_each):
+        first, again = ds[0][1], ds[0][1]
+        assert torch.equal(first, again) and (first is again) == (ds.cache is not None)
 
 def test_no_partners_at_all(discs):
     pairs, _ = discs

@@ -77,7 +77,7 @@ def check_partners(pairs: list,     # real training `Pair`s
                           " or leave these images out")
 
 class PartnerDataset:
-    "Items (real, partner, mask); `epoch` selects one of several partners, and read partners stay in memory."
+    "Items (real, partner, mask); `epoch` selects one of several partners, kept in memory as the real images."
     n_inp, split_idx = 1, 0
     def __init__(self,
                  real: PairDataset,     # the real training pairs
@@ -87,7 +87,8 @@ class PartnerDataset:
         check_partners(real.pairs, partners)
         self.real, self.partners, self.seed = real, partners, seed
         self.epoch = 0
-        self.cache = {}
+        n_partners = sum(len(partners[p.name]) for p in real.pairs)
+        self.cache = real.empty_cache(n_partners)
 
     def __len__(self): return len(self.real)
 
@@ -101,10 +102,14 @@ class PartnerDataset:
 
     def _read(self, pair):
         "The image of a pair at the data set's size, uint8 (3,height,width)."
-        if pair.image not in self.cache:
-            pixels = torch.from_numpy(read_image(pair, self.real.size)).permute(2, 0, 1)
-            self.cache[pair.image] = TensorImage(pixels.contiguous())
+        if self.cache is None: return self._decoded(pair)
+        if pair.image not in self.cache: self.cache[pair.image] = self._decoded(pair)
         return self.cache[pair.image]
+
+    def _decoded(self, pair):
+        "The same, from the file."
+        pixels = torch.from_numpy(read_image(pair, self.real.size)).permute(2, 0, 1)
+        return TensorImage(pixels.contiguous())
 
     def __getitem__(self, i):
         real, mask = self.real[i]
