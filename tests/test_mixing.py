@@ -16,7 +16,7 @@ from torch import nn
 from medsyn import experiment
 from medsyn.core import MedsynError, seeded
 from medsyn.data.lesions import lesion_folder
-from medsyn.data.pairs import Pair, PairDataset, find_pairs, pair_dls, read_pair
+from medsyn.data.pairs import FITS, Pair, PairDataset, Reading, find_pairs, pair_dls, read_pair, read_with
 from medsyn.diffusion.backbone import Backbone
 from medsyn.experiment import compare, describe_arm
 from medsyn.generate.control import ControlGenerator
@@ -128,10 +128,7 @@ def test_partners_stay_in_register(discs, augment):
 
 def test_partners_of_another_shape(tmp_path):
     "Images that are not square: masks are compared, and pictures read, at height and width."
-    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
-    for p in pairs:
-        for file, resample in ((p.image, Image.Resampling.BILINEAR), (p.mask, Image.Resampling.NEAREST)):
-            Image.open(file).resize((48, 32), resample).save(file)
+    pairs = wide_pairs(tmp_path/'r')
     partners = find_partners(synthetic(tmp_path/'s', pairs), pairs)
     dls = partner_dls(pair_dls(pairs, (32, 64), 4, valid=.25, device='cpu'), partners)
     real, partner, mask = dls.train.one_batch()
@@ -149,6 +146,50 @@ def test_partners_stay_in_memory_as_the_real_images_do(discs, cache, limit, kept
     for ds in (one_each, five_each):
         first, again = ds[0][1], ds[0][1]
         assert torch.equal(first, again) and (first is again) == (ds.cache is not None)
+
+def wide_pairs(folder):
+    "Rendered pairs of 48x32 pixels."
+    pairs = find_pairs(lesion_folder(folder, 12, size=32, seed=0))
+    for p in pairs:
+        for file, resample in ((p.image, Image.Resampling.BILINEAR), (p.mask, Image.Resampling.NEAREST)):
+            Image.open(file).resize((48, 32), resample).save(file)
+    return pairs
+
+def triples(pairs, partners, size=32, **reading):
+    dls = pair_dls(pairs, size, 4, valid=.25, augment='none', device='cpu', **reading)
+    return list(partner_dls(dls, partners).train)
+
+@pytest.mark.parametrize('own', FITS)
+@pytest.mark.parametrize('given', [None, *FITS])
+def test_partners_are_read_as_the_real_images(tmp_path, own, given):
+    "With the loader's fit, or else with that of the real pair: an image as its own partner stays itself."
+    pairs = read_with(wide_pairs(tmp_path/'r'), Reading(fit=own))
+    for size in (32, (32, 64)):
+        for real, partner, _ in triples(pairs, own_partners(pairs), size, **(dict(fit=given) if given else {})):
+            assert torch.equal(real, partner)
+
+@pytest.mark.parametrize('own', FITS)
+def test_partners_lie_on_the_real_images_or_are_refused(tmp_path, own):
+    "Partners that were sampled at a square from images that are not: they serve for that fit and for squares."
+    pairs = read_with(wide_pairs(tmp_path/'r'), Reading(fit=own))
+    partners = find_partners(synthetic(tmp_path/'s', pairs, 64, shade=1), pairs)
+    for real, partner, _ in triples(pairs, partners, 64): assert torch.equal(real, partner)
+    for real, partner, _ in triples(pairs, partners, 32): assert (real - partner).abs().mean() < .02
+    for fit in FITS:
+        if fit == own: continue
+        with pytest.raises(MedsynError, match=f"sampled with fit='{own}'.* does not lie on .* fit='{fit}' at 32"):
+            triples(pairs, partners, 32, fit=fit)
+    if own == 'stretch': assert triples(pairs, partners, (32, 64))
+    else:
+        with pytest.raises(MedsynError, match='the aspect ratio of the partners'): triples(pairs, partners, (32, 64))
+
+def test_partners_on_the_pages_of_one_file(tmp_path):
+    "Each page is a partner of its own, although all have one path."
+    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
+    first, *others = [Image.open(p.image) for p in pairs]
+    first.save(tmp_path/'all.tif', save_all=True, append_images=others)
+    partners = {p.name: [Pair(p.name, tmp_path/'all.tif', p.mask, Reading(page=i))] for i, p in enumerate(pairs)}
+    for real, partner, _ in triples(pairs, partners): assert torch.equal(real, partner)
 
 def test_no_partners_at_all(discs):
     pairs, _ = discs
@@ -273,15 +314,15 @@ def test_gates_travel_with_the_model(tmp_path):
 
 # Arms ---------------------------------------------------------------------------------------------
 
-def synthetic(folder, pairs):
+def synthetic(folder, pairs, size=None, shade=.7):
     "A folder as `synthesize(..., masks='real')` leaves it: the real pictures, darkened."
     (folder/'images').mkdir(parents=True); (folder/'masks').mkdir()
     rows = []
     for i, p in enumerate(pairs):
-        image, mask = read_pair(p)
+        image, mask = read_pair(p, size)
         row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png',
                    source=p.name, transform=dict(kind='real'))
-        Image.fromarray((image*.7).astype(np.uint8)).save(folder/row['file'])
+        Image.fromarray((image*shade).astype(np.uint8)).save(folder/row['file'])
         Image.fromarray(mask*255).save(folder/row['mask'])
         rows.append(json.dumps(row))
     (folder/'manifest.jsonl').write_text('\n'.join(rows))
