@@ -2,6 +2,7 @@
 
 The finite differences take the step for real, on a copy of the network, without the code under test.
 """
+import contextlib
 import copy
 import gc
 import json
@@ -10,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from fastai.callback.fp16 import MixedPrecision
 from PIL import Image
 from torch import nn
 
@@ -299,6 +301,37 @@ def test_good_partners_keep_the_gates_open_longer(discs):
         assert v.s.iloc[-1] < .1 and v.w.iloc[-1] < .1
         assert v.s.between(0, .9).all() and v.w.between(0, 1).all()
         assert v[['force_s', 'force_w']].abs().max().max() <= 1 and v.prior.is_monotonic_increasing
+
+class ScaledCB(MixedPrecision):
+    "fp16's loss scaler on the CPU, with float32 inside: the gradients have its factor until the step."
+    def __init__(self, scale, overflows=()):
+        super().__init__()
+        self.scale, self.overflows = scale, overflows
+
+    def before_fit(self):
+        self.autocast, self.scales = contextlib.nullcontext(), []
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale)
+
+    def before_backward(self):
+        super().before_backward()
+        if self.train_iter in self.overflows: self.learn.loss_grad = self.learn.loss_grad*float('inf')
+
+def test_gates_do_not_see_the_loss_scaler(discs):
+    "Under fp16's scaler the forces, the gates and the network are those without it."
+    def run(*more): return train(discs, 'shifted', [PairedMixCB(.9), RealAnchorCB(every=2), *more], 8)
+    plain, scaled = run(), run(ScaledCB(2.**16))
+    columns = ['s', 'w', 'force_s', 'force_w']
+    a, b = (learn.history.frame()[columns].to_numpy() for learn in (plain, scaled))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    assert (np.abs(a[:, 2:]) > 1e-3).any() and torch.allclose(state(plain), state(scaled), atol=1e-4)
+
+def test_gates_wait_where_the_scaler_skips_a_step(discs):
+    "An overflow moves neither the network nor the gates; the next update does."
+    scaler = ScaledCB(2.**16, overflows=(0, 4))
+    log = train(discs, 'shifted', [PairedMixCB(.9), RealAnchorCB(every=2), scaler], 8).history.frame()
+    assert log.s.notna().all() and log.w.notna().all()
+    assert log.s[0] == log.s[2] != log.s[3] and log.s[3] == log.s[6] != log.s[7]
+    assert log.force_s[:2].isna().all() and log.force_s[2:].notna().all()
 
 def test_gates_travel_with_the_model(tmp_path):
     pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
