@@ -166,31 +166,34 @@ def triples(pairs, partners, size=32, **reading):
 def test_partners_are_read_as_the_real_images(tmp_path, own, given):
     "With the loader's fit, or else with that of the real pair: an image as its own partner stays itself."
     pairs = read_with(wide_pairs(tmp_path/'r'), Reading(fit=own))
+    reading = dict(fit=given) if given else {}
     for size in (32, (32, 64)):
-        for real, partner, _ in triples(pairs, own_partners(pairs), size, **(dict(fit=given) if given else {})):
+        for real, partner, _ in triples(pairs, own_partners(pairs), size, **reading):
             assert torch.equal(real, partner)
 
 @pytest.mark.parametrize('own', FITS)
 def test_partners_lie_on_the_real_images_or_are_refused(tmp_path, own):
-    "Partners that were sampled at a square from images that are not: they serve for that fit and for squares."
+    "Partners sampled at a square from images that are not: they serve for that fit and for squares."
     pairs = read_with(wide_pairs(tmp_path/'r'), Reading(fit=own))
     partners = find_partners(synthetic(tmp_path/'s', pairs, 64, shade=1), pairs)
     for real, partner, _ in triples(pairs, partners, 64): assert torch.equal(real, partner)
     for real, partner, _ in triples(pairs, partners, 32): assert (real - partner).abs().mean() < .02
     for fit in FITS:
         if fit == own: continue
-        with pytest.raises(MedsynError, match=f"sampled with fit='{own}'.* does not lie on .* fit='{fit}' at 32"):
-            triples(pairs, partners, 32, fit=fit)
+        said = f"sampled with fit='{own}'.* does not lie on .* fit='{fit}' at 32"
+        with pytest.raises(MedsynError, match=said): triples(pairs, partners, 32, fit=fit)
     if own == 'stretch': assert triples(pairs, partners, (32, 64))
     else:
-        with pytest.raises(MedsynError, match='the aspect ratio of the partners'): triples(pairs, partners, (32, 64))
+        with pytest.raises(MedsynError, match='the aspect ratio of the partners'):
+            triples(pairs, partners, (32, 64))
 
 def test_partners_on_the_pages_of_one_file(tmp_path):
     "Each page is a partner of its own, although all have one path."
     pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
     first, *others = [Image.open(p.image) for p in pairs]
     first.save(tmp_path/'all.tif', save_all=True, append_images=others)
-    partners = {p.name: [Pair(p.name, tmp_path/'all.tif', p.mask, Reading(page=i))] for i, p in enumerate(pairs)}
+    def page(i, p): return Pair(p.name, tmp_path/'all.tif', p.mask, Reading(page=i))
+    partners = {p.name: [page(i, p)] for i, p in enumerate(pairs)}
     for real, partner, _ in triples(pairs, partners): assert torch.equal(real, partner)
 
 def test_no_partners_at_all(discs):
@@ -212,8 +215,8 @@ def test_a_generator_with_masks_of_its_own_leaves_no_partners(tmp_path, discs):
     own = [{k: row[k] for k in ('index', 'file', 'mask')} | dict(seed=1, tidied=0) for row in about]
     dropped = dict(index=2, seed=2, tidied=0, dropped='empty mask')
     (folder/'manifest.jsonl').write_text('\n'.join(map(json.dumps, [dropped, *own])))
-    with pytest.raises(MedsynError, match=r"000000\.png has a mask .* itself.* run synthesize with masks='real'"):
-        find_partners(folder, discs[0])
+    said = r"000000\.png has a mask .* itself.* run synthesize with masks='real'"
+    with pytest.raises(MedsynError, match=said): find_partners(folder, discs[0])
 
 def test_statistics_are_thawed_after_an_error():
     m = net()

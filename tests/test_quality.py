@@ -163,13 +163,13 @@ def test_a_report_leaves_no_figure_open(made, tmp_path, monkeypatch):
     from medsyn.segment.models import Segmenter
     def broken(*args, **kwargs): raise MedsynError('the last measurement failed')
     plt.close('all')
-    mine = plt.figure()
+    mine, seg = plt.figure(), Segmenter.from_pretrained(made/'seg')
     with monkeypatch.context() as patched:
         patched.setattr(module, 'obedience', broken)
         with pytest.raises(MedsynError, match='the last measurement'):
-            module.report(made/'syn', made/'train', tmp_path/'a', segmenter=Segmenter.from_pretrained(made/'seg'))
+            module.report(made/'syn', made/'train', tmp_path/'a', segmenter=seg)
     assert plt.get_fignums() == [mine.number]
-    page = module.report(made/'syn', made/'train', tmp_path/'b', segmenter=Segmenter.from_pretrained(made/'seg'))
+    page = module.report(made/'syn', made/'train', tmp_path/'b', segmenter=seg)
     assert plt.get_fignums() == [mine.number]
     plt.close(mine)
     text = page.read_text()

@@ -430,7 +430,8 @@ def report(synthetic: str | Path | list | np.ndarray,   # folder, CSV, list of `
 def _scatters(scores, baseline):
     "Every arm against the baseline, image by image: captions and figures."
     arms = [arm for arm in dict.fromkeys(scores.arm) if arm != baseline]
-    return [(f'{arm} against {baseline}, image by image.', show_scatter(scores, arm, baseline)) for arm in arms]
+    def caption(arm): return f'{arm} against {baseline}, image by image.'
+    return [(caption(arm), show_scatter(scores, arm, baseline)) for arm in arms]
 
 def _join_by_stem(frame, scored):
     "Columns of `scored`, whose names are stems, beside those of `frame`, whose names are files."
