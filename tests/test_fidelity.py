@@ -303,5 +303,17 @@ def test_lpips_rows():
     t = fidelity(ims, ims, nn.Conv2d(3, 4, 3), lpips_weights=net, match=range(4), device='cpu')
     t = t.set_index('metric')
     assert t.value['LPIPS'] == pytest.approx(0, abs=1e-7) and t.note['LPIPS'] == '4 matched pairs'
+    assert t.extractor['LPIPS'] == 'alexnet, 256 px bilinear antialiased'
     once, again = (lpips(ims, ims, net, n_pairs=6, size=64, device='cpu', seed=1) for _ in range(2))
     assert (once == again).all()
+
+
+def test_lpips_rows_name_their_network():
+    class Distance(nn.Module):
+        def forward(self, a, b): return (a - b).abs().flatten(1).mean(1)
+    ims = draw_lesions(2, size=64)[0]
+    def named(net):
+        t = fidelity(ims, ims, nn.Conv2d(3, 4, 3), lpips_weights=net, match=range(2), device='cpu')
+        return t.set_index('metric').extractor['LPIPS']
+    assert named(lpips_network(None, 'vgg')) == 'vgg16, 256 px bilinear antialiased'
+    assert named(Distance()) == 'Distance, 256 px bilinear antialiased'

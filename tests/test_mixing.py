@@ -2,6 +2,7 @@
 
 The finite differences take the step for real, on a copy of the network, without the code under test.
 """
+import contextlib
 import copy
 import gc
 import json
@@ -10,13 +11,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from fastai.callback.fp16 import MixedPrecision
 from PIL import Image
 from torch import nn
 
 from medsyn import experiment
 from medsyn.core import MedsynError, seeded
 from medsyn.data.lesions import lesion_folder
-from medsyn.data.pairs import Pair, find_pairs, pair_dls, read_pair
+from medsyn.data.pairs import FITS, Pair, PairDataset, Reading, find_pairs, pair_dls, read_pair, read_with
 from medsyn.diffusion.backbone import Backbone
 from medsyn.experiment import compare, describe_arm
 from medsyn.generate.control import ControlGenerator
@@ -24,7 +26,7 @@ from medsyn.segment.annealing import RealAnchorCB, anchor_batch, hypergradient, 
 from medsyn.segment.catalog import MIX_ARMS, Arm, as_arm, mixing_arms
 from medsyn.segment.feedback import GenerativeFeedbackCB
 from medsyn.segment.learner import segment_learner
-from medsyn.segment.mixing import (MIX_SCHEDULES, CutMixCB, MixedBatch, MixUpCB, PairedMixCB,
+from medsyn.segment.mixing import (MIX_SCHEDULES, CutMixCB, MixedBatch, MixUpCB, PairedMixCB, PartnerDataset,
                                    check_partners, find_partners, frozen_stats, partner_dls)
 from medsyn.segment.models import Segmenter, segmenter
 from medsyn.train import fit_steps
@@ -128,14 +130,71 @@ def test_partners_stay_in_register(discs, augment):
 
 def test_partners_of_another_shape(tmp_path):
     "Images that are not square: masks are compared, and pictures read, at height and width."
-    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
-    for p in pairs:
-        for file, resample in ((p.image, Image.Resampling.BILINEAR), (p.mask, Image.Resampling.NEAREST)):
-            Image.open(file).resize((48, 32), resample).save(file)
+    pairs = wide_pairs(tmp_path/'r')
     partners = find_partners(synthetic(tmp_path/'s', pairs), pairs)
     dls = partner_dls(pair_dls(pairs, (32, 64), 4, valid=.25, device='cpu'), partners)
     real, partner, mask = dls.train.one_batch()
     assert real.shape == partner.shape == (4, 3, 32, 64) and mask.shape == (4, 32, 64)
+
+@pytest.mark.parametrize('cache,limit,kept', [(True, 2, True), (True, 3e-4, False), (False, 2, False)])
+def test_partners_stay_in_memory_as_the_real_images_do(discs, cache, limit, kept):
+    "The same choice and the same limit; five partners of each image do not fit where one does."
+    pairs, partners = discs
+    real = PairDataset(pairs, S, cache=cache, limit=limit)
+    five = {name: found*5 for name, found in partners['good'].items()}
+    one_each, five_each = PartnerDataset(real, partners['good']), PartnerDataset(real, five)
+    assert (real.cache is not None) == (one_each.cache is not None) == cache
+    assert (five_each.cache is not None) == kept
+    for ds in (one_each, five_each):
+        first, again = ds[0][1], ds[0][1]
+        assert torch.equal(first, again) and (first is again) == (ds.cache is not None)
+
+def wide_pairs(folder):
+    "Rendered pairs of 48x32 pixels."
+    pairs = find_pairs(lesion_folder(folder, 12, size=32, seed=0))
+    for p in pairs:
+        for file, resample in ((p.image, Image.Resampling.BILINEAR), (p.mask, Image.Resampling.NEAREST)):
+            Image.open(file).resize((48, 32), resample).save(file)
+    return pairs
+
+def triples(pairs, partners, size=32, **reading):
+    dls = pair_dls(pairs, size, 4, valid=.25, augment='none', device='cpu', **reading)
+    return list(partner_dls(dls, partners).train)
+
+@pytest.mark.parametrize('own', FITS)
+@pytest.mark.parametrize('given', [None, *FITS])
+def test_partners_are_read_as_the_real_images(tmp_path, own, given):
+    "With the loader's fit, or else with that of the real pair: an image as its own partner stays itself."
+    pairs = read_with(wide_pairs(tmp_path/'r'), Reading(fit=own))
+    reading = dict(fit=given) if given else {}
+    for size in (32, (32, 64)):
+        for real, partner, _ in triples(pairs, own_partners(pairs), size, **reading):
+            assert torch.equal(real, partner)
+
+@pytest.mark.parametrize('own', FITS)
+def test_partners_lie_on_the_real_images_or_are_refused(tmp_path, own):
+    "Partners sampled at a square from images that are not: they serve for that fit and for squares."
+    pairs = read_with(wide_pairs(tmp_path/'r'), Reading(fit=own))
+    partners = find_partners(synthetic(tmp_path/'s', pairs, 64, shade=1), pairs)
+    for real, partner, _ in triples(pairs, partners, 64): assert torch.equal(real, partner)
+    for real, partner, _ in triples(pairs, partners, 32): assert (real - partner).abs().mean() < .02
+    for fit in FITS:
+        if fit == own: continue
+        said = f"sampled with fit='{own}'.* does not lie on .* fit='{fit}' at 32"
+        with pytest.raises(MedsynError, match=said): triples(pairs, partners, 32, fit=fit)
+    if own == 'stretch': assert triples(pairs, partners, (32, 64))
+    else:
+        with pytest.raises(MedsynError, match='the aspect ratio of the partners'):
+            triples(pairs, partners, (32, 64))
+
+def test_partners_on_the_pages_of_one_file(tmp_path):
+    "Each page is a partner of its own, although all have one path."
+    pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
+    first, *others = [Image.open(p.image) for p in pairs]
+    first.save(tmp_path/'all.tif', save_all=True, append_images=others)
+    def page(i, p): return Pair(p.name, tmp_path/'all.tif', p.mask, Reading(page=i))
+    partners = {p.name: [page(i, p)] for i, p in enumerate(pairs)}
+    for real, partner, _ in triples(pairs, partners): assert torch.equal(real, partner)
 
 def test_no_partners_at_all(discs):
     pairs, _ = discs
@@ -148,6 +207,16 @@ def test_damaged_manifest(tmp_path, discs):
     (folder/'manifest.jsonl').write_text((folder/'manifest.jsonl').read_text()[:-5])
     with pytest.raises(MedsynError, match='is damaged .* run synthesize again'):
         find_partners(folder, discs[0])
+
+def test_a_generator_with_masks_of_its_own_leaves_no_partners(tmp_path, discs):
+    "Its lines name no real pair and no transform."
+    folder = synthetic(tmp_path/'s', discs[0][:2])
+    about = [json.loads(line) for line in (folder/'manifest.jsonl').read_text().splitlines()]
+    own = [{k: row[k] for k in ('index', 'file', 'mask')} | dict(seed=1, tidied=0) for row in about]
+    dropped = dict(index=2, seed=2, tidied=0, dropped='empty mask')
+    (folder/'manifest.jsonl').write_text('\n'.join(map(json.dumps, [dropped, *own])))
+    said = r"000000\.png has a mask .* itself.* run synthesize with masks='real'"
+    with pytest.raises(MedsynError, match=said): find_partners(folder, discs[0])
 
 def test_statistics_are_thawed_after_an_error():
     m = net()
@@ -236,6 +305,37 @@ def test_good_partners_keep_the_gates_open_longer(discs):
         assert v.s.between(0, .9).all() and v.w.between(0, 1).all()
         assert v[['force_s', 'force_w']].abs().max().max() <= 1 and v.prior.is_monotonic_increasing
 
+class ScaledCB(MixedPrecision):
+    "fp16's loss scaler on the CPU, with float32 inside: the gradients have its factor until the step."
+    def __init__(self, scale, overflows=()):
+        super().__init__()
+        self.scale, self.overflows = scale, overflows
+
+    def before_fit(self):
+        self.autocast, self.scales = contextlib.nullcontext(), []
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale)
+
+    def before_backward(self):
+        super().before_backward()
+        if self.train_iter in self.overflows: self.learn.loss_grad = self.learn.loss_grad*float('inf')
+
+def test_gates_do_not_see_the_loss_scaler(discs):
+    "Under fp16's scaler the forces, the gates and the network are those without it."
+    def run(*more): return train(discs, 'shifted', [PairedMixCB(.9), RealAnchorCB(every=2), *more], 8)
+    plain, scaled = run(), run(ScaledCB(2.**16))
+    columns = ['s', 'w', 'force_s', 'force_w']
+    a, b = (learn.history.frame()[columns].to_numpy() for learn in (plain, scaled))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    assert (np.abs(a[:, 2:]) > 1e-3).any() and torch.allclose(state(plain), state(scaled), atol=1e-4)
+
+def test_gates_wait_where_the_scaler_skips_a_step(discs):
+    "An overflow moves neither the network nor the gates; the next update does."
+    scaler = ScaledCB(2.**16, overflows=(0, 4))
+    log = train(discs, 'shifted', [PairedMixCB(.9), RealAnchorCB(every=2), scaler], 8).history.frame()
+    assert log.s.notna().all() and log.w.notna().all()
+    assert log.s[0] == log.s[2] != log.s[3] and log.s[3] == log.s[6] != log.s[7]
+    assert log.force_s[:2].isna().all() and log.force_s[2:].notna().all()
+
 def test_gates_travel_with_the_model(tmp_path):
     pairs = find_pairs(lesion_folder(tmp_path/'r', 12, size=32, seed=0))
     def dls():
@@ -250,15 +350,15 @@ def test_gates_travel_with_the_model(tmp_path):
 
 # Arms ---------------------------------------------------------------------------------------------
 
-def synthetic(folder, pairs):
+def synthetic(folder, pairs, size=None, shade=.7):
     "A folder as `synthesize(..., masks='real')` leaves it: the real pictures, darkened."
     (folder/'images').mkdir(parents=True); (folder/'masks').mkdir()
     rows = []
     for i, p in enumerate(pairs):
-        image, mask = read_pair(p)
+        image, mask = read_pair(p, size)
         row = dict(index=i, file=f'images/{i:06d}.png', mask=f'masks/{i:06d}.png',
                    source=p.name, transform=dict(kind='real'))
-        Image.fromarray((image*.7).astype(np.uint8)).save(folder/row['file'])
+        Image.fromarray((image*shade).astype(np.uint8)).save(folder/row['file'])
         Image.fromarray(mask*255).save(folder/row['mask'])
         rows.append(json.dumps(row))
     (folder/'manifest.jsonl').write_text('\n'.join(rows))

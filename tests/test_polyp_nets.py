@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from helpers import API, load, source
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -291,3 +292,10 @@ def test_semi_supervised_terms_do_not_disturb_the_network(slim, pairs):
     fit_steps(segment_learner(loaders(pairs), slim['polyp_pvt'], cbs=[SecondPassCB(), keep]), 1)
     want = bce_dice(keep.prediction.side['intermediate'], keep.mask).item()
     assert keep.learn.terms['L_intermediate'].item() == pytest.approx(want, rel=1e-5)
+
+def test_no_section_is_cited_of_papers_that_were_not_read():
+    "The notebook says that the full text was not available, so it names no section."
+    notebook = next(path for path in API if path.stem == '51_segment.polyp_nets')
+    prose = ' '.join(source(cell) for cell in load(notebook)['cells'] if cell['cell_type'] == 'markdown')
+    assert 'full text of the three papers was not available' in prose.replace('\n', ' ')
+    assert 'Sec.' not in prose and '\u00a7' not in prose

@@ -155,6 +155,26 @@ def test_report_with_a_segmenter_as_extractor_only(made, tmp_path):
     assert {'KD-unet', 'FD-unet'} <= {r['metric'] for r in got['numbers']}
     assert any(s.startswith('Obedience: give a segmenter') for s in got['missing'])
 
+def test_a_report_leaves_no_figure_open(made, tmp_path, monkeypatch):
+    "Neither after an error in a late measurement nor at the end; other figures stay."
+    import matplotlib.pyplot as plt
+
+    from medsyn.evaluate import report as module
+    from medsyn.segment.models import Segmenter
+    def broken(*args, **kwargs): raise MedsynError('the last measurement failed')
+    plt.close('all')
+    mine, seg = plt.figure(), Segmenter.from_pretrained(made/'seg')
+    with monkeypatch.context() as patched:
+        patched.setattr(module, 'obedience', broken)
+        with pytest.raises(MedsynError, match='the last measurement'):
+            module.report(made/'syn', made/'train', tmp_path/'a', segmenter=seg)
+    assert plt.get_fignums() == [mine.number]
+    page = module.report(made/'syn', made/'train', tmp_path/'b', segmenter=seg)
+    assert plt.get_fignums() == [mine.number]
+    plt.close(mine)
+    text = page.read_text()
+    assert 'The share of images at or below each Dice.' in text and 'sorted' not in text
+
 def test_report_takes_a_comparison_and_readers(made, tmp_path):
     rng = np.random.default_rng(0)
     images = [('unet', t, str(i), rng.uniform(.3, .8)) for t in ('C4', 'C5') for i in range(12)]

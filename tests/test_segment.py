@@ -157,6 +157,25 @@ def test_published_weights_bring_smps_values(monkeypatch):
     assert model.config['mean'] == [.1, .2, .3]
     assert model.std.flatten().tolist() == pytest.approx([.4, .5, .6])
 
+def test_published_weights_of_a_shallower_encoder(monkeypatch):
+    "It takes its part of the whole encoder; weights that lack one of its tensors are refused."
+    from medsyn.segment import models
+    name = 'tu-convnext_atto'
+    whole = models.smp.encoders.get_encoder(name, weights=None)
+    monkeypatch.setattr(models.smp.encoders, 'get_encoder', lambda encoder, weights: whole)
+    monkeypatch.setattr(models, 'announce_download', lambda *args, **kwargs: None)
+    monkeypatch.setattr(models, 'normalisation', lambda *args: ([.5]*3, [.5]*3))
+    shallow = dict(encoder_depth=3, decoder_channels=(32, 16, 8))
+    def build(): return models.unet(name, 1, **shallow)
+    net = build()
+    models._load_encoder(net, name, 'imagenet')
+    given, own = whole.state_dict(), net.encoder.state_dict()
+    assert len(own) < len(given) and all(torch.equal(v, given[key]) for key, v in own.items())
+    lost = next(iter(own))
+    monkeypatch.setattr(whole, 'state_dict', lambda: {key: v for key, v in given.items() if key != lost})
+    with pytest.raises(MedsynError, match=f"1 of {len(own)} tensors are missing, '{lost}' first"):
+        models._load_encoder(build(), name, 'imagenet')
+
 def test_old_folders_keep_the_old_normalisation(lite0, tmp_path):
     "A folder that names no normalisation was trained with ImageNet's, whatever its weights expected."
     model = segmenter('unet', 'tf_efficientnet_lite0', encoder_weights=lite0[0], **IMAGENET).eval()

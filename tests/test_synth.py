@@ -111,6 +111,15 @@ def test_real_variants_are_partners(made, tmp_path):
         synthesize(generator, pairs, tmp_path/name, n=8, steps=2, seed=1, **kw)
         assert set(find_partners(tmp_path/name, pairs)) == {p.name for p in pairs}
 
+def test_partners_where_images_were_dropped(made, tmp_path):
+    "Lines without files are passed over; the images that were kept are partners."
+    pairs, _, generator = made
+    source = {read_pair(p)[0].tobytes(): p.name for p in pairs}
+    def keep(image, mask): return source[image.tobytes()] != pairs[0].name, 'the first pair'
+    synthesize(generator, pairs, tmp_path/'a', start='real', strength=0, keep=keep, **dict(QUICK, n=7))
+    assert any('dropped' in row for row in rows(tmp_path/'a'))
+    assert set(find_partners(tmp_path/'a', pairs)) == {p.name for p in pairs[1:]}
+
 def test_frames_without_masks_mark_what_is_unknown(made, tmp_path):
     pairs, frames, generator = made
     out = synthesize(generator, pairs, tmp_path/'a', start='paste', into=frames, **QUICK)

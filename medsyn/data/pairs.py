@@ -1401,11 +1401,17 @@ class PairDataset:
                  **reading              # for `read_pair`: fit, window, page, label, axis
                 ):
         self.pairs, self.size, self.reading = list(pairs), size, reading
-        height, width = both_sides(size)
-        fits = len(self.pairs)*height*width*4 <= limit*2**30
-        self.cache = {} if cache and fits else None
+        self.keeps, self.limit = cache, limit
+        self.cache = self.empty_cache(len(self.pairs))
 
     def __len__(self): return len(self.pairs)
+
+    def empty_cache(self,
+        n: int          # pictures to keep, counted as an image and a mask each
+    ) -> dict | None:   # `None` if they are not to be kept, or do not fit into `limit`
+        "A place to keep decoded pictures of this data set's size."
+        height, width = both_sides(self.size)
+        return {} if self.keeps and n*height*width*4 <= self.limit*2**30 else None
 
     def read(self, pair) -> tuple:
         "One item, decoded from its files."

@@ -512,6 +512,15 @@ def _matched(match, real, fake):
                           " images: give one index of a real image per synthetic one")
     return match
 
+_LPIPS_NETWORKS = dict(alex='alexnet', vgg='vgg16', vgg16='vgg16', squeeze='squeezenet')
+
+def _lpips_row(values, net, match):
+    "The row of LPIPS from the distance of every pair."
+    name = _LPIPS_NETWORKS.get(getattr(net, 'pnet_type', None), type(net).__name__)
+    return dict(metric='LPIPS', value=float(values.mean()), spread=float(values.std()), better='low',
+                extractor=f'{name}, 256 px bilinear antialiased',
+                note=f"{len(values)} {'matched' if match else 'random'} pairs")
+
 def fidelity(real: str | Path | list | np.ndarray,  # as for `image_list`; papers use the training set
              fake: str | Path | list | np.ndarray,  # the same, synthetic; papers use equal counts
              extractor: object,     # one or a list of what `as_extractor` takes
@@ -537,10 +546,8 @@ def fidelity(real: str | Path | list | np.ndarray,  # as for `image_list`; paper
             rows.append(dict(row, extractor=repr(ex)))
     if lpips_weights is not None:
         net = lpips_weights if isinstance(lpips_weights, nn.Module) else lpips_network(lpips_weights)
-        v = lpips(real, fake, net, match, bs=bs, seed=seed, device=device)
-        rows.append(dict(metric='LPIPS', value=float(v.mean()), spread=float(v.std()), better='low',
-                         extractor='alexnet, 256 px bilinear antialiased',
-                         note=f"{len(v)} {'matched' if match else 'random'} pairs"))
+        distances = lpips(real, fake, net, match, bs=bs, seed=seed, device=device)
+        rows.append(_lpips_row(distances, net, match))
     return _table(rows, metrics, len(real), len(fake))
 
 def _table(rows, metrics, n_real, n_fake):

@@ -7,6 +7,7 @@ __all__ = ['NUMBERS', 'LIBRARIES', 'READER_ROWS', 'page', 'report']
 
 # %% ../../nbs/api/66_evaluate.report.ipynb #17bf70b4
 import base64
+import contextlib
 import html
 import io
 import math
@@ -319,6 +320,15 @@ def _read_scores(path):
 # %% ../../nbs/api/66_evaluate.report.ipynb #c4b47013
 def _file_name(image, i): return f'{i:06d}' if isinstance(image, np.ndarray) else Path(image).name
 
+@contextlib.contextmanager
+def _own_figures():
+    "Closes the figures that are opened inside, also if an error leaves it."
+    import matplotlib.pyplot as plt
+    before = set(plt.get_fignums())
+    try: yield
+    finally:
+        for number in set(plt.get_fignums()) - before: plt.close(number)
+
 def _map_vectors(images, extractors, settings):
     "What the maps are made of: features, or 32 px pixels without an extractor."
     if extractors: return extract(images, extractors[0], **settings)['features']
@@ -361,7 +371,7 @@ def _of_masks(segmenter, fake, real, generator, least, bs, device, seed):
         rows += _obedience_rows(found)
         cases = ('Best and worst synthetic images by Dice;'
                  ' the mask in green, what the segmenter finds in magenta.')
-        pictures = [('Dice of every image, sorted.', plot_obedience(found)),
+        pictures = [('The share of images at or below each Dice.', plot_obedience(found)),
                     (cases, show_cases(fake, segmenter, frame, n=8))]
     if generator is not None and real:
         order = np.random.default_rng(seed_of(seed, 'probe')).permutation(len(real))
@@ -400,26 +410,28 @@ def report(synthetic: str | Path | list | np.ndarray,   # folder, CSV, list of `
     if scores is not None:
         scores = _read_scores(scores)
         baseline = _baseline_of(scores, baseline)
-    with tempfile.TemporaryDirectory() as temporary:
+    with _own_figures(), tempfile.TemporaryDirectory() as temporary:
         settings = dict(bs=bs, device=device, cache=cache or temporary)
         rows, pictures, frame = _of_images(
             real_images, fake_images, extractors, lpips_weights, settings, seed)
-    mask_rows, pictures['obedience'], obedient = _of_masks(
-        segmenter, fake_pairs, reference_pairs, generator, least, bs, device, seed)
-    if obedient is not None: frame = _join_by_stem(frame, obedient)
-    rows += [*mask_rows, *reader_rows]
-    if scores is not None:
-        rows += _difference_rows(scores, baseline, 'dice@0.5')
-        pictures['differences'] = []
-        for arm in dict.fromkeys(scores.arm):
-            if arm == baseline: continue
-            caption = f'{arm} against {baseline}, image by image.'
-            pictures['differences'].append((caption, show_scatter(scores, arm, baseline)))
-    missing = [*_missing_features(extractors, lpips_weights),
-               *_missing_obedience(segmenter, fake_pairs, reference_pairs, held, generator)]
-    about = dict(synthetic=_source_name(synthetic), real=_source_name(real),
-                 n_real=len(real_images), n_fake=len(fake_images), seed=seed)
-    return _write(Path(out), rows, pictures, frame, missing, about)
+        mask_rows, pictures['obedience'], obedient = _of_masks(
+            segmenter, fake_pairs, reference_pairs, generator, least, bs, device, seed)
+        if obedient is not None: frame = _join_by_stem(frame, obedient)
+        rows += [*mask_rows, *reader_rows]
+        if scores is not None:
+            rows += _difference_rows(scores, baseline, 'dice@0.5')
+            pictures['differences'] = _scatters(scores, baseline)
+        missing = [*_missing_features(extractors, lpips_weights),
+                   *_missing_obedience(segmenter, fake_pairs, reference_pairs, held, generator)]
+        about = dict(synthetic=_source_name(synthetic), real=_source_name(real),
+                     n_real=len(real_images), n_fake=len(fake_images), seed=seed)
+        return _write(Path(out), rows, pictures, frame, missing, about)
+
+def _scatters(scores, baseline):
+    "Every arm against the baseline, image by image: captions and figures."
+    arms = [arm for arm in dict.fromkeys(scores.arm) if arm != baseline]
+    def caption(arm): return f'{arm} against {baseline}, image by image.'
+    return [(caption(arm), show_scatter(scores, arm, baseline)) for arm in arms]
 
 def _join_by_stem(frame, scored):
     "Columns of `scored`, whose names are stems, beside those of `frame`, whose names are files."

@@ -151,10 +151,20 @@ class RealAnchorCB(Callback):
         columns = dict(force_s=force_s, force_w=force_w, prior=self.current_prior)
         self.learn.terms.update({name: torch.tensor(value) for name, value in columns.items()})
 
-    def look_ahead(self) -> tuple:
+    def gradients(self) -> dict:
+        "This step's gradients by name, without the factor of fp16's loss scaler; `None` if they overflowed."
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        scaler = getattr(self.learn, 'scaler', None)
+        if scaler is None or not scaler.is_enabled(): return grads
+        scale = scaler.get_scale()
+        unscaled = {name: grad/scale for name, grad in grads.items()}
+        return unscaled if all(grad.isfinite().all() for grad in unscaled.values()) else None
+
+    def look_ahead(self,
+        grads: dict     # from `gradients`
+    ) -> tuple:         # force on the strength, force on the weight
         "The forces on the two gates, from this step's gradients and a new anchor batch."
         mixed, eta = self.mix.mixed, self.opt.hypers[-1]['lr']
-        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         seed = seed_of(self.dls.train.seed, 'anchor', self.train_iter)
         anchor = anchor_batch(self.dls.valid, len(mixed.real), seed)
         d_s, d_w, scale = hypergradient(self.model, self.learn.loss_func, grads, mixed, anchor,
@@ -162,8 +172,10 @@ class RealAnchorCB(Callback):
         return unit_forces(d_s, d_w, scale, self.mix.s, self.mix.w)
 
     def update(self):
-        "Move both gates by their forces and the prior."
-        self.forces = self.look_ahead()
+        "Move both gates by their forces and the prior; they stay where the optimiser will skip the step."
+        grads = self.gradients()
+        if grads is None: return
+        self.forces = self.look_ahead(grads)
         self.current_prior = self.prior*share_done(self.learn)**2
         rate = self.rate*self.every/self.learn.steps.total
         moved = [move_gate(a, force + self.current_prior, rate, self.bound)

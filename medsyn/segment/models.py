@@ -260,7 +260,7 @@ def _load_encoder(net, encoder, weights):
     except Exception as e:
         raise MedsynError(f"cannot fetch the {weights!r} weights of {encoder} ({type(e).__name__}):"
                           " give encoder_weights the path of a file, or leave it unset") from e
-    net.encoder.load_state_dict(pretrained.state_dict())
+    fit_weights(net.encoder, pretrained.state_dict(), f'{weights!r}', f'encoder {encoder} with these options')
 
 def _three_numbers(given, expected):
     "A number per channel: those given, else those that the weights expect."
