@@ -755,6 +755,7 @@ def report(
     per_image = images[columns].mean().reset_index()
     means = summarise(per_image, by=('arm', 'segmenter'))
     differences = compare_arms(scores, baseline, metric)
+    differences.insert(1, 'baseline', baseline)
     write_atomic(out/'scores.csv', scores.to_csv(index=False))
     write_atomic(out/'table.csv', means.to_csv())
     write_atomic(out/'differences.csv', differences.to_csv(index=False))
