@@ -119,7 +119,7 @@ class Command:
 
     @property
     def options(self) -> dict:
-        "Own parameters first, then those of the functions it faces."
+        "Own parameters first, then those of the functions it faces; of two with one name, the last function's."
         own = {k: o for k, o in options_of(f'cli.{self.run.__name__}').items() if k != 'how'}
         faced = {k: o for f in self.faces for k, o in options_of(f).items() if k not in self.leave}
         early = {k: o for k, o in own.items() if k not in self.late}
@@ -175,7 +175,7 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
               ' --leave-out)')
     return 2 if n_errors else 0
 
-@command('data.pairs.clean_masks', READING, leave='path fit axis', example='medsyn clean data --out clean')
+@command(READING, 'data.pairs.clean_masks', leave='path fit axis', example='medsyn clean data --out clean')
 def clean(data: str,    # folder in a known layout
           out: str,     # new folder: images as 8-bit PNG, masks as PNG with 0 and 255
           how: object = None, # with which choices it is read
@@ -183,7 +183,7 @@ def clean(data: str,    # folder in a known layout
          ):
     "Mend what check finds, in a copy: each change is listed, the original is not touched."
     from medsyn.data.pairs import clean_masks
-    table = clean_masks(data, out, window=how.window or 'auto', label=how.label, page=how.page, **kw)
+    table = clean_masks(data, out, window=how.window, label=how.label, page=how.page, **kw)
     for row in table[table.changes != ''].itertuples(): print(f'{row.name}: {row.changes}')
     made = table[~table.changes.str.startswith('left out')]
     left_out = f', {len(table) - len(made)} left out' if len(made) < len(table) else ''
