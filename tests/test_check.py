@@ -581,3 +581,47 @@ def test_a_copy_keeps_the_groups_of_its_source(tmp_path):
         groups = [group_of(p) for p in find_pairs(tmp_path/copy)]
         assert groups == ['patient0', 'patient0', 'patient1', 'patient1']
     assert len(find_pairs(tmp_path/'clean', where=dict(centre='C2'))) == 2
+
+def dicom_series(folder, n=4):
+    "A series of black slices 8x8, and its mask as NIfTI."
+    import nibabel
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    images, masks = folder/'images'/'scan', folder/'masks'
+    for place in (images, masks): place.mkdir(parents=True)
+    for k in range(n):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        d = FileDataset(images/f'{k}.dcm', {}, file_meta=meta, preamble=bytes(128))
+        d.SeriesInstanceUID, d.Rows, d.Columns, d.SamplesPerPixel = '1.2.3', 8, 8, 1
+        d.PhotometricInterpretation, d.PixelRepresentation = 'MONOCHROME2', 0
+        d.BitsAllocated, d.BitsStored, d.HighBit = 16, 16, 15
+        d.ImageOrientationPatient, d.PixelSpacing = [1, 0, 0, 0, 1, 0], [1, 1]
+        d.ImagePositionPatient, d.PixelData = [0, 0, k], bytes(128)
+        d.save_as(images/f'{k}.dcm', enforce_file_format=True)
+    mask = np.zeros((8, 8, n), np.uint8)
+    mask[2:5, 2:5] = 1
+    nibabel.save(nibabel.Nifti1Image(mask, np.diag([-1, -1, 1, 1])), masks/'scan.nii.gz')
+    return folder
+
+def test_nothing_beside_a_dicom_series_is_dropped(tmp_path):
+    "Notes and hidden files are no data; pictures, volumes and masks of no series are named."
+    folder, how = dicom_series(tmp_path/'data'), reading('auto')
+    for name in ('images/.DS_Store', 'masks/notes.txt'): (folder/name).touch()
+    assert len(convert(folder, tmp_path/'plain', how=how)) == 4
+    for name in ('images/a.png', 'images/scan/deep/b.dcm', 'images/IM7', 'masks/a.png', 'masks/ct.nii.gz'):
+        (folder/name).parent.mkdir(exist_ok=True)
+        (folder/name).touch()
+        with pytest.raises(MedsynError, match=rf'beside them files that belong to none \({name}\)'):
+            convert(folder, tmp_path/'no', how=how)
+        (folder/name).unlink()
+    for i in range(5): (folder/'images'/f'{i}.png').touch()
+    with pytest.raises(MedsynError, match='images/2.png and 2 more'): convert(folder, tmp_path/'no', how=how)
+    assert not (tmp_path/'no').exists()
+
+def test_a_linked_dicom_series(tmp_path):
+    folder = dicom_series(tmp_path/'data')
+    (folder/'images'/'scan').rename(tmp_path/'elsewhere')
+    (folder/'images'/'scan').symlink_to(tmp_path/'elsewhere')
+    assert len(convert(folder, tmp_path/'plain', how=reading('auto'))) == 4
