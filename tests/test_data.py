@@ -237,6 +237,18 @@ def test_random_masks_are_valid_and_seeded():
         assert a.dtype == np.uint8 and set(np.unique(a)) == {0, 1} and a.flags.c_contiguous
         assert (a == transform_mask(k, **{o: v for o, v in p.items() if o not in ('kind', 'tries')})[0]).all()
 
+def test_refused_random_masks_say_why():
+    "Too large, too small and outside the picture are three things, with three remedies."
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:54, 10:54] = 1
+    for kw, words in ((dict(scale=(1.3, 1.31), shift=0), '50 were too large: lower `scale` or raise'),
+                      (dict(least=.4, scale=(.7, .8), shift=0), '50 were too small: raise `scale`'),
+                      (dict(scale=(9, 9.1)), '50 left the picture: lower `shift`')):
+        with pytest.raises(MedsynError, match=words) as e: random_mask(mask, np.random.default_rng(0), **kw)
+        assert 'lost the lesion' not in str(e.value)
+    with pytest.raises(MedsynError, match=r'\d+ left the picture: .*; \d+ were too large'):
+        random_mask(mask, np.random.default_rng(0), scale=(1.3, 1.4))
+
 def test_masks_of_any_shape():
     m = np.zeros((30, 70), np.uint8); m[10:14, 60:] = 1
     new, _ = random_mask(m, np.random.default_rng(0))
