@@ -16,6 +16,7 @@ from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
 from medsyn.data.pairs import (StrongAugment, _strong, _warped, check_pairs, find_images, find_pairs,
                                group_of, image_dls, pair_dls, random_stream, read_pair, same_images,
                                split_pairs)
+from medsyn.viz import contour
 
 REAL = os.environ.get('MEDSYN_DATA')
 real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: no real image sets here')
@@ -248,6 +249,12 @@ def test_refused_random_masks_say_why():
         assert 'lost the lesion' not in str(e.value)
     with pytest.raises(MedsynError, match=r'\d+ left the picture: .*; \d+ were too large'):
         random_mask(mask, np.random.default_rng(0), scale=(1.3, 1.4))
+
+def test_contour_names_the_picture_whose_size_differs():
+    image, mask = np.zeros((3, 8, 9, 3), np.uint8), np.ones((8, 9), np.uint8)
+    with pytest.raises(MedsynError, match=r'image 3 of 3 has the size \(8, 9\) and its mask \(4, 9\)'):
+        contour(list(image), [mask, mask, mask[:4]])
+    with pytest.raises(MedsynError, match=r'3 image\(s\) and 2 mask\(s\)'): contour(list(image), [mask, mask])
 
 def test_masks_of_any_shape():
     m = np.zeros((30, 70), np.uint8); m[10:14, 60:] = 1
