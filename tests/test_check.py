@@ -14,6 +14,7 @@ from medsyn.data.layouts import convert
 from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks, find_images,
                                find_pairs, fitting_size, group_of, pair_dls, pairs_hash, read_image, read_mask,
                                read_pair, reading, save_list)
+from medsyn.data.volumes import Volume, open_volume, save_masks, stack_of
 
 N = 24
 
@@ -625,3 +626,17 @@ def test_a_linked_dicom_series(tmp_path):
     (folder/'images'/'scan').rename(tmp_path/'elsewhere')
     (folder/'images'/'scan').symlink_to(tmp_path/'elsewhere')
     assert len(convert(folder, tmp_path/'plain', how=reading('auto'))) == 4
+
+def test_frames_without_a_position_make_no_volume(tmp_path):
+    "Nor do slices of another size; a volume made in Python is saved in its own order."
+    frames = Volume(np.zeros((3, 4, 5), np.uint8))
+    masks = [np.zeros((4, 5), np.uint8)]*3
+    for f in (lambda: stack_of(frames, masks), lambda: save_masks(tmp_path/'m.nii.gz', frames, masks)):
+        with pytest.raises(MedsynError, match='frames without a position in the body'): f()
+    assert not (tmp_path/'m.nii.gz').exists()
+    values = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    volume = Volume(values, np.diag([1., 2., 3., 1.]))
+    slices = [volume.slice(k) for k in range(5)]
+    with pytest.raises(MedsynError, match=r'slice 1 is \(3, 4\) and the volume'):
+        stack_of(volume, [slices[0], slices[1].T, *slices[2:]])
+    assert (open_volume(save_masks(tmp_path/'m.nii.gz', volume, slices)).values == values).all()
