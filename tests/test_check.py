@@ -11,9 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.layouts import convert
-from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks, find_images,
-                               find_pairs, fitting_size, group_of, pair_dls, pairs_hash, read_image, read_mask,
-                               read_pair, reading, save_list)
+from medsyn.data.pairs import (FITS, Geometry, Pair, auto_windows, check_pairs, clean_masks,
+                               find_images, find_pairs, fitting_size, group_of, pair_dls, pairs_hash,
+                               read_image, read_mask, read_pair, reading, save_list)
 from medsyn.data.volumes import Volume, open_volume, save_masks, stack_of
 
 N = 24
@@ -640,3 +640,19 @@ def test_frames_without_a_position_make_no_volume(tmp_path):
     with pytest.raises(MedsynError, match=r'slice 1 is \(3, 4\) and the volume'):
         stack_of(volume, [slices[0], slices[1].T, *slices[2:]])
     assert (open_volume(save_masks(tmp_path/'m.nii.gz', volume, slices)).values == values).all()
+
+def test_names_of_volumes_stay_behind(tmp_path):
+    "A name of a patient is in no name and no group; groups of a manifest are kept."
+    folder = tmp_path/'data'
+    for name in ('Doe_Jane', 'Roe_Richard'): nifti_pair(folder/name)
+    pairs = tmp_path/'pairs'
+    for kind in ('images', 'masks'):
+        (pairs/kind).mkdir(parents=True)
+        for name in ('Doe_Jane', 'Roe_Richard'):
+            source, = (folder/name/kind).iterdir()
+            source.rename(pairs/kind/f'{name}.nii.gz')
+    table = convert(pairs, tmp_path/'slices', how=reading('auto'))
+    assert set(table.group) == {'case000', 'case001'}
+    assert 'Doe' not in (tmp_path/'slices'/'manifest.csv').read_text()
+    (pairs/'manifest.csv').write_text('name,group\nDoe_Jane,g1\nRoe_Richard,g1\n')
+    assert set(convert(pairs, tmp_path/'grouped', how=reading('auto')).group) == {'g1'}

@@ -75,7 +75,8 @@ class Item:
 
 def _from_pairs(path, how):
     pairs = find_pairs(path, how=how)
-    return [Item(p.name, p.image, p.mask, group=group_of(p), reading=p.reading) for p in pairs]
+    def own_group(pair): return '' if group_of(pair) == pair.name else group_of(pair)
+    return [Item(p.name, p.image, p.mask, group=own_group(p), reading=p.reading) for p in pairs]
 
 def _from_nnunet(path, how):
     "`imagesTr/NAME_0000.*` and `labelsTr/NAME.*`."
