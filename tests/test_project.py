@@ -2,6 +2,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -303,3 +304,9 @@ def test_each_learner_of_a_figure_has_its_own_loaders(path):
     assert shared_loaders('dls = pair_dls(a)\nfor x in b: fit(dls)') == {'dls'}
     sources = [source(c) for c in load(path)['cells'] if c['cell_type'] == 'code' and '_dls(' in source(c)]
     assert not {name for text in sources for name in shared_loaders(text)}
+
+def test_the_duration_of_the_quickstart_is_the_recorded_one():
+    recorded = json.loads((NBS/'results'/'quickstart'/'run.json').read_text())
+    minutes = 'one two three four five six seven eight nine ten'.split()[round(recorded['seconds']/60) - 1]
+    for file in (ROOT/'README.md', NBS/'index.ipynb', NBS/'tutorials'/'01_quickstart.ipynb'):
+        assert f'took {minutes} minutes' in file.read_text(encoding='utf-8'), file
