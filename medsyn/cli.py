@@ -119,7 +119,7 @@ class Command:
 
     @property
     def options(self) -> dict:
-        "Own parameters first, then those of the functions it faces; of two with one name, the last function's."
+        "Own parameters first, then those of the functions it faces; of one name, the last function's."
         own = {k: o for k, o in options_of(f'cli.{self.run.__name__}').items() if k != 'how'}
         faced = {k: o for f in self.faces for k, o in options_of(f).items() if k not in self.leave}
         early = {k: o for k, o in own.items() if k not in self.late}
@@ -162,7 +162,8 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
     if out: write_atomic(out, table.to_csv(index=False))
     n_errors = int((table.severity == 'error').sum())
     n_warnings = int((table.severity == 'warning').sum())
-    counts = f"{n_errors} error{'s'[:n_errors != 1]}, {n_warnings} warning{'s'[:n_warnings != 1]}"
+    errors, warned = ('error' if n_errors == 1 else 'errors'), ('warning' if n_warnings == 1 else 'warnings')
+    counts = f'{n_errors} {errors}, {n_warnings} {warned}'
     verdict = '' if n_errors else ': ready for training'
     pairs = find_pairs(data, strict=False, how=how)
     if how.window == 'auto' and (windows := auto_windows(pairs).values()):
