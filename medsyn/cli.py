@@ -119,7 +119,7 @@ class Command:
 
     @property
     def options(self) -> dict:
-        "Own parameters first, then those of the functions it faces."
+        "Own parameters first, then those of the functions it faces; of one name, the last function's."
         own = {k: o for k, o in options_of(f'cli.{self.run.__name__}').items() if k != 'how'}
         faced = {k: o for f in self.faces for k, o in options_of(f).items() if k not in self.leave}
         early = {k: o for k, o in own.items() if k not in self.late}
@@ -162,7 +162,8 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
     if out: write_atomic(out, table.to_csv(index=False))
     n_errors = int((table.severity == 'error').sum())
     n_warnings = int((table.severity == 'warning').sum())
-    counts = f"{n_errors} error{'s'[:n_errors != 1]}, {n_warnings} warning{'s'[:n_warnings != 1]}"
+    errors, warned = ('error' if n_errors == 1 else 'errors'), ('warning' if n_warnings == 1 else 'warnings')
+    counts = f'{n_errors} {errors}, {n_warnings} {warned}'
     verdict = '' if n_errors else ': ready for training'
     pairs = find_pairs(data, strict=False, how=how)
     if how.window == 'auto' and (windows := auto_windows(pairs).values()):
@@ -175,7 +176,7 @@ def check(data: str,        # folder of images and masks, or a list (CSV) of pai
               ' --leave-out)')
     return 2 if n_errors else 0
 
-@command('data.pairs.clean_masks', READING, leave='path fit axis', example='medsyn clean data --out clean')
+@command(READING, 'data.pairs.clean_masks', leave='path fit axis', example='medsyn clean data --out clean')
 def clean(data: str,    # folder in a known layout
           out: str,     # new folder: images as 8-bit PNG, masks as PNG with 0 and 255
           how: object = None, # with which choices it is read
@@ -183,7 +184,7 @@ def clean(data: str,    # folder in a known layout
          ):
     "Mend what check finds, in a copy: each change is listed, the original is not touched."
     from medsyn.data.pairs import clean_masks
-    table = clean_masks(data, out, window=how.window or 'auto', label=how.label, page=how.page, **kw)
+    table = clean_masks(data, out, window=how.window, label=how.label, page=how.page, **kw)
     for row in table[table.changes != ''].itertuples(): print(f'{row.name}: {row.changes}')
     made = table[~table.changes.str.startswith('left out')]
     left_out = f', {len(table) - len(made)} left out' if len(made) < len(table) else ''

@@ -406,7 +406,7 @@ def _one_each(what, given, segmenters):
     if len(values) == 1: return values*len(segmenters)
     if len(values) == len(segmenters): return values
     names = ', '.join(map(str, segmenters))
-    networks = f"{len(segmenters)} network{'s'[:len(segmenters) != 1]}"
+    networks = f"{len(segmenters)} {'network' if len(segmenters) == 1 else 'networks'}"
     raise MedsynError(f"{len(values)} values of {what} for {networks} ({names}):"
                       " give one for all, or one for each in their order")
 
@@ -755,6 +755,7 @@ def report(
     per_image = images[columns].mean().reset_index()
     means = summarise(per_image, by=('arm', 'segmenter'))
     differences = compare_arms(scores, baseline, metric)
+    differences.insert(1, 'baseline', baseline)
     write_atomic(out/'scores.csv', scores.to_csv(index=False))
     write_atomic(out/'table.csv', means.to_csv())
     write_atomic(out/'differences.csv', differences.to_csv(index=False))
@@ -784,7 +785,7 @@ def table_text(means: pd.DataFrame,         # from `summarise`
         values = [f'{100*row[c]:.1f}' for c in columns]
         rows.append([*key, f'{row.n:.0f}', *values, texts.get(key, '')])
     head = ['arm', 'segmenter', 'test set', 'images', *columns, f'{metric} against {baseline}']
-    foot = f'Percent; means of {seeds} seed{"s"[:seeds != 1]}.'
+    foot = f"Percent; means of {seeds} {'seed' if seeds == 1 else 'seeds'}."
     return '\n'.join([*_markdown_table(head, rows), '', foot])
 
 # %% ../nbs/api/70_experiment.ipynb #cef74444

@@ -42,20 +42,31 @@ class Results:
         folder: str | Path  # with scores.csv
     ):
         self.folder = Path(folder)
-        try: scores = pd.read_csv(self.folder/'scores.csv', dtype={'testset': str, 'name': str})
+        names = {'testset': str, 'name': str, 'arm': str}
+        try: scores = pd.read_csv(self.folder/'scores.csv', dtype=names)
         except (OSError, ValueError) as e:
             raise MedsynError(f"{folder} holds no scores.csv: give the folder that medsyn compare"
                               " writes, or wait until it has scored every run") from e
         self.scores = scores
         self.arms = list(dict.fromkeys(scores.arm))
-        self.baseline = baseline_of(self.arms)
+        self.baseline = self._baseline()
         self.metrics = [m for m in METRICS_SHOWN if m in scores] or [scores.columns[-1]]
 
     @cached_property
     def differences(self) -> pd.DataFrame:
         "differences.csv: a row for each arm, network and test set, with its interval and its sentence."
         file = self.folder/'differences.csv'
-        return pd.read_csv(file) if file.exists() else pd.DataFrame()
+        return pd.read_csv(file, dtype={'arm': str, 'baseline': str}) if file.exists() else pd.DataFrame()
+
+    def _baseline(self):
+        "The arm that differences.csv names; in an older file, the one without a row; else `baseline_of`."
+        table = self.differences
+        if not len(table): return baseline_of(self.arms)
+        if 'baseline' in table: named = list(dict.fromkeys(table.baseline))
+        else: named = [arm for arm in self.arms if arm not in set(table.arm)]
+        if len(named) == 1 and named[0] in self.arms: return named[0]
+        raise MedsynError(f"differences.csv and scores.csv in {self.folder} belong to different comparisons"
+                          " (their arms or baselines differ): run the comparison again")
 
     @cached_property
     def tests(self) -> dict:

@@ -89,12 +89,14 @@ def contour(on: object,             # a matplotlib axis; or images in any form t
     if hasattr(on, 'contour'): return _outline_axis(on, masks, color, width)
     def coloured(image): return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image.copy()
     images = [coloured(image) for image in as_images(on)]
-    image_sizes = [image.shape[:2] for image in images]
-    mask_sizes = [m.shape for m in masks]
-    if image_sizes != mask_sizes:
-        raise MedsynError(f"{len(images)} image(s) of size {image_sizes[0]} and {len(masks)} mask(s) of size "
-                          f"{mask_sizes[0]} do not match: give one mask of the same size per image")
-    for image, m in zip(images, masks, strict=True): image[_edge(m)] = np.round(255*np.array(to_rgb(color)))
+    if len(images) != len(masks):
+        raise MedsynError(f"{len(images)} image(s) and {len(masks)} mask(s) do not match: "
+                          "give one mask for each image")
+    for number, (image, m) in enumerate(zip(images, masks, strict=True), 1):
+        if image.shape[:2] != m.shape:
+            raise MedsynError(f"image {number} of {len(images)} has the size {image.shape[:2]} and its mask "
+                              f"{m.shape}: give each image a mask of its own size")
+        image[_edge(m)] = np.round(255*np.array(to_rgb(color)))
     return images
 
 # %% ../nbs/api/01_viz.ipynb #79b52590

@@ -14,6 +14,7 @@ from medsyn.data.layouts import convert
 from medsyn.data.pairs import (FITS, Geometry, Pair, auto_window, auto_windows, check_pairs, clean_masks,
                                find_images, find_masks, find_pairs, fitting_size, group_of, pair_dls,
                                pairs_hash, read_image, read_mask, read_pair, reading, save_list)
+from medsyn.data.volumes import Volume, open_volume, save_masks, stack_of
 
 N = 24
 
@@ -618,3 +619,77 @@ def test_masks_alone_under_any_name(tmp_path, name):
 def test_a_constant_image_has_a_window(value):
     lo, hi = auto_window(np.full((4, 4), value, np.float32))
     assert lo == np.float32(value) and lo < hi
+
+def dicom_series(folder, n=4):
+    "A series of black slices 8x8, and its mask as NIfTI."
+    import nibabel
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    images, masks = folder/'images'/'scan', folder/'masks'
+    for place in (images, masks): place.mkdir(parents=True)
+    for k in range(n):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        d = FileDataset(images/f'{k}.dcm', {}, file_meta=meta, preamble=bytes(128))
+        d.SeriesInstanceUID, d.Rows, d.Columns, d.SamplesPerPixel = '1.2.3', 8, 8, 1
+        d.PhotometricInterpretation, d.PixelRepresentation = 'MONOCHROME2', 0
+        d.BitsAllocated, d.BitsStored, d.HighBit = 16, 16, 15
+        d.ImageOrientationPatient, d.PixelSpacing = [1, 0, 0, 0, 1, 0], [1, 1]
+        d.ImagePositionPatient, d.PixelData = [0, 0, k], bytes(128)
+        d.save_as(images/f'{k}.dcm', enforce_file_format=True)
+    mask = np.zeros((8, 8, n), np.uint8)
+    mask[2:5, 2:5] = 1
+    nibabel.save(nibabel.Nifti1Image(mask, np.diag([-1, -1, 1, 1])), masks/'scan.nii.gz')
+    return folder
+
+def test_nothing_beside_a_dicom_series_is_dropped(tmp_path):
+    "Notes and hidden files are no data; pictures, volumes and masks of no series are named."
+    folder, how = dicom_series(tmp_path/'data'), reading('auto')
+    for name in ('images/.DS_Store', 'masks/notes.txt'): (folder/name).touch()
+    assert len(convert(folder, tmp_path/'plain', how=how)) == 4
+    for name in ('images/a.png', 'images/scan/deep/b.dcm', 'images/IM7', 'masks/a.png', 'masks/ct.nii.gz'):
+        (folder/name).parent.mkdir(exist_ok=True)
+        (folder/name).touch()
+        with pytest.raises(MedsynError, match=rf'beside them files that belong to none \({name}\)'):
+            convert(folder, tmp_path/'no', how=how)
+        (folder/name).unlink()
+    for i in range(5): (folder/'images'/f'{i}.png').touch()
+    with pytest.raises(MedsynError, match='images/2.png and 2 more'): convert(folder, tmp_path/'no', how=how)
+    assert not (tmp_path/'no').exists()
+
+def test_a_linked_dicom_series(tmp_path):
+    folder = dicom_series(tmp_path/'data')
+    (folder/'images'/'scan').rename(tmp_path/'elsewhere')
+    (folder/'images'/'scan').symlink_to(tmp_path/'elsewhere')
+    assert len(convert(folder, tmp_path/'plain', how=reading('auto'))) == 4
+
+def test_frames_without_a_position_make_no_volume(tmp_path):
+    "Nor do slices of another size; a volume made in Python is saved in its own order."
+    frames = Volume(np.zeros((3, 4, 5), np.uint8))
+    masks = [np.zeros((4, 5), np.uint8)]*3
+    for f in (lambda: stack_of(frames, masks), lambda: save_masks(tmp_path/'m.nii.gz', frames, masks)):
+        with pytest.raises(MedsynError, match='frames without a position in the body'): f()
+    assert not (tmp_path/'m.nii.gz').exists()
+    values = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    volume = Volume(values, np.diag([1., 2., 3., 1.]))
+    slices = [volume.slice(k) for k in range(5)]
+    with pytest.raises(MedsynError, match=r'slice 1 is \(3, 4\) and the volume'):
+        stack_of(volume, [slices[0], slices[1].T, *slices[2:]])
+    assert (open_volume(save_masks(tmp_path/'m.nii.gz', volume, slices)).values == values).all()
+
+def test_names_of_volumes_stay_behind(tmp_path):
+    "A name of a patient is in no name and no group; groups of a manifest are kept."
+    folder = tmp_path/'data'
+    for name in ('Doe_Jane', 'Roe_Richard'): nifti_pair(folder/name)
+    pairs = tmp_path/'pairs'
+    for kind in ('images', 'masks'):
+        (pairs/kind).mkdir(parents=True)
+        for name in ('Doe_Jane', 'Roe_Richard'):
+            source, = (folder/name/kind).iterdir()
+            source.rename(pairs/kind/f'{name}.nii.gz')
+    table = convert(pairs, tmp_path/'slices', how=reading('auto'))
+    assert set(table.group) == {'case000', 'case001'}
+    assert 'Doe' not in (tmp_path/'slices'/'manifest.csv').read_text()
+    (pairs/'manifest.csv').write_text('name,group\nDoe_Jane,g1\nRoe_Richard,g1\n')
+    assert set(convert(pairs, tmp_path/'grouped', how=reading('auto')).group) == {'g1'}

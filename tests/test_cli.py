@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from medsyn.cli import COMMANDS, main, parser_of
+from medsyn.cli import COMMANDS, main, options_of, parser_of
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, save_list
 from medsyn.generate.catalog import ALIASES, METHODS, load_generator, method_name
@@ -392,6 +392,15 @@ def test_help_of_a_method_and_of_everything(capsys):
     assert '--help-all' in (common := capsys.readouterr().out) and '--curve-every' not in common
     assert medsyn('compare --help-all') == 0
     assert '--curve-every' in capsys.readouterr().out
+
+def test_the_help_of_clean_states_its_own_defaults(capsys):
+    "clean reads deep images through windows of their own; the other commands refuse them."
+    for command, window in (('clean', 'auto'), ('check', 'refused')):
+        assert medsyn(f'{command} --help') == 0
+        shown, = [line for line in capsys.readouterr().out.splitlines() if ' --window' in line]
+        assert shown.endswith(f'(default: {window})')
+    assert options_of('data.pairs.clean_masks')['window'].default == 'auto'
+    assert COMMANDS['clean'].options['label'].type is str       # a colour too
 
 def test_choices_reach_every_command_that_reads_pairs():
     readers = 'check clean convert quickstart pretrain train synth segment fit predict score compare'.split()

@@ -16,6 +16,7 @@ from medsyn.data.masks import MASK_KINDS, random_mask, transform_mask
 from medsyn.data.pairs import (StrongAugment, _strong, _warped, check_pairs, find_images, find_pairs,
                                group_of, image_dls, pair_dls, random_stream, read_pair, same_images,
                                split_pairs)
+from medsyn.viz import contour
 
 REAL = os.environ.get('MEDSYN_DATA')
 real = pytest.mark.skipif(not REAL, reason='MEDSYN_DATA is not set: no real image sets here')
@@ -236,6 +237,24 @@ def test_random_masks_are_valid_and_seeded():
         assert p == q and (a == b).all()
         assert a.dtype == np.uint8 and set(np.unique(a)) == {0, 1} and a.flags.c_contiguous
         assert (a == transform_mask(k, **{o: v for o, v in p.items() if o not in ('kind', 'tries')})[0]).all()
+
+def test_refused_random_masks_say_why():
+    "Too large, too small and outside the picture are three things, with three remedies."
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:54, 10:54] = 1
+    for kw, words in ((dict(scale=(1.3, 1.31), shift=0), '50 were too large: lower `scale` or raise'),
+                      (dict(least=.4, scale=(.7, .8), shift=0), '50 were too small: raise `scale`'),
+                      (dict(scale=(9, 9.1)), '50 left the picture: lower `shift`')):
+        with pytest.raises(MedsynError, match=words) as e: random_mask(mask, np.random.default_rng(0), **kw)
+        assert 'lost the lesion' not in str(e.value)
+    with pytest.raises(MedsynError, match=r'\d+ left the picture: .*; \d+ were too large'):
+        random_mask(mask, np.random.default_rng(0), scale=(1.3, 1.4))
+
+def test_contour_names_the_picture_whose_size_differs():
+    image, mask = np.zeros((3, 8, 9, 3), np.uint8), np.ones((8, 9), np.uint8)
+    with pytest.raises(MedsynError, match=r'image 3 of 3 has the size \(8, 9\) and its mask \(4, 9\)'):
+        contour(list(image), [mask, mask, mask[:4]])
+    with pytest.raises(MedsynError, match=r'3 image\(s\) and 2 mask\(s\)'): contour(list(image), [mask, mask])
 
 def test_masks_of_any_shape():
     m = np.zeros((30, 70), np.uint8); m[10:14, 60:] = 1

@@ -17,6 +17,7 @@ from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_images, find_pairs
 from medsyn.experiment import (HeldOutCurveCB, compare, open_arm, quickstart, run_log, split_once,
                                train_segmenter)
+from medsyn.results import Results
 from medsyn.segment.catalog import Arm
 
 SMALL = dict(segmenters=[dict(network='unet', encoder='mobilenetv3_small_050')], size=32, bs=4)
@@ -186,6 +187,29 @@ def test_a_folder_gains_arms(train, test, tmp_path):
         run({'real': 'real-twice'})
     with pytest.raises(MedsynError, match='holds another compare run .steps was'):
         run({'real': 'real'}, steps=3)
+
+def test_the_baseline_is_that_of_the_comparison(train, test, tmp_path):
+    "It is kept, a second call changes it, older folders without the column are read, and others refused."
+    arms = {'real': 'real', '2': 'two-passes', 'mixup': 'mixup'}
+    def run(baseline):
+        settings = dict(SMALL, steps=1, seeds=(0,), baseline=baseline)
+        return compare(train, {'t': test}, arms, tmp_path/'res', **settings)
+    for baseline, others in (('2', {'real', 'mixup'}), (None, {'2', 'mixup'})):
+        results = Results(run(baseline))
+        assert results.baseline == (baseline or 'real') and set(results.differences.arm) == others
+        case = results.cases('mixup')[0]
+        row = results.scores.query("name == @case.name and arm == @results.baseline")
+        assert case.x == row['dice@0.5'].item()
+
+    run('mixup')
+    file = tmp_path/'res'/'differences.csv'
+    table = pd.read_csv(file)
+    table.drop(columns='baseline').to_csv(file, index=False)            # as older versions wrote it
+    assert Results(tmp_path/'res').baseline == 'mixup'
+    table.assign(baseline='cutmix').to_csv(file, index=False)
+    with pytest.raises(MedsynError, match='belong to different comparisons'): Results(tmp_path/'res')
+    file.unlink()
+    assert Results(tmp_path/'res').baseline == 'real'
 
 def test_wrong_factors_are_refused(train, test, tmp_path):
     kw = dict(SMALL, seeds=(0,), steps=1)

@@ -2,6 +2,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -284,3 +285,28 @@ def test_public_parameters_are_typed(path):
     for name, o in public(module):
         if fn := signature_of(module, o): missing += [f'{name}: {a}' for a in untyped(fn)]
     assert not missing, missing
+
+def shared_loaders(text):
+    "Names of loaders that are made once and used in a loop or function: their epochs are counted on."
+    tree, shared = ast.parse(text), set()
+    for scope in (node for node in ast.walk(tree) if isinstance(getattr(node, 'body', None), list)):
+        made = set()
+        for node in (node for node in scope.body if isinstance(node, ast.Assign)):
+            target, value = node.targets[0], node.value
+            both = zip(target.elts, value.elts) if isinstance(value, ast.Tuple) else [(target, value)]
+            made |= {t.id for t, v in both if ast.unparse(v).startswith(('pair_dls(', 'generator_dls('))}
+        inner = [node for node in scope.body if isinstance(node, (ast.For, ast.FunctionDef))]
+        shared |= made & {n.id for node in inner for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return shared
+
+@each(sorted((NBS/'figures').glob('*.ipynb')))
+def test_each_learner_of_a_figure_has_its_own_loaders(path):
+    assert shared_loaders('dls = pair_dls(a)\nfor x in b: fit(dls)') == {'dls'}
+    sources = [source(c) for c in load(path)['cells'] if c['cell_type'] == 'code' and '_dls(' in source(c)]
+    assert not {name for text in sources for name in shared_loaders(text)}
+
+def test_the_duration_of_the_quickstart_is_the_recorded_one():
+    recorded = json.loads((NBS/'results'/'quickstart'/'run.json').read_text())
+    minutes = 'one two three four five six seven eight nine ten'.split()[round(recorded['seconds']/60) - 1]
+    for file in (ROOT/'README.md', NBS/'index.ipynb', NBS/'tutorials'/'01_quickstart.ipynb'):
+        assert f'took {minutes} minutes' in file.read_text(encoding='utf-8'), file

@@ -16,8 +16,8 @@ import pandas as pd
 
 from ..core import (MedsynError, load_json, open_run, pick, removed_on_error, save_json, track,
                          write_atomic)
-from .pairs import (Pair, Reading, find_pairs, group_of, png_of, read_image, read_mask, read_pair,
-                               read_table, refuse_classes, show_slice)
+from .pairs import (Pair, Reading, _files, find_pairs, group_of, png_of, read_image, read_mask,
+                               read_pair, read_table, refuse_classes, show_slice)
 from .volumes import DICOM, is_volume, open_volume, same_place, stem_of
 
 # %% ../../nbs/api/15_data.layouts.ipynb #618d2f17
@@ -75,10 +75,8 @@ class Item:
 
 def _from_pairs(path, how):
     pairs = find_pairs(path, how=how)
-    groups = {p.name: group_of(p) for p in pairs}
-    for name, group in groups.items():
-        if group == name: groups[name] = ''         # its new name is the group
-    return [Item(p.name, p.image, p.mask, group=groups[p.name], reading=p.reading) for p in pairs]
+    def own_group(pair): return '' if group_of(pair) == pair.name else group_of(pair)
+    return [Item(p.name, p.image, p.mask, group=own_group(p), reading=p.reading) for p in pairs]
 
 def _from_nnunet(path, how):
     "`imagesTr/NAME_0000.*` and `labelsTr/NAME.*`."
@@ -234,7 +232,22 @@ def _series(path, how):
     by_name = {stem_of(f): f for f in sorted(masks.iterdir()) if is_volume(f)}
     for f in folders:
         if f.name not in by_name: raise MedsynError(f"{f} has no mask in {masks}: add {f.name}.nii.gz")
+    if folders: _refuse_beside(path, folders, [by_name[f.name] for f in folders])
     return [Item(f.name, f, by_name[f.name], reading=how) for f in folders]
+
+def _refuse_beside(path, series, masks):
+    "`MedsynError` for files of images/ and masks/ that belong to no DICOM series; notes are none."
+    known = {*series, *masks}
+    beside = []
+    for folder in (path/'images', path/'masks'):
+        files, other = _files(folder, deep=True)
+        found = [*[f for same_key in files.values() for f in same_key], *other]
+        beside += sorted(f for f in found if not {f, f.parent} & known)
+    if beside:
+        names = ', '.join(str(f.relative_to(path)) for f in beside[:3])
+        more = f' and {len(beside) - 3} more' if len(beside) > 3 else ''
+        raise MedsynError(f"{path} holds DICOM series, and beside them files that belong to none"
+                          f" ({names}{more}): convert these from a folder of their own")
 
 def _pictures(item):
     "(suffix of the name, image (H,W,3), mask (H,W) in {0,1}) of a picture, or of each slice of a volume."

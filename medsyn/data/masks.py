@@ -44,6 +44,10 @@ def real_mask(mask: np.ndarray,             # (H,W) uint8 in {0,1}
     "The mask as it is (\"Real\")."
     return mask, dict(kind='real')
 
+_REFUSED = {'left the picture': 'lower `shift`, `scale` or `keep`',     # why a draw is refused -> what helps
+            'were too small': 'raise `scale` or lower `least`',
+            'were too large': 'lower `scale` or raise `most`'}
+
 def random_mask(mask: np.ndarray,           # (H,W) uint8 in {0,1} with a lesion
                 rng: np.random.Generator,   # where the randomness comes from
                 scale: tuple = (.7, 1.4),   # bounds of the scale
@@ -55,15 +59,18 @@ def random_mask(mask: np.ndarray,           # (H,W) uint8 in {0,1} with a lesion
                ) -> tuple: # mask (H,W) uint8 in {0,1}, and kind, flip_lr, flip_ud, scale, dx, dy, tries
     "A flipped, scaled and shifted mask (\"Random\", Table 3). `MedsynError` if no draw is kept."
     low, high = min(least, mask.mean()), max(most, mask.mean())
+    refused = dict.fromkeys(_REFUSED, 0)
     for i in range(1, tries + 1):
         flips = dict(zip(('flip_lr', 'flip_ud'), (rng.random(2) < .5).tolist()))
         s = float(np.exp(rng.uniform(*np.log(scale))))
         dx, dy = rng.uniform(-shift, shift, 2).tolist()
         new, visible = transform_mask(mask, **flips, scale=s, dx=dx, dy=dy)
-        if visible >= keep and low <= new.mean() <= high:
-            return new, dict(kind='random', **flips, scale=s, dx=dx, dy=dy, tries=i)
-    raise MedsynError(f"{tries} random transforms of a mask of {mask.shape[1]}x{mask.shape[0]} with "
-                      f"{mask.mean():.1%} foreground all lost the lesion: lower `shift`, "
-                      "`scale` or `keep`, or leave this mask out")
+        if visible < keep: refused['left the picture'] += 1
+        elif new.mean() < low: refused['were too small'] += 1
+        elif new.mean() > high: refused['were too large'] += 1
+        else: return new, dict(kind='random', **flips, scale=s, dx=dx, dy=dy, tries=i)
+    reasons = '; '.join(f'{n} {why}: {_REFUSED[why]}' for why, n in refused.items() if n)
+    raise MedsynError(f"none of {tries} random transforms of a mask of {mask.shape[1]}x{mask.shape[0]} with "
+                      f"{mask.mean():.1%} foreground was kept ({reasons}): change this, or leave it out")
 
 MASK_KINDS = {'real': real_mask, 'random': random_mask}    # the values of `masks=` in `synth`

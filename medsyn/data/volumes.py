@@ -54,7 +54,7 @@ class Volume:
     "A volume, or the frames of one DICOM file; `slice` returns one picture."
     values: np.ndarray          # (X,Y,Z) in RAS+ order; (n,H,W) or (n,H,W,3) for frames without a position
     affine: np.ndarray = None   # (4,4) from RAS+ indices to millimetres; `None`: frames without a position
-    stored_affine: np.ndarray = None    # (4,4) of the file's own order
+    stored_affine: np.ndarray = None    # (4,4) of the file's own order; `None`: RAS+ too
     inverted: bool = False      # whether small values are bright (DICOM's MONOCHROME1)
     window: tuple = None        # (lo, hi) that the file suggests
 
@@ -241,11 +241,19 @@ def stack_of(volume: Volume,    # the volume that the slices were taken from; it
              slices: list,      # (H,W) arrays, one for each slice along `axis`, of one type
              axis: str = 'axial'# the axis that they were taken along
             ) -> np.ndarray:    # of the volume's shape, in RAS+ order
-    "Slices stacked into a volume, the inverse of `Volume.slice`; `MedsynError` unless all are given."
+    "Slices stacked into a volume, the inverse of `Volume.slice`; `MedsynError` unless all of them fit."
     along = AXES.index(pick(axis, AXES, 'axis'))
+    if volume.affine is None:
+        raise MedsynError("frames without a position in the body do not make a volume: save their masks as"
+                          " single images")
     if len(slices) != volume.count(axis):
         raise MedsynError(f"{len(slices)} slices for a volume that has {volume.count(axis)} along {axis}: "
                           "give all")
+    height_and_width = volume.slice(0, axis).shape
+    for k, one in enumerate(slices):
+        if one.shape != height_and_width:
+            raise MedsynError(f"slice {k} is {one.shape} and the volume's {height_and_width}: "
+                              "bring it to the volume's size")
     turned = [one[::-1, ::-1].T for one in slices]
     return np.stack(turned, axis=along)
 
@@ -254,10 +262,11 @@ def save_masks(path: str | Path,    # the file to write, .nii.gz
                slices: list,        # masks (H,W) uint8, one for each slice
                axis: str = 'axial'  # the axis that they were taken along
               ) -> Path:            # the file
-    "Write masks of slices as a NIfTI volume on the grid of the original, with a new header."
+    "Write masks of slices as a NIfTI volume on the original's grid, with a new header; errors as `stack_of`."
     nib = _library('nibabel')
     stacked = nib.Nifti1Image(stack_of(volume, slices, axis), volume.affine)
-    stored_order = nib.orientations.io_orientation(volume.stored_affine)
+    stored = volume.affine if volume.stored_affine is None else volume.stored_affine
+    stored_order = nib.orientations.io_orientation(stored)
     ras_order = nib.orientations.io_orientation(volume.affine)
     to_stored = nib.orientations.ornt_transform(ras_order, stored_order)
     return write_atomic(path, gzip.compress(stacked.as_reoriented(to_stored).to_bytes(), mtime=0))
