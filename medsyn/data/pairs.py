@@ -1309,7 +1309,7 @@ def clean_masks(path: str | Path,               # folder in a known layout
                 out: str | Path,                # new folder: out/images and out/masks (PNG, 0 and 255)
                 threshold: int = 128,           # of JPEG and soft masks: least foreground value (0 to 255)
                 label: Sequence[str] = None,    # values of the foreground, as 2 or '#ff0000' (default: not 0)
-                window: Sequence = 'auto',      # LO HI or auto, for images of more than 8 bits (default: auto)
+                window: Sequence = 'auto',      # LO HI or auto, for more than 8 bits (default: auto)
                 page: int = None,               # which page or slice of files with several, from 0
                 exif: str = None,               # 'turn' or 'ignore' rotation tags; `None`: refuse if unclear
                 leave_out: bool = False         # leave out and list what cannot be mended
