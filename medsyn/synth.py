@@ -331,15 +331,29 @@ def _settings_of(keep):
     "What determines a test, for the settings of the run (synth.json): its `about`, else its name."
     return getattr(keep, 'about', getattr(keep, '__qualname__', type(keep).__name__))
 
+def _verdict_of(test, image, mask, name='keep'):
+    "What a test says of an image, (kept, why); `MedsynError` for any other answer."
+    verdict = test(image, mask)
+    if isinstance(verdict, tuple) and len(verdict) == 2: return verdict
+    raise MedsynError(f"{name} returned {str(verdict)[:60]}: it must return (True or False, why)")
+
+def _names_of(tests):
+    "The kind of each test, or its own name; the second of a name gets the number 2, and so on."
+    names = []
+    for test in tests:
+        about = _settings_of(test)
+        names.append(str(about.get('kind', 'test') if isinstance(about, dict) else about))
+    of_this_name = [names[:k + 1].count(name) for k, name in enumerate(names)]
+    return [name if n == 1 else f'{name} {n}' for name, n in zip(names, of_this_name, strict=True)]
+
 def keep_all(*tests: Callable   # tests for `synthesize(keep=...)`
             ) -> Callable:      # one test: the first that refuses decides
     "Keep what every test keeps."
+    names = _names_of(tests)
     def keep(image, mask):
         verdicts = {}
-        for test in tests:
-            about = _settings_of(test)
-            name = about['kind'] if isinstance(about, dict) else str(about)
-            kept, why = test(image, mask)
+        for name, test in zip(names, tests, strict=True):
+            kept, why = _verdict_of(test, image, mask, f'the test {name!r} of keep_all')
             if not kept: return False, {name: why}
             verdicts[name] = why
         return True, verdicts
@@ -369,10 +383,8 @@ def _over(rows, n, tries):
 
 def _judged(keep, image, mask):
     "The verdict of `keep`, checked, as the manifest's entry."
-    verdict = keep(image, mask)
-    if not (isinstance(verdict, tuple) and len(verdict) == 2):
-        raise MedsynError(f"keep returned {str(verdict)[:60]}: it must return (True or False, why)")
-    return {'score' if verdict[0] else 'dropped': verdict[1]}
+    kept, why = _verdict_of(keep, image, mask)
+    return {'score' if kept else 'dropped': why}
 
 # %% ../nbs/api/40_synth.ipynb #44f030b3
 def _under_masks(generator, job, start, strength, settings):

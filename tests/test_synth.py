@@ -142,6 +142,19 @@ def test_tests_go_together_and_the_teacher_is_named(made, tmp_path):
     with pytest.raises(MedsynError, match='keep dropped 12 of 12 images'):
         synthesize(generator, pairs, tmp_path/'b', keep=none, tries=2, **QUICK)
 
+def test_every_test_of_keep_all_is_heard(made, tmp_path):
+    "Two tests of one kind have an entry each; a test that does not say why is one sentence."
+    pairs, _, generator = made
+    def distance(value): return lambda image: value
+    two = keep_all(keep_new(distance(3.), 1.), keep_new(distance(5.), 1.))
+    synthesize(generator, pairs, tmp_path/'a', keep=two, **QUICK)
+    assert rows(tmp_path/'a')[0]['score'] == {'new': {'distance': 3.}, 'new 2': {'distance': 5.}}
+    second = keep_all(keep_new(distance(3.), 1.), keep_new(distance(.5), 1.))
+    assert second(None, None) == (False, {'new 2': {'distance': .5}})
+    def bare(image, mask): return True
+    with pytest.raises(MedsynError, match=r"bare' of keep_all returned True: it must return \(True or"):
+        synthesize(generator, pairs, tmp_path/'b', keep=keep_all(bare), **QUICK)
+
 def test_a_generator_that_ignores_its_mask_is_refused(made, tmp_path):
     pairs, _, generator = made
     ignorant = ControlGenerator(generator.backbone)
