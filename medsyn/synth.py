@@ -399,7 +399,7 @@ def _under_masks(generator, job, start, strength, settings):
     return draw
 
 def _with_masks(generator, size, seed, settings):
-    "The same for images sampled with their masks; an entry with `dropped` says why the mask cannot be used."
+    "The same for images sampled with their masks; `dropped` says why a drawn mask cannot be used."
     def draw(indices):
         seeds = [seed_of(seed, 'image', i) for i in indices]
         kw = dict(steps=settings['steps'], sampler=settings['sampler'], size=size, bs=len(seeds))
@@ -409,7 +409,7 @@ def _with_masks(generator, size, seed, settings):
             mask, cleaned, refused = generator.clean_mask(soft)
             entry = dict(seed=s, tidied=cleaned)
             if generator.grey: entry['grey'] = True
-            if refused: entry['dropped'] = refused
+            if refused: entry.update(dropped=refused, dropped_by='mask')
             pictures.append((image, Draft(mask, s, {}), entry))
         return pictures
     return draw
@@ -631,7 +631,7 @@ def _run(draw, out, rows, n, bs, settings, keep, tries):
 
 def _too_few(rows, kept, n, out, keep):
     "The error message of a run that gave up."
-    for_mask = sum(isinstance(r.get('dropped'), str) and 'mask' in r['dropped'] for r in rows)
+    for_mask = sum(r.get('dropped_by') == 'mask' for r in rows)
     cause = 'keep dropped' if keep else 'empty or full masks:'
     note = f', {for_mask} for their drawn mask' if keep and for_mask else ''
     lower = 'lower its bar or ' if keep else ''
