@@ -592,6 +592,9 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     if n < 1 or tries < 1:
         raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
     if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
+    if healthy and into is None:
+        raise MedsynError("healthy says that the pictures of into have no lesion, and into is not given: add"
+                          " into, or leave healthy out")
     settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt,
                     interval=interval)
     begin = start, strength, into, hardness

@@ -266,6 +266,12 @@ def test_strength_0_gives_the_image_back(scene, backbone):
     assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=0., keep=masks) == round_trip).all()
     assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=.01) != round_trip).any()
 
+def test_strength_needs_a_picture(scene, backbone):
+    "It is a share of the way back to a picture; 1 is no way back, so it may be given without one."
+    masks, gen = scene[1], Masked(backbone)
+    with pytest.raises(MedsynError, match='strength=0.4 .*pass init'): sample(gen, masks, steps=2, strength=.4)
+    assert (sample(gen, masks, steps=2, strength=1) == sample(gen, masks, steps=2)).all()
+
 def test_keeping_nothing_or_everything(scene, backbone):
     x0, masks = scene
     kw = dict(steps=4, init=x0, strength=.7)

@@ -176,6 +176,15 @@ def test_only_drawn_masks_count_as_drawn_masks(made, tmp_path):
     by = [(r['dropped'], r.get('dropped_by')) for r in rows(tmp_path/'b')]
     assert by == 3*[('nothing drawn', 'mask'), ('outside its mask', None)]
 
+def test_healthy_needs_pictures(made, tmp_path):
+    pairs, frames, generator = made
+    for source, kw in ((generator, {}), (generator, dict(start='paste')), (EverySecond(), {})):
+        with pytest.raises(MedsynError, match='healthy says that the pictures of into have no lesion'):
+            synthesize(source, pairs, tmp_path/'a', healthy=True, **QUICK, **kw)
+    assert not (tmp_path/'a').exists()
+    synthesize(generator, pairs, tmp_path/'a', start='paste', into=frames, healthy=True, **QUICK)
+    assert not any('ignored' in row for row in rows(tmp_path/'a'))
+
 def test_a_generator_that_ignores_its_mask_is_refused(made, tmp_path):
     pairs, _, generator = made
     ignorant = ControlGenerator(generator.backbone)
