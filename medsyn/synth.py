@@ -453,6 +453,15 @@ def _make_batch(draw, out, indices, rows, n, settings, keep, tries):
         rows.append(_append(out, dict(row, index=i)) if dropped else _write(out, i, image, draft, row))
 
 # %% ../nbs/api/40_synth.ipynb #a630fb2f
+def _check_request(n, tries, steps, into, healthy):
+    "`MedsynError` for numbers below 1, and for `healthy` without the pictures that it speaks of."
+    if n < 1 or tries < 1:
+        raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
+    if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
+    if healthy and into is None:
+        raise MedsynError("healthy says that the pictures of into have no lesion, and into is not given: add"
+                          " into, or leave healthy out")
+
 def _check_start(start, masks, strength, into):
     "Masks and strength, or the defaults of the start; `MedsynError` for what contradicts it."
     pick(start, STARTS, 'start')
@@ -589,12 +598,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     "Make `n` image-mask pairs, or resume; `MedsynError` for what cannot be made, or if too much is dropped."
     out = Path(out)
     draws_pairs = isinstance(generator, PairGenerator)
-    if n < 1 or tries < 1:
-        raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
-    if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
-    if healthy and into is None:
-        raise MedsynError("healthy says that the pictures of into have no lesion, and into is not given: add"
-                          " into, or leave healthy out")
+    _check_request(n, tries, steps, into, healthy)
     settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt,
                     interval=interval)
     begin = start, strength, into, hardness

@@ -269,7 +269,8 @@ def test_strength_0_gives_the_image_back(scene, backbone):
 def test_strength_needs_a_picture(scene, backbone):
     "It is a share of the way back to a picture; 1 is no way back, so it may be given without one."
     masks, gen = scene[1], Masked(backbone)
-    with pytest.raises(MedsynError, match='strength=0.4 .*pass init'): sample(gen, masks, steps=2, strength=.4)
+    with pytest.raises(MedsynError, match='strength=0.4 .*pass init'):
+        sample(gen, masks, steps=2, strength=.4)
     assert (sample(gen, masks, steps=2, strength=1) == sample(gen, masks, steps=2)).all()
 
 def test_keeping_nothing_or_everything(scene, backbone):
