@@ -331,15 +331,29 @@ def _settings_of(keep):
     "What determines a test, for the settings of the run (synth.json): its `about`, else its name."
     return getattr(keep, 'about', getattr(keep, '__qualname__', type(keep).__name__))
 
+def _verdict_of(test, image, mask, name='keep'):
+    "What a test says of an image, (kept, why); `MedsynError` for any other answer."
+    verdict = test(image, mask)
+    if isinstance(verdict, tuple) and len(verdict) == 2: return verdict
+    raise MedsynError(f"{name} returned {str(verdict)[:60]}: it must return (True or False, why)")
+
+def _names_of(tests):
+    "The kind of each test, or its own name; the second of a name gets the number 2, and so on."
+    names = []
+    for test in tests:
+        about = _settings_of(test)
+        names.append(str(about.get('kind', 'test') if isinstance(about, dict) else about))
+    of_this_name = [names[:k + 1].count(name) for k, name in enumerate(names)]
+    return [name if n == 1 else f'{name} {n}' for name, n in zip(names, of_this_name, strict=True)]
+
 def keep_all(*tests: Callable   # tests for `synthesize(keep=...)`
             ) -> Callable:      # one test: the first that refuses decides
     "Keep what every test keeps."
+    names = _names_of(tests)
     def keep(image, mask):
         verdicts = {}
-        for test in tests:
-            about = _settings_of(test)
-            name = about['kind'] if isinstance(about, dict) else str(about)
-            kept, why = test(image, mask)
+        for name, test in zip(names, tests, strict=True):
+            kept, why = _verdict_of(test, image, mask, f'the test {name!r} of keep_all')
             if not kept: return False, {name: why}
             verdicts[name] = why
         return True, verdicts
@@ -369,10 +383,8 @@ def _over(rows, n, tries):
 
 def _judged(keep, image, mask):
     "The verdict of `keep`, checked, as the manifest's entry."
-    verdict = keep(image, mask)
-    if not (isinstance(verdict, tuple) and len(verdict) == 2):
-        raise MedsynError(f"keep returned {str(verdict)[:60]}: it must return (True or False, why)")
-    return {'score' if verdict[0] else 'dropped': verdict[1]}
+    kept, why = _verdict_of(keep, image, mask)
+    return {'score' if kept else 'dropped': why}
 
 # %% ../nbs/api/40_synth.ipynb #44f030b3
 def _under_masks(generator, job, start, strength, settings):
@@ -387,7 +399,7 @@ def _under_masks(generator, job, start, strength, settings):
     return draw
 
 def _with_masks(generator, size, seed, settings):
-    "The same for images sampled with their masks; an entry with `dropped` says why the mask cannot be used."
+    "The same for images sampled with their masks; `dropped` says why a drawn mask cannot be used."
     def draw(indices):
         seeds = [seed_of(seed, 'image', i) for i in indices]
         kw = dict(steps=settings['steps'], sampler=settings['sampler'], size=size, bs=len(seeds))
@@ -397,7 +409,7 @@ def _with_masks(generator, size, seed, settings):
             mask, cleaned, refused = generator.clean_mask(soft)
             entry = dict(seed=s, tidied=cleaned)
             if generator.grey: entry['grey'] = True
-            if refused: entry['dropped'] = refused
+            if refused: entry.update(dropped=refused, dropped_by='mask')
             pictures.append((image, Draft(mask, s, {}), entry))
         return pictures
     return draw
@@ -441,6 +453,15 @@ def _make_batch(draw, out, indices, rows, n, settings, keep, tries):
         rows.append(_append(out, dict(row, index=i)) if dropped else _write(out, i, image, draft, row))
 
 # %% ../nbs/api/40_synth.ipynb #a630fb2f
+def _check_request(n, tries, steps, into, healthy):
+    "`MedsynError` for numbers below 1, and for `healthy` without the pictures that it speaks of."
+    if n < 1 or tries < 1:
+        raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
+    if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
+    if healthy and into is None:
+        raise MedsynError("healthy says that the pictures of into have no lesion, and into is not given: add"
+                          " into, or leave healthy out")
+
 def _check_start(start, masks, strength, into):
     "Masks and strength, or the defaults of the start; `MedsynError` for what contradicts it."
     pick(start, STARTS, 'start')
@@ -577,9 +598,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     "Make `n` image-mask pairs, or resume; `MedsynError` for what cannot be made, or if too much is dropped."
     out = Path(out)
     draws_pairs = isinstance(generator, PairGenerator)
-    if n < 1 or tries < 1:
-        raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
-    if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
+    _check_request(n, tries, steps, into, healthy)
     settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt,
                     interval=interval)
     begin = start, strength, into, hardness
@@ -619,7 +638,7 @@ def _run(draw, out, rows, n, bs, settings, keep, tries):
 
 def _too_few(rows, kept, n, out, keep):
     "The error message of a run that gave up."
-    for_mask = sum(isinstance(r.get('dropped'), str) and 'mask' in r['dropped'] for r in rows)
+    for_mask = sum(r.get('dropped_by') == 'mask' for r in rows)
     cause = 'keep dropped' if keep else 'empty or full masks:'
     note = f', {for_mask} for their drawn mask' if keep and for_mask else ''
     lower = 'lower its bar or ' if keep else ''

@@ -126,6 +126,23 @@ def test_saved_and_opened(trained, masks, inputs, tmp_path):
     assert (sample(gen, masks, steps=2, seeds=3) == sample(back, masks, steps=2, seeds=3)).all()
     gen.config['weight'] = 1.
 
+GUIDANCE = [dict(guidance=1), dict(guidance=2., guide='mask'), dict(guidance=2., guide='prompt')]
+
+@pytest.mark.parametrize('kw', GUIDANCE, ids=str)
+def test_sampling_runs_the_adapter_once(backbone, masks, monkeypatch, kw):
+    "Once a batch, whatever the number of steps; the images are those of an adapter that runs in every step."
+    gen, calls = AdapterGenerator(backbone).eval(), []
+    forward = type(gen.adapter).forward
+    def counted(self, x):
+        calls.append(len(x))
+        return forward(self, x)
+    monkeypatch.setattr(type(gen.adapter), 'forward', counted)
+    images = sample(gen, masks, steps=3, bs=2, **kw)
+    assert len(calls) == 2
+    gen.steady_parts = list
+    assert (sample(gen, masks, steps=3, bs=2, **kw) == images).all()
+    assert len(calls) == 2 + 2*3
+
 def test_it_judges_a_segmenter(trained, masks):
     "As an arm it gives feedback: a gradient for the mask, none for its weights."
     gen = trained.model.eval().requires_grad_(False)

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from medsyn.core import MedsynError
-from medsyn.data.pairs import find_pairs, pair_dls
+from medsyn.data.pairs import PairDataset, find_pairs, pair_dls
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import UNKNOWN, Denoiser, DiffusionCB, denoising_learner
 from medsyn.diffusion.sample import defaults_of, sample
 from medsyn.generate.alignment import AlignmentGenerator
 from medsyn.generate.catalog import METHODS, generator_learner, load_generator
-from medsyn.generate.concat import ConcatGenerator, concat_learner, mask_channels, with_unlabelled
+from medsyn.generate.concat import (ConcatGenerator, WithUnlabelled, concat_learner, mask_channels,
+                                    with_unlabelled)
 from medsyn.generate.control import ControlGenerator
 from medsyn.generate.siamese import SiameseGenerator
 from medsyn.train import fit_steps
@@ -114,6 +115,25 @@ def test_bad_unlabelled(folders, tmp_path):
     with pytest.raises(MedsynError, match='are validation images'): with_unlabelled(dls, [twin])
     with pytest.raises(MedsynError, match='a share of 1.5'): with_unlabelled(dls, files(folders), 1.5)
     with pytest.raises(MedsynError, match='give a share between 0 and 1'): DiffusionCB(drop_mask=-1)
+
+def test_unlabelled_images_are_read_like_the_pairs(folders, tmp_path):
+    "Fit, window and page of `pair_dls` hold for them, in the comparison with the validation images too."
+    wide, deep, stack = tmp_path/'wide.png', tmp_path/'deep.png', tmp_path/'stack.tif'
+    def grey(value): return Image.new('RGB', (2*SIZE, SIZE), (value,)*3)
+    grey(200).save(wide)
+    grey(50).save(stack, save_all=True, append_images=[grey(100)])
+    Image.fromarray(np.arange(SIZE*SIZE, dtype=np.uint16).reshape(SIZE, SIZE)).save(deep)
+    def pictures(files, **reading):
+        dls = with_unlabelled(loaders(folders, **reading), files)
+        cache = dls.train.dataset.unlabelled.cache
+        assert len(cache) == len(files)         # decoded before the training
+        return [np.asarray(cache[i][0]) for i in range(len(files))]
+    stretched, = pictures([wide])
+    padded, = pictures([wide], fit='pad', label=255)
+    assert (stretched == 200).all() and (padded == 0).mean() == .5
+    assert pictures([deep], window=(0, SIZE*SIZE))[0].max() == 255
+    pages = WithUnlabelled(PairDataset([], SIZE, page=1), [stack])
+    assert (np.asarray(pages[0][0]) == 100).all()
 
 @pytest.fixture(scope='module')
 def trained(folders, backbone):

@@ -1,5 +1,6 @@
 "The denoising loss and the sampler: precision, devices, dropped masks, weights, defaults, kept regions."
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from fastai.callback.core import Callback
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medsyn.core import MedsynError
 from medsyn.data.lesions import draw_lesions, lesion_folder
-from medsyn.data.pairs import find_pairs, pair_dls
+from medsyn.data.pairs import Pair, PairDataset, Reading, find_pairs, pair_dls
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
-from medsyn.diffusion.cache import cached_dls
+from medsyn.diffusion.cache import cached_dls, latent_moments
 from medsyn.diffusion.learner import (Cond, Denoiser, DenoisingWeightCB, MaskGenerator, Noised, PairGenerator,
                                       denoising_learner, denoising_loss, lesion_weights)
 from medsyn.diffusion.sample import defaults_of, latent_region, sample, to_uint8
@@ -131,6 +133,25 @@ def test_cached_and_uncached_agree_under_autocast(folder, backbone, tmp_path):
     for (a, _, a_loss), (b, _, b_loss) in zip(plain, cached, strict=True):
         assert torch.allclose(a.zt, b.zt, atol=1e-6) and torch.allclose(a_loss, b_loss, rtol=1e-2)
 
+def pages_of_one_file(path):
+    "Four pairs whose images are the pages of one file of 48x32 px, with a mask each."
+    images, masks = draw_lesions(4, 48, seed=5)
+    first, *others = [Image.fromarray(image[:32]) for image in images]
+    first.save(path/'stack.tif', save_all=True, append_images=others)
+    for k, mask in enumerate(masks): Image.fromarray(mask[:32]*255).save(path/f'{k}.png')
+    return [Pair(str(k), path/'stack.tif', path/f'{k}.png', Reading(page=k)) for k in range(4)]
+
+def test_the_cache_knows_how_images_are_read(backbone, tmp_path):
+    "Pages of one file have entries of their own, and so has each fit: of the pairs, or of the data set."
+    pairs, codec, cache = pages_of_one_file(tmp_path), backbone.codec, tmp_path/'latents.safetensors'
+    padded = [replace(p, reading=p.reading.over(fit='pad')) for p in pairs]
+    for of, reading in ((pairs, {}), (pairs, dict(fit='pad')), (padded, {}), (padded, dict(fit='crop')),
+                        (pairs, dict(page=1)), (pairs, {})):
+        dataset = PairDataset(of, 32, **reading)
+        x0 = torch.stack([image.as_subclass(torch.Tensor) for image, _ in dataset]).float()/127.5 - 1
+        stored = torch.stack(latent_moments(cache, dataset, codec))
+        assert torch.allclose(stored, codec.moments(x0), atol=1e-5), reading
+
 def test_both_branches_of_alignment_are_float32_under_autocast(folder, backbone):
     "The latents of image and mask are encoded and noised as they are without autocast."
     make = METHODS['alignment'].learner
@@ -244,6 +265,13 @@ def test_strength_0_gives_the_image_back(scene, backbone):
     assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=0.) == round_trip).all()
     assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=0., keep=masks) == round_trip).all()
     assert (sample(Masked(backbone), masks, steps=4, init=x0, strength=.01) != round_trip).any()
+
+def test_strength_needs_a_picture(scene, backbone):
+    "It is a share of the way back to a picture; 1 is no way back, so it may be given without one."
+    masks, gen = scene[1], Masked(backbone)
+    with pytest.raises(MedsynError, match='strength=0.4 .*pass init'):
+        sample(gen, masks, steps=2, strength=.4)
+    assert (sample(gen, masks, steps=2, strength=1) == sample(gen, masks, steps=2)).all()
 
 def test_keeping_nothing_or_everything(scene, backbone):
     x0, masks = scene

@@ -11,8 +11,9 @@ from medsyn.data.lesions import lesion_folder
 from medsyn.data.paste import feathered
 from medsyn.data.pairs import find_pairs, read_image, read_mask, read_pair
 from medsyn.diffusion.backbone import Backbone
+from medsyn.diffusion.learner import PairGenerator
 from medsyn.diffusion.sample import sample
-from medsyn.diffusion.schedule import SAMPLE_STEPS, SAMPLER
+from medsyn.diffusion.schedule import SAMPLE_STEPS, SAMPLER, Schedule
 from medsyn.generate.control import ControlGenerator
 from medsyn.segment.mixing import find_partners
 from medsyn.segment.streams import read_ignored
@@ -150,6 +151,48 @@ def test_tests_go_together_and_the_teacher_is_named(made, tmp_path):
     none = keep_new(lambda image: 0., 1.)
     with pytest.raises(MedsynError, match='keep dropped 12 of 12 images'):
         synthesize(generator, pairs, tmp_path/'b', keep=none, tries=2, **QUICK)
+
+def test_every_test_of_keep_all_is_heard(made, tmp_path):
+    "Two tests of one kind have an entry each; a test that does not say why is one sentence."
+    pairs, _, generator = made
+    def distance(value): return lambda image: value
+    two = keep_all(keep_new(distance(3.), 1.), keep_new(distance(5.), 1.))
+    synthesize(generator, pairs, tmp_path/'a', keep=two, **QUICK)
+    assert rows(tmp_path/'a')[0]['score'] == {'new': {'distance': 3.}, 'new 2': {'distance': 5.}}
+    second = keep_all(keep_new(distance(3.), 1.), keep_new(distance(.5), 1.))
+    assert second(None, None) == (False, {'new 2': {'distance': .5}})
+    def bare(image, mask): return True
+    with pytest.raises(MedsynError, match=r"bare' of keep_all returned True: it must return \(True or"):
+        synthesize(generator, pairs, tmp_path/'b', keep=keep_all(bare), **QUICK)
+
+class EverySecond(PairGenerator):
+    "Its second, fourth, ... image has a mask; the others are empty."
+    grey, size, steps, schedule, config = True, SIZE, 2, Schedule(), {}
+    def check_size(self, size): pass
+    def sample_pairs(self, seeds, steps, sampler, size, bs):
+        soft = np.stack([np.full((size, size), k % 2) for k in range(len(seeds))])
+        return np.zeros((len(seeds), size, size, 3), np.uint8), soft
+    def clean_mask(self, soft): return soft.astype(np.uint8), {}, None if soft.any() else 'nothing drawn'
+
+def test_only_drawn_masks_count_as_drawn_masks(made, tmp_path):
+    "A reason of `keep` may contain the word mask."
+    def keep(image, mask): return False, 'outside its mask'
+    with pytest.raises(MedsynError, match='keep dropped 6 of 6') as refused:
+        synthesize(made[2], made[0], tmp_path/'a', 3, steps=1, bs=2, keep=keep, tries=2)
+    assert 'drawn mask' not in str(refused.value)
+    with pytest.raises(MedsynError, match='keep dropped 6 of 6.*, 3 for their drawn mask'):
+        synthesize(EverySecond(), None, tmp_path/'b', 3, bs=2, keep=keep, tries=2)
+    by = [(r['dropped'], r.get('dropped_by')) for r in rows(tmp_path/'b')]
+    assert by == 3*[('nothing drawn', 'mask'), ('outside its mask', None)]
+
+def test_healthy_needs_pictures(made, tmp_path):
+    pairs, frames, generator = made
+    for source, kw in ((generator, {}), (generator, dict(start='paste')), (EverySecond(), {})):
+        with pytest.raises(MedsynError, match='healthy says that the pictures of into have no lesion'):
+            synthesize(source, pairs, tmp_path/'a', healthy=True, **QUICK, **kw)
+    assert not (tmp_path/'a').exists()
+    synthesize(generator, pairs, tmp_path/'a', start='paste', into=frames, healthy=True, **QUICK)
+    assert not any('ignored' in row for row in rows(tmp_path/'a'))
 
 def test_a_generator_that_ignores_its_mask_is_refused(made, tmp_path):
     pairs, _, generator = made

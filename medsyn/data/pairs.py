@@ -1077,10 +1077,11 @@ def refuse_classes(pairs: list,                     # of `Pair`
 
 # %% ../../nbs/api/11_data.pairs.ipynb #52dbfa01
 def same_images(a: list,    # image files or `Pair`s
-                b: list     # image files or `Pair`s
+                b: list,    # image files or `Pair`s
+                **reading   # for `read_image`: window, page, axis
                ) -> list:   # files of `a` (`Path`) whose pixels are those of an image of `b`
     "The images of `a` that are also in `b`, by their decoded pixels."
-    def pixels(item): return content_hash(read_image(item))
+    def pixels(item): return content_hash(read_image(item, **reading))
     in_b = {pixels(item) for item in track(b, 'comparing')}
     return [_file_of(item) for item in track(a, 'comparing') if pixels(item) in in_b]
 

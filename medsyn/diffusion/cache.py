@@ -7,6 +7,7 @@ __all__ = ['module_hash', 'entries', 'remember', 'latent_moments', 'cached_text'
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #47ba9cea
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -58,6 +59,11 @@ def remember(file: Path,        # the cache file
     return {n: known[n] for n in names}
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #d3a663fa
+def _image_key(pair, given):
+    "A hash of all that determines a pair's image besides its size; the choices `given` replace its own."
+    how = replace(pair.reading.over(**given), label=None)
+    return content_hash(file_hash(pair.image, 64), repr(how), n=64)
+
 @torch.no_grad()
 def latent_moments(file: Path,              # the cache file
                    dataset: object,         # a `PairDataset`, with images (C,H,W) uint8
@@ -66,7 +72,7 @@ def latent_moments(file: Path,              # the cache file
                    bs: int = 8              # images encoded together
                   ) -> list:                # of (C,h,w) moments on the CPU, one per item of the dataset
     "The codec's moments of every image of a dataset."
-    names = [file_hash(p.image, 64) for p in dataset.pairs]
+    names = [_image_key(p, dataset.reading) for p in dataset.pairs]
     index = {name: i for i, name in enumerate(names)}
     device = next(iter(codec.state_dict().values())).device
 
@@ -78,7 +84,8 @@ def latent_moments(file: Path,              # the cache file
             moments += codec.moments(x0).to(dtype).cpu()
         return moments
 
-    made_with = dict(what='latents', size=str(dataset.size), codec=module_hash(codec), dtype=str(dtype))
+    made_with = dict(what='latents by file and reading', size=str(dataset.size), codec=module_hash(codec),
+                     dtype=str(dtype))
     stored = remember(file, made_with, names, encode)
     return [stored[name] for name in names]
 

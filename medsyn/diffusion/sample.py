@@ -225,10 +225,14 @@ def sample(generator: Denoiser,         # any generator
     masks = check_masks(generator, masks)
     if keep is not None: keep = check_masks(generator, keep, 'keep')
     seeds = list(range(seeds, seeds + len(masks))) if isinstance(seeds, int) else list(seeds)
+    needs_init = strength not in (None, 1)
     if strength is None: strength = 0.6 if keep is None else 1.
     interval = check_interval(interval)
     _check_inputs(generator, masks, steps, strength, sampler, resample,
                   seeds=seeds, images=images, init=init, keep=keep)
+    if needs_init and init is None:
+        raise MedsynError(f"strength={strength:g} is how far a real image is noised, and there is no image:"
+                          " pass init, or leave strength out")
     guidance, guide = defaults_of(generator, guidance, guide)
     text, empty = bb.text([bb.prompt if prompt is None else prompt, '']).split(1)
     shape = bb.codec.channels, *[side//bb.codec.stride for side in masks.shape[-2:]]

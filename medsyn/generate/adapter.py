@@ -56,6 +56,10 @@ class AdapterGenerator(MaskGenerator):
         "The network that is saved beside the backbone."
         return {'t2iadapter': self.adapter}
 
+    def steady_parts(self) -> list:
+        "The adapter, which sees the mask alone."
+        return [self.adapter]
+
     def features(self,
         cond: Cond      # its mask, (B,1,H,W) in [0,1]
     ) -> list:          # one (B,C_i,h_i,w_i) per level; zeros where no mask is given

@@ -74,11 +74,13 @@ class WithUnlabelled:
     n_inp, split_idx = 1, 0
     def __init__(self,
         dataset: PairDataset,   # decoded pairs
-        images: list,           # image files without masks
+        images: list,           # image files without masks, read with the choices of `dataset`
         copies: int = 1         # how many times the pairs are repeated
     ):
-        self.dataset, self.unlabelled, self.copies = dataset, ImageDataset(images, dataset.size), copies
+        self.dataset, self.copies = dataset, copies
         self.pairs, self.size = dataset.pairs, dataset.size
+        of_images = {name: choice for name, choice in dataset.reading.items() if name != 'label'}
+        self.unlabelled = ImageDataset(images, dataset.size, **of_images)
 
     @property
     def labelled(self):
@@ -95,22 +97,24 @@ def with_unlabelled(dls: DataLoaders,       # from `pair_dls`; not changed
                     images: list,           # image files without masks; empty: `dls` is returned
                     share: float = .5       # least share of labelled items, in [0,1)
                    ) -> DataLoaders:        # the same, with the images among the training items
-    "Unlabelled images mixed into the training set; `MedsynError` if one is a validation image, by content."
+    "Unlabelled images mixed in; `MedsynError` if one is damaged, or is a validation image by content."
     if not images: return dls
     if not 0 <= share < 1:
         raise MedsynError(f"a share of {share} labelled items: give a number from 0 up to, not including, 1")
     files = list(images)
-    if overlap := same_images(files, dls.pairs_valid):
-        raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, such as {overlap[0]}: "
-                          "remove them")
     pairs = dls.train.dataset
     if not isinstance(pairs, PairDataset):
         raise MedsynError("unlabelled images need loaders of pair_dls: leave the cache of latents out")
     needed = share/(1 - share)*len(files)               # labelled items beside that many unlabelled ones
     copies = max(1, math.ceil(needed/len(pairs)))
-    train = dls.train.new(WithUnlabelled(pairs, files, copies))
+    together = WithUnlabelled(pairs, files, copies)
+    unlabelled = together.unlabelled
+    if overlap := same_images(files, dls.pairs_valid, **unlabelled.reading):
+        raise MedsynError(f"{len(overlap)} unlabelled image(s) are validation images, such as {overlap[0]}: "
+                          "remove them")
+    if unlabelled.cache is not None: unlabelled.load()
     mixed = copy.copy(dls)
-    mixed.loaders = [train, *dls.loaders[1:]]
+    mixed.loaders = [dls.train.new(together), *dls.loaders[1:]]
     return mixed
 
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36019
