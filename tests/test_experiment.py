@@ -188,6 +188,10 @@ def test_a_folder_gains_arms(train, test, tmp_path):
     with pytest.raises(MedsynError, match='holds another compare run .steps was'):
         run({'real': 'real'}, steps=3)
 
+def test_scores_without_arms_are_no_comparison(tmp_path):
+    (tmp_path/'scores.csv').write_text('testset,name,dice@0.5\nt,a,0.5\n')
+    with pytest.raises(MedsynError, match='has no column arm'): Results(tmp_path)
+
 def test_the_baseline_is_that_of_the_comparison(train, test, tmp_path):
     "It is kept, a second call changes it, older folders without the column are read, and others refused."
     arms = {'real': 'real', '2': 'two-passes', 'mixup': 'mixup'}
