@@ -48,7 +48,8 @@ class Results:
             raise MedsynError(f"{folder} holds no scores.csv: give the folder that medsyn compare"
                               " writes, or wait until it has scored every run") from e
         if 'arm' not in scores:
-            raise MedsynError(f"{self.folder/'scores.csv'} has no column arm: give the folder that medsyn compare writes")
+            raise MedsynError(f"{self.folder/'scores.csv'} has no column arm:"
+                              " give the folder that medsyn compare writes")
         self.scores = scores
         self.arms = list(dict.fromkeys(scores.arm))
         self.baseline = self._baseline()
