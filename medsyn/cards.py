@@ -178,8 +178,8 @@ def write_card(folder: str | Path,      # a saved folder
 
 # %% ../nbs/api/07_cards.ipynb #deeb71a3
 _PUBLISHED = ('.safetensors', '.json', '.png')
-_TEXTS = ('README.md', 'manifest.jsonl', 'log.csv', 'probe.csv', 'merges.txt', 'vocab.txt')     # no others:
-                                                            # a table or a text may name patients or reviewers
+# other tables and texts may name patients or reviewers
+_TEXTS = ('README.md', 'manifest.jsonl', 'log.csv', 'probe.csv', 'merges.txt', 'vocab.txt')
 _PRIVATE = (*_MARKS.values(), 'predict.json', 'fit.json')   # marks of runs
 _UNFINISHED = ('live', 'state')                             # folders of a run while it trains
 

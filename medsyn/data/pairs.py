@@ -1330,6 +1330,7 @@ def clean_masks(path: str | Path,               # folder in a known layout
     optional = dict(label=choices.label, page=page, exif=exif, leave_out=leave_out or None)
     settings.update({k: v for k, v in optional.items() if v is not None})
     rows = [dict(name=_short(r['file'], path), changes=f"left out: {r['problem']}") for r in problems]
+    kept = []
     with removed_on_error(out):
         out = open_run(out, settings, 'clean')
         for p in track(pairs, 'cleaning'):
@@ -1342,9 +1343,10 @@ def clean_masks(path: str | Path,               # folder in a known layout
             write_atomic(out/'images'/f'{p.name}.png', png_of(image))
             write_atomic(out/'masks'/f'{p.name}.png', png_of(mask))
             n_masks = len(p.mask) if isinstance(p.mask, tuple) else 1
+            kept.append(p)
             done = dict(name=p.name, unsure=unsure, masks=n_masks, window=used)
             rows.append(dict(done, changes='; '.join(changes)))
-        described = _manifest_rows(pairs)       # groups that no split divides, and what `where` selects by
+        described = _manifest_rows(kept)       # groups that no split divides, and what `where` selects by
         if len(described): write_atomic(out/'manifest.csv', described.to_csv(index=False))
     return pd.DataFrame(rows, columns=['name', 'unsure', 'masks', 'window', 'changes'])
 

@@ -69,12 +69,8 @@ class AdapterGenerator(MaskGenerator):
         factor = self.config['weight']*cond.given().reshape(-1, 1, 1, 1)
         return [factor*feature for feature in self.adapter(cond.mask.expand(-1, 3, -1, -1))]
 
-    def forward(self,
-        zt: Tensor,     # (B,K,h,w) noised latents
-        t: Tensor,      # (B,) timesteps
-        cond: Cond      # mask and embedded prompt
-    ) -> Tensor:        # (B,K,h,w)
-        "The network's output, noise or velocity."
+    def forward(self, zt, t, cond: Cond):
+        "The network's output, noise or velocity, as `Denoiser.forward`."
         unet = self.backbone.unet
         return head(unet, trunk(unet, zt, t, cond.text, self.features(cond)))
 

@@ -99,12 +99,8 @@ class ArSDMGenerator(MaskGenerator):
             raise MedsynError("this generator needs a mask and got none: pass masks")
         return torch.cat([cond.mask, 1 - cond.mask], 1)*cond.given().reshape(-1, 1, 1, 1)
 
-    def forward(self,
-        zt: Tensor,     # (B,K,h,w) noised latents
-        t: Tensor,      # (B,) timesteps
-        cond: Cond      # mask and embedded prompt
-    ) -> Tensor:        # (B,K,h,w)
-        "The network's output, noise or velocity."
+    def forward(self, zt, t, cond: Cond):
+        "The network's output, noise or velocity, as `Denoiser.forward`."
         unet = self.backbone.unet
         labels = self.labels(cond)
         with modulated(decoder_norms(unet), lambda i, h: self.spade(i, h, labels)):

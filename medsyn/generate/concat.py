@@ -56,12 +56,8 @@ class ConcatGenerator(MaskGenerator):
         if cond.mask is None: return zt.new_zeros(len(zt), channels, *zt.shape[-2:])
         return mask_channels(cond.mask, cond.given(), self.backbone.codec.stride).to(zt)
 
-    def forward(self,
-        zt: Tensor,     # (B,K,h,w) noised latents
-        t: Tensor,      # (B,) timesteps
-        cond: Cond      # mask and embedded prompt
-    ) -> Tensor:        # (B,K,h,w)
-        "The network's output, noise or velocity."
+    def forward(self, zt, t, cond: Cond):
+        "The network's output, noise or velocity, as `Denoiser.forward`."
         # the memory layout of `zt` decides how the convolutions round: keep it
         channels_last = zt.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
