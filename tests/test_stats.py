@@ -8,7 +8,7 @@ from scipy import stats as sps
 
 from medsyn.core import MedsynError
 from medsyn.evaluate.stats import (
-    compare_arms, hierarchical_bootstrap, paired_bootstrap, plot_differences, sentence)
+    compare_arms, compare_pooled, hierarchical_bootstrap, paired_bootstrap, plot_differences, sentence)
 
 
 @pytest.mark.parametrize('n,images', [(2000, 7), (10_000, 150), (9999, 3000)])
@@ -165,3 +165,53 @@ def test_sentence():
     said = sentence(.031, .012, .05, seeds=3, n=150)
     assert said == "+3.1 dice, 95% interval over images 1.2 to 5.0, 3 seeds, 150 images"
     assert sentence(.001, -.012, .05).startswith('difference not significant at 95% (')
+
+
+def few_runs(means, images=80, noise=.05, seed=0):
+    "Scores on two test sets: `means` is (arm, subset) -> the mean of each run."
+    rng, rows = np.random.default_rng(seed), []
+    difficulty = rng.normal(.6, .2, images)
+    for (arm, subset), values in means.items():
+        for run, mean in enumerate(values):
+            rows.append(pd.DataFrame({
+                'arm': arm, 'segmenter': 'unet', 'subset': subset, 'seed': run,
+                'testset': ['C4']*30 + ['C5']*(images - 30), 'name': [f'{i:03d}' for i in range(images)],
+                'dice@0.5': difficulty + mean + rng.normal(0, noise, images)}))
+    return pd.concat(rows)
+
+
+def test_pooled_intervals_cover_an_arm_with_one_run_a_subset():
+    "Two subsets, an arm with one run on each: 300 studies; the truth is about the subsets of the study."
+    hits = []
+    for s in range(300):
+        real, other, single = np.split(np.random.default_rng(s).normal(0, .03, 8), [4, 6])
+        scores = few_runs({('real', 'a'): real[:3], ('real', 'b'): real[3:], ('other', 'a'): other,
+                           ('single', 'a'): single[:1] + .02, ('single', 'b'): single[1:] + .04}, seed=s)
+        found = compare_pooled(scores, 'real').set_index(['arm', 'testset'])
+        hits.append([found.lo[a] <= .03 <= found.hi[a] for a in (('single', 'C5'), ('single', 'Overall'))])
+    assert (np.mean(hits, 0) > .91).all() and (np.mean(hits, 0) < .985).all()
+
+
+def test_pooled_differences_do_not_depend_on_the_order_of_rows():
+    "Shuffled rows, other names of runs: the same table."
+    scores = few_runs({('real', 'a'): [0, .05], ('other', 'a'): [.03], ('other', 'b'): [.1],
+                       ('real', 'b'): [.02]})
+    expected = compare_pooled(scores, 'real')
+    shuffled = scores.sample(frac=1, random_state=1).assign(seed=lambda d: d.seed + 7)
+    found, wanted = (t.set_index(['arm', 'testset']) for t in (compare_pooled(shuffled, 'real'), expected))
+    columns = ['diff', 'lo', 'hi']
+    np.testing.assert_allclose(found.loc[wanted.index, columns], wanted[columns])
+    assert set(expected.subsets) == {2} and expected.text.str.contains('over images and runs').all()
+
+
+def test_the_spread_may_come_from_other_runs():
+    "Runs on the same images, of another comparison: only their spread counts."
+    once = few_runs({('real', 'a'): [0], ('other', 'a'): [.03]})
+    with pytest.raises(MedsynError, match='no arm has two runs on one subset'): compare_pooled(once, 'real')
+    steady, wild = (few_runs({('x', 'c'): list(m)}, noise=0) for m in ([0, 0, 0], [0, .1, -.1]))
+    width = [(found.hi - found.lo).mean() for found in
+             (compare_pooled(once, 'real', repeated=r) for r in (steady, wild))]
+    assert width[1] > 3*width[0]
+    fewer = steady[steady.name != '005']
+    with pytest.raises(MedsynError, match="'005' of 'C4' first.*score all arms on the same images"):
+        compare_pooled(once, 'real', repeated=fewer)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'RUN_FACTORS', 'KEYS', 'OVER', 'DIFFERENCE_COLUMNS', 'paired_bootstrap', 'hierarchical_bootstrap',
-           'sentence', 'seed_means', 'compare_arms', 'plot_differences']
+           'sentence', 'seed_means', 'compare_arms', 'compare_pooled', 'plot_differences']
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #d768e78e
 import numpy as np
@@ -100,19 +100,25 @@ def _draw_levels(k, n, rng):
     "`n` draws of `k - 1` among `k` levels, as weights that sum to 1; (n,k)."
     return rng.multinomial(k - 1, np.full(k, 1 / k), n) / (k - 1)
 
+def _image_terms(image_diff, sets):
+    "Of each test set: the variance of the mean of `image_diff` (N,) over images, and its degrees of freedom."
+    return [(weight**2 * image_diff[part].var(ddof=1) / len(part), len(part) - 1)
+            for part, weight in sets if len(part) > 1]
+
+def _satterthwaite(terms):
+    "Degrees of freedom of a sum of variances, from (variance, degrees of freedom) of each."
+    variances, dofs = np.array(terms).T
+    if not variances.any(): return np.inf
+    return variances.sum()**2 / (variances**2 / dofs).sum()
+
 def _degrees_of_freedom(diff, sets, levels):
     "Welch and Satterthwaite's degrees of freedom of the mean of `diff` (R,N) over images and runs."
-    image_diff = _run_weights(levels, _even(levels)) @ diff
-    terms = []                                          # (variance of the mean, degrees of freedom)
-    for part, weight in sets:
-        if len(part) > 1: terms.append((weight**2 * image_diff[part].var(ddof=1) / len(part), len(part) - 1))
+    terms = _image_terms(_run_weights(levels, _even(levels)) @ diff, sets)
     run_diff = sum(weight * diff[:, part].mean(1) for part, weight in sets)
     for codes in levels.values():
         level_means = np.bincount(codes, run_diff) / np.bincount(codes)
         terms.append((level_means.var(ddof=1) / len(level_means), len(level_means) - 1))
-    variances, dofs = np.array(terms).T
-    if not variances.any(): return np.inf
-    return variances.sum()**2 / (variances**2 / dofs).sum()
+    return _satterthwaite(terms)
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #d0c2a7e8
 def _resampled_runs(diff, sets, weights, rng, chunk=4_000_000):
@@ -275,20 +281,30 @@ def _interval(diff, runs, strata, over, **kw):
         return paired_bootstrap(image_diff, np.zeros_like(image_diff), strata, **kw)
     return hierarchical_bootstrap(diff, runs, strata, **kw)
 
+def _parts(testset):
+    "(name, which images, average) of every test set, then of Overall and AVE if there are several."
+    parts = [(name, testset == name, 'overall') for name in dict.fromkeys(testset)]
+    if len(parts) == 1: return parts
+    everything = np.ones(len(testset), bool)
+    return [*parts, ('Overall', everything, 'overall'), ('AVE', everything, 'ave')]
+
+def _counts(runs):
+    "Numbers of seeds, generators and subsets of some runs."
+    return {f'{f}s': int(runs[f].nunique()) if f in runs else 1 for f in reversed(RUN_FACTORS)}
+
 def _set_rows(diff, runs, images, over, **kw):
     "One dict per test set, then Overall and AVE if there are several."
-    sets = list(dict.fromkeys(images.testset))
-    parts = [(name, (images.testset == name).to_numpy(), 'overall') for name in sets]
-    if len(sets) > 1:
-        everything = np.ones(len(images), bool)
-        parts += [('Overall', everything, 'overall'), ('AVE', everything, 'ave')]
-    levels = {f: int(runs[f].nunique()) if f in runs else 1 for f in RUN_FACTORS}
-    for name, part, average in parts:
+    counts = _counts(runs)
+    for name, part, average in _parts(images.testset.to_numpy()):
         strata = images.testset[part].to_numpy()
         interval = _interval(diff[:, part], runs, strata, over, average=average, **kw)
-        counts = dict(seeds=levels['seed'], generators=levels['generator'], subsets=levels['subset'])
-        includes_zero = interval['lo'] <= 0 <= interval['hi']
-        yield dict(testset=name, **interval, **counts, shown=not includes_zero)
+        yield dict(testset=name, **interval, **counts)
+
+def _worded(row, metric, level, scale):
+    "A row of the table with `shown` and its sentence."
+    of_sentence = {k: row[k] for k in ('diff', 'lo', 'hi', 'n', 'covers', 'seeds', 'generators', 'subsets')}
+    text = sentence(metric=metric, level=level, scale=scale, **of_sentence)
+    return dict(row, metric=metric, shown=not row['lo'] <= 0 <= row['hi'], text=text)
 
 def compare_arms(scores: pd.DataFrame,      # arm, segmenter, seed, testset, name, metric; subset, generator
                  baseline: str,             # the arm the others are compared with
@@ -311,10 +327,86 @@ def compare_arms(scores: pd.DataFrame,      # arm, segmenter, seed, testset, nam
             if arm == baseline: continue
             paired = _paired_runs(scores, arm, baseline, segmenter, metric)
             for row in _set_rows(*paired, over, n=n, seed=seed, level=level):
-                counts = {k: row[k] for k in ('n', 'seeds', 'generators', 'subsets')}
-                text = sentence(row['diff'], row['lo'], row['hi'], metric, level=level, scale=scale,
-                                covers=row['covers'], **counts)
-                rows.append(dict(arm=arm, segmenter=segmenter, metric=metric, **row, text=text))
+                rows.append(dict(_worded(row, metric, level, scale), arm=arm, segmenter=segmenter))
+    return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
+
+# %% ../../nbs/api/63_evaluate.stats.ipynb #d0c2b002
+def _cells(scores, segmenter, metric, images):
+    "(arm, subset) -> its runs and their scores (images by runs), rows in the order of `images`."
+    cells = {}
+    for arm in dict.fromkeys(scores[scores.segmenter == segmenter].arm):
+        table = _arm_scores(scores, arm, segmenter, metric)
+        unmatched = images.symmetric_difference(table.index)
+        if len(unmatched):
+            testset, name = unmatched[0]
+            raise MedsynError(f"{len(unmatched)} images are scored in some arms only, {name!r} of {testset!r}"
+                              f" first, and {arm!r} with {segmenter!r} is one of the arms that differ:"
+                              " score all arms on the same images")
+        runs, found = table.columns.to_frame(index=False), table.loc[images].to_numpy()
+        subsets = runs.subset if 'subset' in runs else pd.Series('', runs.index)
+        cells |= {(arm, s): (own, found[:, own.index]) for s, own in runs.groupby(subsets, sort=False)}
+    return cells
+
+def _mean_over(sets, found):
+    "Mean over images of `found` (N,R) as the sets weight them; (R,)."
+    return sum(weight * found[part].mean(0) for part, weight in sets)
+
+def _run_variance(tables, sets):
+    "Variance of a run's mean score around that of its cell, pooled over cells, and its degrees of freedom."
+    means = [_mean_over(sets, found) for found in tables if found.shape[1] > 1]
+    dof = sum(len(m) - 1 for m in means)
+    if not dof:
+        raise MedsynError("no arm has two runs on one subset, so nothing says how much runs vary:"
+                          " repeat a run with another seed, or use compare_arms, whose intervals then cover"
+                          " images only")
+    return sum(((m - m.mean())**2).sum() for m in means) / dof, dof
+
+# %% ../../nbs/api/63_evaluate.stats.ipynb #d0c2b003
+def _pooled_interval(own, base, spread, sets, level):
+    "diff, lo, hi, n: `own` and `base` are scores (N,R) for each subset, `spread` those of all cells."
+    image_diff = np.mean([a.mean(1) - b.mean(1) for a, b in zip(own, base, strict=True)], 0)
+    _check_differences(image_diff)
+    variance, dof = _run_variance(spread, sets)
+    shares = sum(1/a.shape[1] + 1/b.shape[1] for a, b in zip(own, base, strict=True)) / len(own)**2
+    terms = [*_image_terms(image_diff, sets), (variance * shares, dof)]
+    diff = _mean_over(sets, image_diff)
+    half = student_t.isf((1 - level) / 2, _satterthwaite(terms)) * np.sqrt(sum(v for v, _ in terms))
+    return dict(diff=float(diff), lo=float(diff - half), hi=float(diff + half), n=len(image_diff),
+                covers='images and runs')
+
+def compare_pooled(scores: pd.DataFrame,    # arm, segmenter, seed, testset, name, metric; subset, generator
+                   baseline: str,           # the arm the others are compared with
+                   metric: str = 'dice@0.5',# the column to compare
+                   repeated: pd.DataFrame = None,   # the spread is that of its runs (default: of `scores`)
+                   level: float = 0.95,     # coverage of the intervals, in (0,1)
+                   scale: float = None      # printed units per unit of the score; `None`: 100, for hd95 1
+                  ) -> pd.DataFrame:        # columns `DIFFERENCE_COLUMNS`; `shown`: the interval excludes 0
+    """Every arm against `baseline` over images and runs; the spread of runs is pooled over all arms.
+
+    `MedsynError` if no run was repeated, or if images or subsets cannot be paired."""
+    _check_table(scores, metric)
+    _check_settings('overall', level)
+    pick(baseline, dict.fromkeys(scores.arm), 'baseline arm')
+    if scale is None: scale = 1 if metric == 'hd95' else 100
+    rows = []
+    for segmenter in dict.fromkeys(scores.segmenter):
+        images = _arm_scores(scores, baseline, segmenter, metric).index
+        testset = images.get_level_values('testset').to_numpy()
+        cells = _cells(scores, segmenter, metric, images)
+        of_all = cells if repeated is None else _cells(repeated, segmenter, metric, images)
+        for arm in dict.fromkeys(a for a, _ in cells if a != baseline):
+            subsets = [s for a, s in cells if a == arm]
+            lacking = [s for s in subsets if (baseline, s) not in cells]
+            if lacking:
+                raise MedsynError(f"arm {arm!r} has runs on subset {lacking[0]!r}, and baseline {baseline!r}"
+                                  " has none: train the baseline on the same subsets")
+            counts = _counts(pd.concat([cells[arm, s][0] for s in subsets]))
+            for name, part, average in _parts(testset):
+                sets = _test_sets(testset[part], part.sum(), average)
+                own, base = ([cells[one, s][1][part] for s in subsets] for one in (arm, baseline))
+                spread = [found[part] for _, found in of_all.values()]
+                row = dict(testset=name, **_pooled_interval(own, base, spread, sets, level), **counts)
+                rows.append(dict(_worded(row, metric, level, scale), arm=arm, segmenter=segmenter))
     return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #a4118d90
