@@ -461,6 +461,9 @@ def _check_request(n, tries, steps, into, healthy):
     if healthy and into is None:
         raise MedsynError("healthy says that the pictures of into have no lesion, and into is not given: add"
                           " into, or leave healthy out")
+    if healthy and all(isinstance(one, Pair) for one in into):
+        raise MedsynError("healthy says that the pictures of into have no lesion, and into are pairs, whose"
+                          " masks say where lesions are: give images without masks, or leave healthy out")
 
 def _check_start(start, masks, strength, into):
     "Masks and strength, or the defaults of the start; `MedsynError` for what contradicts it."

@@ -23,6 +23,7 @@ from medsyn.diffusion.sample import defaults_of, latent_region, sample, to_uint8
 from medsyn.diffusion.schedule import SAMPLERS, Schedule, min_snr_weight
 from medsyn.generate.alignment import AlignmentGenerator
 from medsyn.generate.catalog import METHODS
+from medsyn.generate.concat import with_unlabelled
 from medsyn.generate.control import ControlGenerator
 from medsyn.generate.siamese import SiameseGenerator
 from medsyn.train import ORDER, fit_steps
@@ -132,6 +133,15 @@ def test_cached_and_uncached_agree_under_autocast(folder, backbone, tmp_path):
     cached = batches(denoising_learner(cached_dls(loaders(folder), bb, tmp_path), Masked(bb)), True)
     for (a, _, a_loss), (b, _, b_loss) in zip(plain, cached, strict=True):
         assert torch.allclose(a.zt, b.zt, atol=1e-6) and torch.allclose(a_loss, b_loss, rtol=1e-2)
+
+def test_a_cache_keeps_pairs_alone(folder, backbone, tmp_path):
+    "Images without masks, or a cache of a cache: one sentence, and nothing is written."
+    images = [p.image for p in find_pairs(lesion_folder(tmp_path/'more', 4, size=32, seed=9))]
+    pairs = loaders(folder)
+    for dls in (with_unlabelled(pairs, images), cached_dls(pairs, backbone, tmp_path/'first')):
+        with pytest.raises(MedsynError, match='latents are kept of pairs alone'):
+            cached_dls(dls, backbone, tmp_path/'second')
+    assert not (tmp_path/'second').exists()
 
 def pages_of_one_file(path):
     "Four pairs whose images are the pages of one file of 48x32 px, with a mask each."

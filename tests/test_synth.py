@@ -190,6 +190,8 @@ def test_healthy_needs_pictures(made, tmp_path):
     for source, kw in ((generator, {}), (generator, dict(start='paste')), (EverySecond(), {})):
         with pytest.raises(MedsynError, match='healthy says that the pictures of into have no lesion'):
             synthesize(source, pairs, tmp_path/'a', healthy=True, **QUICK, **kw)
+    with pytest.raises(MedsynError, match='into are pairs, whose masks say where lesions are'):
+        synthesize(generator, pairs, tmp_path/'a', start='paste', into=pairs, healthy=True, **QUICK)
     assert not (tmp_path/'a').exists()
     synthesize(generator, pairs, tmp_path/'a', start='paste', into=frames, healthy=True, **QUICK)
     assert not any('ignored' in row for row in rows(tmp_path/'a'))

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..core import MedsynError, content_hash, file_hash, track, write_atomic
+from ..data.pairs import PairDataset
 from .backbone import Backbone, ClipText
 
 # %% ../../nbs/api/24_diffusion.cache.ipynb #b33dcc61
@@ -121,7 +122,10 @@ def cached_dls(dls: DataLoaders,        # from `pair_dls(..., augment=False)`
                folder: str | Path,      # where latents.safetensors and text.safetensors are kept
                dtype: torch.dtype = torch.float32   # of the stored latents; float16 halves the file
               ) -> DataLoaders:         # the same batches in the same order, the moments as a second input
-    "DataLoaders whose training batches bring the codec's moments; `MedsynError` if images are augmented."
+    "DataLoaders whose training batches bring the codec's moments; `MedsynError` if they cannot be kept."
+    if not isinstance(dls.train.dataset, PairDataset):
+        raise MedsynError("latents are kept of pairs alone, and these loaders hold other items (images"
+                          " without masks, or a cache): use the loaders of pair_dls")
     random = [type(t).__name__ for t in dls.train.after_batch.fs if not isinstance(t, IntToFloatTensor)]
     if random:
         raise MedsynError(f"the images are augmented at random ({', '.join(random)}), "
