@@ -8,7 +8,8 @@ from scipy import stats as sps
 
 from medsyn.core import MedsynError
 from medsyn.evaluate.stats import (
-    compare_arms, compare_pooled, hierarchical_bootstrap, paired_bootstrap, plot_differences, sentence)
+    compare_arms, compare_folds, compare_pooled, hierarchical_bootstrap, paired_bootstrap, plot_differences,
+    sentence)
 
 
 @pytest.mark.parametrize('n,images', [(2000, 7), (10_000, 150), (9999, 3000)])
@@ -215,3 +216,35 @@ def test_the_spread_may_come_from_other_runs():
     fewer = steady[steady.name != '005']
     with pytest.raises(MedsynError, match="'005' of 'C4' first.*score all arms on the same images"):
         compare_pooled(once, 'real', repeated=fewer)
+
+
+def in_folds(gains, sizes, runs=1, seed=0, noise=.05):
+    "Scores of two arms in folds of some sizes; `gains` is the true gain of each fold."
+    rng, rows = np.random.default_rng(seed), []
+    for i, (gain, n) in enumerate(zip(gains, sizes, strict=True)):
+        for arm, seed in itertools.product(('real', 'other'), range(runs)):
+            found = .6 + gain*(arm == 'other') + rng.normal(0, noise, n)
+            rows.append(pd.DataFrame({'arm': arm, 'segmenter': 'unet', 'seed': seed, 'testset': f'fold{i}',
+                                      'name': [f'{i}-{k}' for k in range(n)], 'dice@0.5': found}))
+    return pd.concat(rows)
+
+
+def test_intervals_over_folds_cover():
+    "Runs vary from fold to fold; the truth is the mean gain. Over images alone the interval is too short."
+    hits = []
+    for s in range(150):
+        gains = np.random.default_rng(900 + s).normal(.02, .03, 5)
+        scores = in_folds(gains, [40]*5, seed=s)
+        folds, images = compare_folds(scores, 'real').iloc[0], compare_arms(scores, 'real', n=100).iloc[-2]
+        hits.append([row.lo <= .02 <= row.hi for row in (folds, images)])
+    folds, images = np.mean(hits, 0)
+    assert .91 < folds < .99 and images < .7
+
+
+def test_folds_weigh_alike_and_runs_are_averaged():
+    "A large fold counts as much as a small one; two runs of a fold are one difference."
+    found = compare_folds(in_folds([.1, .0], [90, 10], runs=2, noise=0), 'real').iloc[0]
+    assert found['diff'] == pytest.approx(.05) and found.n == 100 and found.seeds == 2
+    assert found.hi - found['diff'] == pytest.approx(sps.t.isf(.025, 1)*.05) and found.covers == 'folds'
+    with pytest.raises(MedsynError, match="one test set, 'fold0'.*two folds or more"):
+        compare_folds(in_folds([.1], [20]), 'real')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'RUN_FACTORS', 'KEYS', 'OVER', 'DIFFERENCE_COLUMNS', 'paired_bootstrap', 'hierarchical_bootstrap',
-           'sentence', 'seed_means', 'compare_arms', 'compare_pooled', 'plot_differences']
+           'sentence', 'seed_means', 'compare_arms', 'compare_pooled', 'compare_folds', 'plot_differences']
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #d768e78e
 import numpy as np
@@ -176,7 +176,7 @@ def sentence(diff: float,               # difference, in the unit of the scores
              n: int = None,             # images compared
              level: float = 0.95,       # coverage of the interval
              scale: float = 100,        # printed units per unit of the score: 100 for Dice, 1 for pixels
-             covers: str = 'images',    # what the interval is over: "images" or "images and runs"
+             covers: str = 'images',    # what the interval is over: images, images and runs, or folds
              subsets: int = None,       # labelled subsets; printed if there are several
              generators: int = None     # generators; printed if there are several
             ) -> str:                   # "+3.1 dice, 95% interval over images 1.2 to 5.0, 3 seeds"
@@ -407,6 +407,33 @@ def compare_pooled(scores: pd.DataFrame,    # arm, segmenter, seed, testset, nam
                 spread = [found[part] for _, found in of_all.values()]
                 row = dict(testset=name, **_pooled_interval(own, base, spread, sets, level), **counts)
                 rows.append(dict(_worded(row, metric, level, scale), arm=arm, segmenter=segmenter))
+    return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
+
+# %% ../../nbs/api/63_evaluate.stats.ipynb #d0c2b00a
+def compare_folds(scores: pd.DataFrame,     # arm, segmenter, seed, testset, name, metric; each test set is a fold
+                  baseline: str,            # the arm the others are compared with
+                  metric: str = 'dice@0.5', # the column to compare
+                  level: float = 0.95,      # coverage of the intervals, in (0,1)
+                  scale: float = None       # printed units per unit of the score; `None`: 100, for hd95 1
+                 ) -> pd.DataFrame:         # columns `DIFFERENCE_COLUMNS`, one row an arm; `testset`: folds
+    "Every arm against `baseline`, with Student's t over folds; `MedsynError` for one fold or unpaired images."
+    _check_table(scores, metric)
+    _check_settings('overall', level)
+    pick(baseline, dict.fromkeys(scores.arm), 'baseline arm')
+    if scale is None: scale = 1 if metric == 'hd95' else 100
+    rows = []
+    for (segmenter, arm), _ in scores.groupby(['segmenter', 'arm'], sort=False):
+        if arm == baseline: continue
+        diff, runs, images = _paired_runs(scores, arm, baseline, segmenter, metric)
+        _check_differences(diff.mean(0))
+        gains = pd.Series(diff.mean(0)).groupby(images.testset).mean()
+        if len(gains) < 2:
+            raise MedsynError(f"all images are of one test set, {gains.index[0]!r}: an interval over folds needs"
+                              " two folds or more, each a test set of its own")
+        half = student_t.isf((1 - level) / 2, len(gains) - 1) * gains.sem()
+        row = dict(testset='folds', diff=gains.mean(), lo=gains.mean() - half, hi=gains.mean() + half,
+                   n=len(images), covers='folds', **_counts(runs))
+        rows.append(dict(_worded(row, metric, level, scale), arm=arm, segmenter=segmenter))
     return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #a4118d90
