@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medsyn.core import hardware, save_json, versions
+from medsyn.core import hardware, save_json, versions, write_atomic
 from medsyn.data.pairs import find_pairs, group_of
 from medsyn.diffusion.backbone import Backbone
-from medsyn.experiment import make_backbone, make_generator, split_once
-from medsyn.generate.catalog import METHODS
+from medsyn.experiment import make_backbone, make_generator, share_runs, split_once
+from medsyn.generate.catalog import METHODS, load_generator
 
 torch.set_num_threads(1)
 DATA = Path(os.environ['MEDSYN_DATA'])
@@ -59,6 +59,13 @@ def opened_backbone(labelled, frames, folder):
     if given is None: make_backbone(labelled, folder, 64, 1000, 32, seed=0, unlabelled=frames)
     return Path(given or folder)
 
+def once(mark, work):
+    "Call `work` and leave a file `mark`, unless it is there; one process does it and the others wait."
+    def do(_):
+        work()
+        write_atomic(mark, '')
+    share_runs([mark], lambda _: mark, do, f'{mark.parent.name}/{mark.stem}')
+
 GENERATOR_STEPS, GENERATOR_BATCH = 1000, 16
 
 def fresh_backbone(method):
@@ -69,10 +76,13 @@ def fresh_backbone(method):
 
 def trained_generator(method):
     "The generator of a method on the first labelled subset: trained once, and opened by every page that needs it."
-    labelled, _ = labelled_subset(0)
-    return make_generator(split_once(labelled), fresh_backbone(method), WORK/'generators'/method, method,
-                          GENERATOR_STEPS, GENERATOR_BATCH, size=64, seed=0, source='all images of subset 0',
-                          save_every=3)
+    folder = WORK/'generators'/method
+    def train():
+        labelled, _ = labelled_subset(0)
+        make_generator(split_once(labelled), fresh_backbone(method), folder, method, GENERATOR_STEPS, GENERATOR_BATCH,
+                       size=64, seed=0, source='all images of subset 0', save_every=3)
+    once(folder.with_suffix('.done'), train)
+    return load_generator(folder)
 
 def keep_record(file, notebook, started, **more):
     "Write command, commit, hardware and versions beside stored rows."

@@ -22,3 +22,13 @@ def beside_baseline(scores, metric, arms=()):
     shown['runs'] = all_rows.drop_duplicates([*by, 'generator', 'seed']).groupby(by).size()
     found = compare_pooled(all_rows, 'two-passes', metric, repeated=runs).set_index(by)
     return shown.join(found[['diff', 'lo', 'hi', 'shown']]).reset_index()
+
+def table_of(rows):
+    "Rows of `beside_baseline` as people read them: means, differences in words, and the number of runs."
+    def points(row):
+        if pd.isna(row['diff']): return ''
+        return f"{100*row['diff']:+.1f} ({100*row.lo:+.1f} to {100*row.hi:+.1f})" + ' n.s.'*(not row.shown)
+    table = rows.assign(difference=rows.apply(points, axis=1)).round(1)
+    wide = table.pivot(index='arm', columns='testset', values=['mean', 'difference'])
+    wide = wide.reindex(columns=list(dict.fromkeys(rows.testset)), level=1)
+    return wide.loc[list(dict.fromkeys(rows.arm))].assign(runs=table.groupby('arm').runs.max())
