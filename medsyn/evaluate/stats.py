@@ -410,13 +410,13 @@ def compare_pooled(scores: pd.DataFrame,    # arm, segmenter, seed, testset, nam
     return pd.DataFrame(rows, columns=DIFFERENCE_COLUMNS)
 
 # %% ../../nbs/api/63_evaluate.stats.ipynb #d0c2b00a
-def compare_folds(scores: pd.DataFrame,     # arm, segmenter, seed, testset, name, metric; each test set is a fold
+def compare_folds(scores: pd.DataFrame,     # arm, segmenter, seed, testset (a fold), name, metric
                   baseline: str,            # the arm the others are compared with
                   metric: str = 'dice@0.5', # the column to compare
                   level: float = 0.95,      # coverage of the intervals, in (0,1)
                   scale: float = None       # printed units per unit of the score; `None`: 100, for hd95 1
                  ) -> pd.DataFrame:         # columns `DIFFERENCE_COLUMNS`, one row an arm; `testset`: folds
-    "Every arm against `baseline`, with Student's t over folds; `MedsynError` for one fold or unpaired images."
+    "Every arm against `baseline` with Student's t over folds; `MedsynError` for one fold or unpaired images."
     _check_table(scores, metric)
     _check_settings('overall', level)
     pick(baseline, dict.fromkeys(scores.arm), 'baseline arm')
@@ -428,8 +428,8 @@ def compare_folds(scores: pd.DataFrame,     # arm, segmenter, seed, testset, nam
         _check_differences(diff.mean(0))
         gains = pd.Series(diff.mean(0)).groupby(images.testset).mean()
         if len(gains) < 2:
-            raise MedsynError(f"all images are of one test set, {gains.index[0]!r}: an interval over folds needs"
-                              " two folds or more, each a test set of its own")
+            raise MedsynError(f"all images are of one test set, {gains.index[0]!r}: an interval over"
+                              " folds needs two folds or more, each a test set of its own")
         half = student_t.isf((1 - level) / 2, len(gains) - 1) * gains.sem()
         row = dict(testset='folds', diff=gains.mean(), lo=gains.mean() - half, hi=gains.mean() + half,
                    n=len(images), covers='folds', **_counts(runs))
