@@ -53,8 +53,8 @@ from .diffusion.sample import sample
 from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from .evaluate.overlap import evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
-from .generate.catalog import (METHODS, check_settings, generator_learners, load_generator,
-                                     method_name, settings_of)
+from .generate.catalog import (METHODS, RUN_OPTIONS, check_settings, generator_learners,
+                                     load_generator, method_name, settings_of)
 from .memory import check_memory, compile_network, memory_of, memory_table, spare
 from .processes import count, is_main, main_first, parallel_cbs, wait
 from .resume import fit_resumable, forget
@@ -984,6 +984,21 @@ def opened_networks(
             raise MedsynError(f"setting {name!r} of method {method!r} needs a segmenter, and {e}") from e
     return opened
 
+def _check_run_options(settings, lr):
+    "`MedsynError` for an option of the run among a method's settings, and for a learning rate of 0 or less."
+    for name in settings:
+        if name in RUN_OPTIONS:
+            raise MedsynError(f"{name!r} belongs to the run and is no setting of a method: give it as an option"
+                              " of its own")
+    if lr is not None and not lr > 0: raise MedsynError(f"learning rate {lr}: give one above 0")
+
+def _check_lesions(generator, pairs, size):
+    "`MedsynError` if a generator learns from masks and none has a lesion at this size."
+    learns = issubclass(generator, PairGenerator) or generator.needs_mask
+    if learns and not any(read_mask(p, size).any() for p in pairs):
+        raise MedsynError(f"none of the {len(pairs)} training masks has a lesion at {size_text(size)} px: give"
+                          " masks with foreground, or a larger size")
+
 def make_generator(
     pairs: 'list | Split',     # training `Pair`s, or their split, made once
     backbone: Backbone,        # pretrained; `None` for a method that needs none (paired, arsdm)
@@ -1013,6 +1028,7 @@ def make_generator(
     "Train a generator, or open it if the folder holds it already."
     entry, method = _check_method(method, backbone, steps), method_name(method)
     check_log(log)
+    _check_run_options(settings or {}, lr)
     split, settings = split_once(pairs), opened_networks(method, settings or {})
     frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
@@ -1024,6 +1040,7 @@ def make_generator(
     size = plain_size(size or (backbone.size if backbone else 64))
     lr = lr or (entry.tiny_lr if tiny else 1e-5)
     if backbone: backbone.check_size(size)
+    _check_lesions(entry.opens, split.train, size)
     config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,
                   lr=lr, size=size, seed=seed)
     marks = {name: generator_hash(v) if isinstance(v, nn.Module) else v for name, v in settings.items()}

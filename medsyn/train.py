@@ -197,7 +197,10 @@ class EMACB(Callback):
     order, run_valid, name, keeps = ORDER['ema'], False, 'ema', ('avg',)
     def __init__(self,
         decay: float | str = 'auto' # largest decay, in [0,1); 'auto': a tenth of the fit, 10 to 10,000 steps
-    ): self.decay, self.avg = decay, None
+    ):
+        if decay != 'auto' and not (isinstance(decay, (int, float)) and 0 <= decay < 1):
+            raise MedsynError(f"decay {decay!r} of the averaged weights: give a number in [0,1), or 'auto'")
+        self.decay, self.avg = decay, None
 
     def params(self) -> list:
         "The parameters that are averaged."

@@ -376,6 +376,8 @@ def pixels(cls,
            seed: int = 0                        # of the initial weights
           ) -> 'Backbone':                      # untrained
     "A backbone that diffuses pixels instead of latents; it needs no weights and no images."
+    if not channels or any(c < 16 or c % 16 for c in channels):
+        raise MedsynError(f"channels {tuple(channels)}: give a multiple of 16 for each level, at least one")
     stride = 2**(len(channels) - 1)
     check_stride(size, stride)
     longer = max(both_sides(size))

@@ -400,7 +400,7 @@ def denoising_learner(
     dls: DataLoaders,               # of (image in [0,1], mask in {0,1}); see `pair_dls`
     model: Denoiser,                # the generator
     lr: float = None,               # `None`: 1e-5 on Stable Diffusion (both papers), 5e-4 on a tiny backbone
-    wd: float = 1e-2,               # AdamW's weight decay (Siamese-Diffusion, Sec. 4.2)
+    wd: float = 1e-2,               # AdamW's weight decay, 0 or more (Siamese-Diffusion, Sec. 4.2)
     drop_prompt: float = 0.05,      # share of samples trained without the prompt, [0,1]
     drop_mask: float = 0.,          # share trained without the mask, [0,1]; 0.1 to 0.2 for guidance by it
     min_snr: float = None,          # gamma of min-SNR weighting, 5 in its paper; `None`: all timesteps alike

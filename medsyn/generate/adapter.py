@@ -23,7 +23,7 @@ from ..train import ORDER
 # %% ../../nbs/api/34_generate.adapter.ipynb #adab3407
 def adapter_network(
     backbone: Backbone,     # its widths and its codec's stride are used
-    res_blocks: int = 2     # residual blocks per level
+    res_blocks: int = 2     # residual blocks per level, 1 or more
 ) -> T2IAdapter:            # with random weights
     "A T2I-Adapter for this backbone (diffusers' `full_adapter`); `MedsynError` without residual blocks."
     if res_blocks < 1: raise MedsynError(f"an adapter with {res_blocks} residual blocks: give at least 1")
@@ -40,7 +40,7 @@ class AdapterGenerator(MaskGenerator):
     def __init__(self,
         backbone: Backbone,             # shared and not changed
         weight: float = 1.,             # of the features, 0 or more: 0 is the backbone
-        res_blocks: int = 2,            # residual blocks per level
+        res_blocks: int = 2,            # residual blocks per level, 1 or more
         adapter: T2IAdapter = None      # an existing adapter; used when loading
     ):
         super().__init__(backbone)
@@ -108,7 +108,7 @@ def adapter_learner(
     dls: DataLoaders,       # of (image, mask), see `pair_dls`
     backbone: Backbone,     # pretrained; frozen and not changed
     weight: float = 1.,     # of the features, 0 or more
-    res_blocks: int = 2,    # residual blocks per level
+    res_blocks: int = 2,    # residual blocks per level, 1 or more
     cubic: bool = True,     # train on cubic timesteps
     seed: int = 0,          # of the adapter's initial weights, the noise and the timesteps
     cbs: list = (),         # further callbacks

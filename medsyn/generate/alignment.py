@@ -168,9 +168,9 @@ TINY_LR = 5e-3      # peak learning rate on a tiny backbone
 def alignment_learner(
     dls: DataLoaders,           # of (image, mask), see `pair_dls`
     backbone: Backbone,         # pretrained; not changed
-    alpha: float = 0.7,         # weight of the alignment regularisation; 0 is plain fine-tuning
+    alpha: float = 0.7,         # weight of the alignment regularisation, 0 or more; 0 is plain fine-tuning
     stop: str = None,           # 'image' or 'mask': no gradient through that side's prediction
-    rank: int = 8,              # of the adapters
+    rank: int = 8,              # of the adapters, 1 or more
     targets: tuple = TARGETS,   # layers that get an adapter, by the ending of their name
     lr: float = None,           # `None`: 1e-5 on Stable Diffusion (the paper), 5e-3 on a tiny backbone
     seed: int = 0,              # of the adapters' initial weights, the noise and the timesteps

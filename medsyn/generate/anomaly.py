@@ -227,7 +227,7 @@ class MaskedLossCB(WeightedLossCB):
 def anomaly_learner(
     dls: DataLoaders,           # of (image, mask), see `pair_dls`
     backbone: Backbone,         # pretrained; frozen and not changed
-    tokens: int = 8,            # tokens of the anomaly's appearance
+    tokens: int = 8,            # tokens of the anomaly's appearance, 1 or more
     encoder: str = 'resnet18',  # of the mask: resnet10t, resnet18, resnet34 or resnet50 (the paper's)
     masked: bool = True,        # the loss counts inside the mask alone
     reweight: bool = True,      # re-weight attention when an anomaly is added to a real image

@@ -21,6 +21,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..core import MedsynError, seed_of, seeded
+from ..data.pairs import both_sides
 from ..diffusion.backbone import Backbone, load_tensors, save_tensors
 from ..diffusion.learner import Cond, Denoiser, MaskGenerator, denoising_learner
 from ..diffusion.schedule import Schedule
@@ -181,9 +182,9 @@ class RefineCB(LossTermCB):
         if not isinstance(segmenter, nn.Module):
             raise MedsynError(f"the refinement's segmenter is {segmenter!r}: give a network, "
                               "such as medsyn.segment.models opens from a folder")
-        if t_max < 1 or not 0 <= start <= 1:
-            raise MedsynError(f"t_max {t_max}, start {start}: "
-                              "give a timestep of at least 1 and a share in [0,1]")
+        if t_max < 1 or not 0 <= start <= 1 or weight < 0:
+            raise MedsynError(f"t_max {t_max}, start {start}, weight {weight}: "
+                              "give a timestep of at least 1, a share in [0,1] and a weight of 0 or more")
         self.segmenter = copy.deepcopy(segmenter).eval().requires_grad_(False)
         self.t_max, self.start, self.released, self.judge = t_max, start, released, judge
 
@@ -214,8 +215,8 @@ def arsdm_learner(
     dls: DataLoaders,               # of (image, mask), see `pair_dls`
     backbone: Backbone = None,      # `None`: a pixel U-Net from scratch, as in the paper; not changed
     channels: tuple = (32, 64, 128),# of the pixel U-Net per level; in the paper six levels from 256
-    layers: int = 1,                # its residual blocks per level; 2 in the paper
-    hidden: int = 32,               # channels inside SPADE; 128 in the paper
+    layers: int = 1,                # its residual blocks per level, 1 or more; 2 in the paper
+    hidden: int = 32,               # channels inside SPADE, 1 or more; 128 in the paper
     adaptive: bool = True,          # weight the loss by the mask
     normalise: bool = False,        # divide these weights by their mean in each image
     refine: nn.Module = None,       # a segmenter that judges denoised images (`medsyn train`: its folder)
@@ -232,7 +233,9 @@ def arsdm_learner(
         backbone = Backbone.pixels(dls.size, channels, layers, schedule=noise, seed=seed_of(seed, 'arsdm'))
     with seeded(seed_of(seed, 'spade')): model = ArSDMGenerator(backbone, hidden)
     added = [AdaptiveWeightCB(normalise=normalise)] if adaptive else []
-    if refine is not None: added.append(RefineCB(refine, refine_weight, released=released))
+    if refine is not None:
+        if hasattr(refine, 'check_size'): refine.check_size(*both_sides(dls.size))
+        added.append(RefineCB(refine, refine_weight, released=released))
     learn = denoising_learner(dls, model, drop_mask=drop_mask, seed=seed, cbs=[*added, *cbs], **kwargs)
     learn.loss_func = absolute_loss
     return learn

@@ -47,7 +47,7 @@ def ddpm_learner(
     dls: DataLoaders,                   # of (image, mask); the masks are not used
     backbone: Backbone = None,          # not used: the network is a pixel U-Net from scratch
     channels: tuple = (32, 64, 128),    # of the U-Net per level
-    layers: int = 1,                    # residual blocks per level; 2 in DDPM
+    layers: int = 1,                    # residual blocks per level, 1 or more; 2 in DDPM
     seed: int = 0,                      # of the random weights, the noise and the timesteps
     **kwargs: object                    # for `denoising_learner`
 ) -> Learner:                           # its `.model` is the generator

@@ -286,7 +286,7 @@ SETTINGS = {
 
 def siamese_cbs(
     setting: int = 8,       # row of Table 5; 8 is the whole method
-    w_c: float = 1.,        # weight of the noise consistency loss
+    w_c: float = 1.,        # weight of the noise consistency loss, 0 or more
     K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
     T_tau: int = 200        # online augmentation uses samples with an earlier timestep
 ) -> list:                  # new callbacks
@@ -301,7 +301,7 @@ def siamese_learner(
     dls: DataLoaders,       # of (image, mask), see `pair_dls`
     backbone: Backbone,     # pretrained; not changed
     setting: int = 8,       # row of Table 5; 8 is the whole method
-    w_c: float = 1.,        # weight of the noise consistency loss
+    w_c: float = 1.,        # weight of the noise consistency loss, 0 or more
     K_tau: int = None,      # online augmentation starts after this step; `None`: a third of the run
     T_tau: int = 200,       # online augmentation uses samples with an earlier timestep
     seed: int = 0,          # of the branch's initial weights, the noise and the timesteps

@@ -266,6 +266,18 @@ def _three_numbers(given, expected):
     "A number per channel: those given, else those that the weights expect."
     return [float(v) for v in (expected if given is None else given)]
 
+def _check_takes(net, name, encoder, sides):
+    "`MedsynError` if the network cannot process images of this size: some encoders have a fixed one."
+    h, w = sides
+    training = net.training
+    try:
+        with torch.no_grad(): net.eval()(torch.zeros(1, 3, h, w))
+    except Exception as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise MedsynError(f"{name} cannot use the encoder {encoder!r} with images of {h}x{w} px ({reason}):"
+                          " choose another encoder") from e
+    finally: net.train(training)
+
 def segmenter(name: str = 'unet',           # a key of `NETWORKS`
               encoder: str = None,  # an encoder of smp or timm; `None`: the network's own, see `own_encoder`
               encoder_weights: str | Path = None, # `None`: random; a name ('imagenet'): fetched; a path: read
@@ -290,7 +302,9 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
                           " choose another encoder") from e
     stride = net.encoder.output_stride
     least = getattr(net, 'least_size', None)
-    if size is not None: check_size(*both_sides(size), stride, name, least)
+    if size is not None:
+        check_size(*both_sides(size), stride, name, least)
+        _check_takes(net, name, encoder, both_sides(size))
     if encoder_weights is not None: _load_encoder(net, encoder_of_smp, encoder_weights)
     expected_mean, expected_std = normalisation(encoder_of_smp, encoder_weights)
     mean, std = _three_numbers(mean, expected_mean), _three_numbers(std, expected_std)
