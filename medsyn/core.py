@@ -65,7 +65,8 @@ def settings_in(function: Callable,     # with docments
         found[name] = Setting(p['anno'] if annotated else type(p['default']), p['default'], p['docment'])
     return found
 
-KINDS = {bool: 'True or False', float: 'a number (float)', int: 'a number (int)', tuple: 'a tuple, such as (1, 2)'}
+KINDS = {bool: 'True or False', float: 'a number (float)', int: 'a number (int)',
+         tuple: 'a tuple, such as (1, 2)'}
 RANGE = re.compile(r'([\[(])([\d.]+), ?([\d.]+|inf)[\])]|(\d+) or more')
 
 def _has_type(value, kind):
@@ -82,7 +83,7 @@ def _is_inside(value, text):
     return above and (value <= most if text[-1] == ']' else value < most)
 
 def _fault(value, setting):
-    "What a setting needs if the value does not fit its type or the range in its description; nothing if it does."
+    "What a setting needs, if the value does not fit its type or the range in its description."
     if setting.type not in KINDS or (value is None and setting.default is None): return ''
     if not _has_type(value, setting.type): return KINDS[setting.type]
     described = RANGE.search(setting.doc or '')

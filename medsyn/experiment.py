@@ -988,16 +988,16 @@ def _check_run_options(settings, lr):
     "`MedsynError` for an option of the run among a method's settings, and for a learning rate of 0 or less."
     for name in settings:
         if name in RUN_OPTIONS:
-            raise MedsynError(f"{name!r} belongs to the run and is no setting of a method: give it as an option"
-                              " of its own")
+            raise MedsynError(f"{name!r} belongs to the run and is no setting of a method:"
+                              " give it as an option of its own")
     if lr is not None and not lr > 0: raise MedsynError(f"learning rate {lr}: give one above 0")
 
 def _check_lesions(generator, pairs, size):
     "`MedsynError` if a generator learns from masks and none has a lesion at this size."
     learns = issubclass(generator, PairGenerator) or generator.needs_mask
     if learns and not any(read_mask(p, size).any() for p in pairs):
-        raise MedsynError(f"none of the {len(pairs)} training masks has a lesion at {size_text(size)} px: give"
-                          " masks with foreground, or a larger size")
+        raise MedsynError(f"none of the {len(pairs)} training masks has a lesion at {size_text(size)} px:"
+                          " give masks with foreground, or a larger size")
 
 def make_generator(
     pairs: 'list | Split',     # training `Pair`s, or their split, made once

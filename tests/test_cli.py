@@ -318,6 +318,40 @@ def test_two_names_of_a_method_are_one_run(made, tmp_path):
     e = json.loads((tmp_path/'g'/'train.json').read_text())
     assert e['method'] == 'unconditional'
 
+@pytest.mark.parametrize('given,said', [
+    ('--set adaptive=maybe', "setting 'adaptive' of method 'arsdm' is 'maybe': give True or False"),
+    ('--set hidden=0', "setting 'hidden' of method 'arsdm' is 0: give a number, 1 or more"),
+    ('--set drop_mask=1.5', "is 1.5: give a number in [0,1]"),
+    ('--set channels=64', "is 64: give a tuple, such as (1, 2)"),
+    ('--set channels=(10,20)', "channels (10, 20): give a multiple of 16 for each level"),
+    ('--set ema=2', "decay 2 of the averaged weights: give a number in [0,1), or 'auto'"),
+    ('--set lr=0.1', "'lr' belongs to the run and is no setting of a method"),
+    ('--lr -1', "learning rate -1.0: give one above 0")])
+def test_settings_out_of_range(made, tmp_path, capsys, given, said):
+    "A value that does not fit is named before anything is written."
+    line = f'train {made}/train --method arsdm --size 32 --steps 2 --bs 4 --out {tmp_path}/g'
+    assert said in fails(capsys, f'{line} {given}') and not (tmp_path/'g').exists()
+
+def test_a_switch_is_turned_off_in_any_case(made, tmp_path):
+    "false, False: the switch is off, and is stored so."
+    line = f'train {made}/train --method arsdm --size 32 --steps 1 --bs 4 --out {tmp_path}/g'
+    assert medsyn(f'{line} --set hidden=8 channels=(16,32) adaptive=false') == 0
+    assert json.loads((tmp_path/'g'/'train.json').read_text())['settings']['adaptive'] is False
+
+def test_masks_without_a_lesion_train_nothing(made, tmp_path, capsys):
+    "All masks empty: a generator under masks would learn from none."
+    shutil.copytree(made/'train', tmp_path/'empty')
+    for f in (tmp_path/'empty'/'masks').iterdir():
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(f)
+    e = fails(capsys, f'train {tmp_path}/empty --method arsdm --size 32 --steps 2 --bs 4 --out {tmp_path}/g')
+    assert 'training masks has a lesion at 32 px' in e and not (tmp_path/'g').exists()
+
+def test_an_encoder_of_a_fixed_size_is_refused(made, tmp_path, capsys):
+    e = fails(capsys, f'segment {made}/train --network sanet --encoder tu-swin_tiny_patch4_window7_224'
+                      f' --size 64 --steps 2 --bs 4 --out {tmp_path}/s')
+    assert 'sanet cannot use the encoder' in e and 'with images of 64x64 px' in e
+    assert not (tmp_path/'s').exists()
+
 def test_refinement_from_the_command_line(made, tmp_path, capsys):
     "ArSDM's refinement takes a segmenter's folder: its term is logged, and without it the run is another."
     line = f'train {made}/train --size 32 --method arsdm --steps 4 --bs 4 --out {tmp_path}'
