@@ -386,12 +386,12 @@ def segment(data: str,             # folder or list of real pairs
     "Train one segmenter on real pairs and what an arm adds, and keep it."
     from medsyn.data.pairs import find_pairs, pairs_hash, refuse_classes
     from medsyn.experiment import (
-        check_divisible, describe, describe_arm, open_arm, run_log, split_once, train_segmenter)
+        check_divisible, describe, describe_arm, open_arm, preset_options, run_log, split_once,
+        train_segmenter)
     from medsyn.processes import is_main, main_first, parallel_cbs, wait
     from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import own_encoder, segmenter
-    from medsyn.segment.polyp_nets import published
     from medsyn.watch import WatchCB, check_log, report_cbs
     check_log(log)
     split = split_once(find_pairs(data, how=how))
@@ -399,12 +399,13 @@ def segment(data: str,             # folder or list of real pairs
     kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
     segmenter(kw['network'], kw['encoder'], None, kw['size'])
     if kw['preset'] is None: del kw['preset']
-    else: published(kw['network'], kw['size'], kw['preset'])
+    own = {name: kw[name] for name in ('lr', 'loss', 'augment')}
+    own = preset_options(kw['network'], kw['size'], kw.get('preset'), **own)
     pick(kw['loss'], LOSSES, 'loss')
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, _frames(unlabelled, how))
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
-    config = {k: v for k, v in kw.items() if k not in ('save_every', 'compile')}
+    config = {k: v for k, v in kw.items() if k not in ('save_every', 'compile')} | own
     check_divisible(opened, kw['network'], kw.get('preset'))
     config = dict(config, pairs=pairs_hash(split.pairs), arm=describe_arm(opened))
     with main_first():

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
-           'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'check_divisible', 'train_segmenter', 'Run',
-           'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'open_comparison', 'fold_parts',
-           'share_runs', 'prediction_file', 'save_prediction', 'score_run', 'read_scores', 'compare', 'run_jobs',
-           'report', 'table_text', 'ImageStream', 'images_of', 'generator_dls', 'make_backbone', 'sampler_of',
-           'opened_networks', 'make_generator', 'describe', 'draws_pairs', 'picture', 'third_arm', 'commands', 'Stage',
-           'FixedStages', 'quickstart']
+           'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'check_divisible', 'preset_options',
+           'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'open_comparison',
+           'fold_parts', 'share_runs', 'prediction_file', 'save_prediction', 'score_run', 'read_scores', 'compare',
+           'run_jobs', 'report', 'table_text', 'ImageStream', 'images_of', 'generator_dls', 'make_backbone',
+           'sampler_of', 'opened_networks', 'make_generator', 'describe', 'draws_pairs', 'picture', 'third_arm',
+           'commands', 'Stage', 'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -170,6 +170,20 @@ def check_divisible(
     raise MedsynError(f"{what}, for which a step needs its whole batch, and a launcher started {count()}"
                       " processes: start it without the launcher, or use compare, which divides the runs")
 
+def preset_options(network: str,        # a key of `NETWORKS`
+                   size: int | tuple,   # side, or (height, width), in pixels
+                   preset: str,         # paper, or none
+                   **given              # lr, loss and augment
+                  ) -> dict:            # what the run is trained with
+    "The options as given, or those of a preset; `MedsynError` for others than the defaults beside it."
+    if not preset: return given
+    own, usual = published(network, size, preset), signature(train_segmenter).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            raise MedsynError(f"the published settings of {network} have {name}={getattr(own, name)}, and"
+                              f" {value} was asked for: leave {name} out, or the preset")
+    return {name: getattr(own, name) for name in given}
+
 def train_segmenter(
     pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
     arm: 'Arm | str',                    # what is added: an arm, or its short form
@@ -194,6 +208,7 @@ def train_segmenter(
     cbs: Sequence = ()                   # further callbacks of the fit, as `watch.WatchCB`
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
+    preset_options(network, size, preset, lr=lr, loss=loss, augment=augment)
     published_settings = published(network, size, preset) if preset else None
     if published_settings: augment = published_settings.augment
     split = split_once(pairs)
@@ -659,6 +674,8 @@ def compare(
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size, preset)
+    for n in networks:
+        preset_options(n['network'], size, n.get('preset'), lr=lr, loss=loss, augment=augment)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)

@@ -352,6 +352,16 @@ def test_an_encoder_of_a_fixed_size_is_refused(made, tmp_path, capsys):
     assert 'sanet cannot use the encoder' in e and 'with images of 64x64 px' in e
     assert not (tmp_path/'s').exists()
 
+def test_a_preset_and_its_own_learning_rate(made, tmp_path, capsys):
+    "A preset's settings are stored as they are used; another learning rate beside them is refused."
+    line = f'segment {made}/train --network sanet --preset paper --size 352 --steps 1 --bs 2 --out {tmp_path}/s'
+    e = fails(capsys, f'{line} --lr 9')
+    assert 'the published settings of sanet have lr=0.4, and 9.0 was asked for' in e
+    assert not (tmp_path/'s').exists()
+    assert medsyn(f'{line} --encoder resnet18') == 0
+    stored = json.loads((tmp_path/'s'/'segment.json').read_text())
+    assert (stored['lr'], stored['augment'], stored['preset']) == (.4, 'flip', 'paper')
+
 def test_refinement_from_the_command_line(made, tmp_path, capsys):
     "ArSDM's refinement takes a segmenter's folder: its term is logged, and without it the run is another."
     line = f'train {made}/train --size 32 --method arsdm --steps 4 --bs 4 --out {tmp_path}'
