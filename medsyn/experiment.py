@@ -674,7 +674,7 @@ def compare(
     pick(metric, metrics, 'metric')
     pick(loss, LOSSES, 'loss')
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size, preset)
-    for n in networks:
+    for n in networks.values():
         preset_options(n['network'], size, n.get('preset'), lr=lr, loss=loss, augment=augment)
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
