@@ -354,7 +354,8 @@ def test_an_encoder_of_a_fixed_size_is_refused(made, tmp_path, capsys):
 
 def test_a_preset_and_its_own_learning_rate(made, tmp_path, capsys):
     "A preset's settings are stored as they are used; another learning rate beside them is refused."
-    line = f'segment {made}/train --network sanet --preset paper --size 352 --steps 1 --bs 2 --out {tmp_path}/s'
+    line = (f'segment {made}/train --network sanet --preset paper --size 352 --steps 1 --bs 2'
+            f' --out {tmp_path}/s')
     e = fails(capsys, f'{line} --lr 9')
     assert 'the published settings of sanet have lr=0.4, and 9.0 was asked for' in e
     assert not (tmp_path/'s').exists()
