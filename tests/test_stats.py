@@ -222,9 +222,9 @@ def in_folds(gains, sizes, runs=1, seed=0, noise=.05):
     "Scores of two arms in folds of some sizes; `gains` is the true gain of each fold."
     rng, rows = np.random.default_rng(seed), []
     for i, (gain, n) in enumerate(zip(gains, sizes, strict=True)):
-        for arm, seed in itertools.product(('real', 'other'), range(runs)):
+        for arm, run in itertools.product(('real', 'other'), range(runs)):
             found = .6 + gain*(arm == 'other') + rng.normal(0, noise, n)
-            rows.append(pd.DataFrame({'arm': arm, 'segmenter': 'unet', 'seed': seed, 'testset': f'fold{i}',
+            rows.append(pd.DataFrame({'arm': arm, 'segmenter': 'unet', 'seed': run, 'testset': f'fold{i}',
                                       'name': [f'{i}-{k}' for k in range(n)], 'dice@0.5': found}))
     return pd.concat(rows)
 
