@@ -63,7 +63,7 @@ from .segment.catalog import Arm, as_arm, callbacks_of, with_pairs
 from .segment.learner import LOSSES, DiceMetric, segment_learner
 from .segment.mixing import check_partners, find_partners, partner_dls
 from .segment.models import Segmenter, own_encoder, segmenter
-from .segment.polyp_nets import published
+from .segment.polyp_nets import PRESETS, published
 from .segment.semi import diffusion_segmenter
 from .synth import generator_hash, synthesize
 from .train import CommandClock, EvalCB, precision_of, whole_command
@@ -208,9 +208,8 @@ def train_segmenter(
     cbs: Sequence = ()                   # further callbacks of the fit, as `watch.WatchCB`
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
-    preset_options(network, size, preset, lr=lr, loss=loss, augment=augment)
-    published_settings = published(network, size, preset) if preset else None
-    if published_settings: augment = published_settings.augment
+    augment = preset_options(network, size, preset, lr=lr, loss=loss, augment=augment)['augment']
+    published_settings = PRESETS[network] if preset else None
     split = split_once(pairs)
     arm = open_arm(arm, split, unlabelled)
     if preset and arm.init:
@@ -1028,7 +1027,7 @@ def make_generator(
     seed: int = 0,             # of order and noise
     probe: int = None,         # steps between obedience probes (default: ten in the run)
     source: str = '',          # where the backbone came from, for the record
-    settings: dict = None,     # the method's own settings; its paper's values are the defaults
+    settings: dict = None,     # the method's own settings by name (default: those of its learner)
     unlabelled: Sequence = (),  # images without masks, for a method that learns from them (concat)
     save_every: float = 10,    # minutes between saved states of the training; 0: after every step
     pictures: int = 0,         # how often in a run samples are written to live/, for medsyn view

@@ -72,7 +72,7 @@ def test_difference_weights():
     mask = torch.zeros(3, 1, 4, 4); mask[0, 0, 1:3, 1:3] = 1; mask[1, 0, :, 0] = 1         # the last is empty
     estimate, normal = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
     wide = difference_weights(mask, estimate, normal, limit=100.)
-    soft = difference_weights(mask, estimate, normal, paper=True)
+    soft = difference_weights(mask, estimate, normal, softmax=True)
     for i in (0, 1):
         inside = [(y, x) for y in range(4) for x in range(4) if mask[i, 0, y, x]]
         d = [((estimate - normal)[i, :, y, x]**2).mean() for y, x in inside]

@@ -80,20 +80,20 @@ def difference_weights(
     mask: Tensor,           # (B,1,h,w), above 0 inside
     estimate: Tensor,       # (B,K,h,w) estimated latents
     normal: Tensor,         # (B,K,h,w) latents of the normal images
-    limit: float = 1.5,     # largest weight; the smallest is 1
-    paper: bool = False     # softmax instead of shares, and no limits
+    limit: float = 1.5,     # largest weight, 1 or more; the smallest is 1
+    softmax: bool = False   # the paper's softmax instead of shares, and no limits
 ) -> Tensor:                # (B,1,h,w); 1 outside, and everywhere for an empty mask
     "Attention weights: large where an anomaly is not visible yet."
     inside = mask > 0
     n = inside.sum((1, 2, 3), keepdim=True)
     difference = (estimate - normal).square().mean(1, keepdim=True).clamp_min(1e-8)
-    if paper:
+    if softmax:
         closeness = (1/difference).masked_fill(~inside, -torch.inf)
         share = closeness.flatten(1).softmax(1).view_as(difference)
     else:
         closeness = inside/difference
         share = closeness/closeness.sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
-    weights = n*share if paper else (n*share).clamp(1, limit)
+    weights = n*share if softmax else (n*share).clamp(1, limit)
     return torch.where(inside, weights, torch.ones_like(weights))
 
 @contextlib.contextmanager
@@ -142,16 +142,20 @@ class AnomalyGenerator(MaskGenerator):
         tokens: int = 8,                    # tokens of the anomaly's appearance
         encoder: str = 'resnet18',          # of the mask, one of `ENCODERS`
         reweight: bool = True,              # re-weight attention when an anomaly is added to a real image
+        limit: float = 1.5,                 # largest weight of attention, 1 or more
+        softmax: bool = False,              # the paper's weights, without a limit
         embedding: AnomalyEmbedding = None  # an existing one; used when loading
     ):
         super().__init__(backbone)
         if not any(name.endswith('attn2') for name, _ in backbone.unet.named_modules()):
             raise MedsynError("this backbone has no cross-attention, so it takes no tokens: "
                               "give one of medsyn pretrain, or a Stable-Diffusion-1.x folder")
+        if limit < 1: raise MedsynError(f"limit {limit}: give the largest weight of attention, 1 or more")
         dim = backbone.unet.config.cross_attention_dim
         self.embedding = embedding or AnomalyEmbedding(dim, tokens, encoder)
         settings = self.embedding.config
-        self.config = dict(tokens=settings['tokens'], encoder=settings['encoder'], reweight=reweight)
+        self.config = dict(tokens=settings['tokens'], encoder=settings['encoder'], reweight=reweight,
+                           limit=limit, softmax=softmax)
 
     def trainable(self) -> list:
         "The embedding alone."
@@ -193,7 +197,8 @@ class AnomalyGenerator(MaskGenerator):
         eps = schedule.to_eps(output(), zt, t.long())
         estimate = schedule.z0_from_eps(eps, zt, t.long())
         inside = F.adaptive_max_pool2d(cond.mask*cond.given().reshape(-1, 1, 1, 1), zt.shape[-2:])
-        with reweighted(unet, difference_weights(inside, estimate, cond.normal)): return output()
+        weights = difference_weights(inside, estimate, cond.normal, self.config['limit'], self.config['softmax'])
+        with reweighted(unet, weights): return output()
 
     def save_pretrained(self,
         path: str | Path    # folder to write
@@ -231,11 +236,13 @@ def anomaly_learner(
     encoder: str = 'resnet18',  # of the mask: resnet10t, resnet18, resnet34 or resnet50 (the paper's)
     masked: bool = True,        # the loss counts inside the mask alone
     reweight: bool = True,      # re-weight attention when an anomaly is added to a real image
+    limit: float = 1.5,         # largest weight of attention, 1 or more
+    softmax: bool = False,      # the paper's weights, without a limit
     seed: int = 0,              # of the embedding's initial weights, the noise and the timesteps
     cbs: list = (),             # further callbacks
     **kwargs: object            # for `denoising_learner`
 ) -> Learner:                   # train it with `fit_steps`; its `.model` is the generator
     "AnomalyDiffusion: tokens for appearance and place are trained, the backbone is frozen."
-    with seeded(seed_of(seed, 'anomaly')): model = AnomalyGenerator(backbone, tokens, encoder, reweight)
+    with seeded(seed_of(seed, 'anomaly')): model = AnomalyGenerator(backbone, tokens, encoder, reweight, limit, softmax)
     added = [MaskedLossCB()] if masked else []
     return denoising_learner(dls, model, seed=seed, cbs=[*added, *cbs], **kwargs)

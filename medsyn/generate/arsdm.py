@@ -221,6 +221,8 @@ def arsdm_learner(
     normalise: bool = False,        # divide these weights by their mean in each image
     refine: nn.Module = None,       # a segmenter that judges denoised images (`medsyn train`: its folder)
     refine_weight: float = 1.,      # of its term, 0 or more
+    refine_t_max: int = 300,        # samples with a smaller timestep take part in it; at least 1
+    refine_start: float = .5,       # share of the run after which it begins, [0,1]
     released: bool = False,         # the refinement has no gradient, as in the released code
     drop_mask: float = .15,         # share of samples trained without their mask, [0,1]; 0 in the paper
     seed: int = 0,                  # of the initial weights, the noise and the timesteps
@@ -235,7 +237,7 @@ def arsdm_learner(
     added = [AdaptiveWeightCB(normalise=normalise)] if adaptive else []
     if refine is not None:
         if hasattr(refine, 'check_size'): refine.check_size(*both_sides(dls.size))
-        added.append(RefineCB(refine, refine_weight, released=released))
+        added.append(RefineCB(refine, refine_weight, refine_t_max, refine_start, released))
     learn = denoising_learner(dls, model, drop_mask=drop_mask, seed=seed, cbs=[*added, *cbs], **kwargs)
     learn.loss_func = absolute_loss
     return learn

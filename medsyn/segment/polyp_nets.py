@@ -530,7 +530,7 @@ class Preset:
     "The settings that a network was published with."
     size: int               # side of the images in pixels
     bs: int                 # images a step
-    epochs: int             # passes over the training set
+    epochs: int             # passes over the training set; Polyp-PVT and CTNet took three steps a batch
     lr: float               # learning rate of the decoder
     wd: float               # weight decay
     schedule: str           # of the learning rate, a key of `train.SCHEDULES`
