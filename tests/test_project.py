@@ -198,6 +198,25 @@ def test_imports_stand_alone(path):
         if any(isinstance(n, imports) for statement in body for n in ast.walk(statement)):
             assert all(isinstance(b, (*imports, ast.FunctionDef, ast.ClassDef)) for b in body), text
 
+def names_of(module, folder):
+    "What can be imported from a module of medsyn or from a file beside the notebook."
+    if module.startswith('medsyn'): return set(dir(importlib.import_module(module)))
+    tree = ast.parse((folder/f'{module}.py').read_text(encoding='utf-8'))
+    given = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return given | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+@each(NOTEBOOKS)
+def test_cells_that_are_not_run_can_be(path):
+    "The producer of a figure runs for hours and in no test: it parses, and what it imports is there."
+    for c in load(path)['cells']:
+        if 'eval: false' not in directives(c): continue
+        text = re.sub(r'^\s*[%!].*$', '', source(c), flags=re.M)
+        for n in ast.walk(ast.parse(text, f'{path.name}, cell {c["id"]}')):
+            if not isinstance(n, ast.ImportFrom): continue
+            if n.module.split('.')[0] != 'medsyn' and not (path.parent/f'{n.module}.py').exists(): continue
+            missing = {a.name for a in n.names} - names_of(n.module, path.parent)
+            assert not missing, f'{n.module} has no {missing}'
+
 @each(NOTEBOOKS)
 def test_departures_are_listed(path):
     """A note that begins `> **Departure.**` has a row in explain/departures.

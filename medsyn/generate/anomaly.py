@@ -197,7 +197,8 @@ class AnomalyGenerator(MaskGenerator):
         eps = schedule.to_eps(output(), zt, t.long())
         estimate = schedule.z0_from_eps(eps, zt, t.long())
         inside = F.adaptive_max_pool2d(cond.mask*cond.given().reshape(-1, 1, 1, 1), zt.shape[-2:])
-        weights = difference_weights(inside, estimate, cond.normal, self.config['limit'], self.config['softmax'])
+        limit, softmax = self.config['limit'], self.config['softmax']
+        weights = difference_weights(inside, estimate, cond.normal, limit, softmax)
         with reweighted(unet, weights): return output()
 
     def save_pretrained(self,
@@ -243,6 +244,7 @@ def anomaly_learner(
     **kwargs: object            # for `denoising_learner`
 ) -> Learner:                   # train it with `fit_steps`; its `.model` is the generator
     "AnomalyDiffusion: tokens for appearance and place are trained, the backbone is frozen."
-    with seeded(seed_of(seed, 'anomaly')): model = AnomalyGenerator(backbone, tokens, encoder, reweight, limit, softmax)
+    with seeded(seed_of(seed, 'anomaly')):
+        model = AnomalyGenerator(backbone, tokens, encoder, reweight, limit, softmax)
     added = [MaskedLossCB()] if masked else []
     return denoising_learner(dls, model, seed=seed, cbs=[*added, *cbs], **kwargs)
