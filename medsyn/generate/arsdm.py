@@ -234,7 +234,12 @@ def arsdm_learner(
         noise = Schedule(1000, 0.0015, 0.0205)
         backbone = Backbone.pixels(dls.size, channels, layers, schedule=noise, seed=seed_of(seed, 'arsdm'))
     with seeded(seed_of(seed, 'spade')): model = ArSDMGenerator(backbone, hidden)
+    if normalise and not adaptive:
+        raise MedsynError("normalise divides the adaptive weights, which adaptive=False leaves out: drop one")
     added = [AdaptiveWeightCB(normalise=normalise)] if adaptive else []
+    if refine is None and (refine_weight, refine_t_max, refine_start, released) != (1., 300, .5, False):
+        raise MedsynError("refine_weight, refine_t_max, refine_start and released belong to the refinement,"
+                          " which needs a segmenter: give refine")
     if refine is not None:
         if hasattr(refine, 'check_size'): refine.check_size(*both_sides(dls.size))
         added.append(RefineCB(refine, refine_weight, refine_t_max, refine_start, released))
