@@ -50,6 +50,13 @@ class PatchPCA(nn.Module):
         self.register_buffer('basis', torch.eye(d)[:, :channels].contiguous())
         self.register_buffer('scale', torch.ones(channels))
 
+    @property
+    def is_pixels(self) -> bool:
+        "Whether a latent is the image itself: its values lie in [-1,1], and samplers keep them there."
+        same = torch.eye(*self.basis.shape).to(self.basis)
+        unscaled = not self.mean.any() and bool((self.scale == 1).all())
+        return self.stride == 1 and torch.equal(self.basis, same) and unscaled
+
     def some_patches(self,
         x0: 'Tensor | Iterable'     # (N,C,H,W) images, or batches of N images in all
     ) -> Tensor:                    # (n,d), every k-th patch; n is at most about two million
@@ -111,6 +118,7 @@ class PatchPCA(nn.Module):
 # %% ../../nbs/api/21_diffusion.backbone.ipynb #f1031413
 class KLCodec(nn.Module):
     "Stable Diffusion's variational autoencoder with the interface of `PatchPCA`."
+    is_pixels = False
     def __init__(self,
         vae: AutoencoderKL      # any diffusers KL autoencoder
     ):

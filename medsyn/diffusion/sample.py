@@ -105,9 +105,9 @@ def latent_region(keep: Tensor,     # (B,1,H,W) in {0,1}: 1 is kept
     "The latent pixels all of whose image pixels are kept."
     return F.max_pool2d(1 - keep, stride) == 0
 
-def _timesteps(schedule, sampler, steps, strength, device):
+def _timesteps(backbone, sampler, steps, strength):
     "A diffusers scheduler and the timesteps that are left at this strength."
-    scheduler = schedule.sampler(sampler)
+    scheduler, device = backbone.schedule.sampler(sampler, backbone.codec.is_pixels), backbone.device
     scheduler.set_timesteps(steps, device=device)
     last = len(scheduler.timesteps) - (strength > 0)            # a strength above 0 leaves at least one step
     first = min(max(round(steps*(1 - strength)), 0), last)
@@ -243,7 +243,7 @@ def sample(generator: Denoiser,         # any generator
         noise = start_noise(seeds[chosen], shape).to(bb.device)
         z0 = None if init is None else bb.codec.encode(part(init))
         share = 1. if init is None else strength
-        scheduler, timesteps = _timesteps(bb.schedule, sampler, steps, share, bb.device)
+        scheduler, timesteps = _timesteps(bb, sampler, steps, share)
         if z0 is None: z = noise*scheduler.init_noise_sigma
         elif len(timesteps): z = bb.schedule.noise(z0, noise, timesteps[0].long().expand(n))
         else: z = z0

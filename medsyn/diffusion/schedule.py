@@ -130,21 +130,27 @@ class Schedule:
         return (zt - s*eps) / a
 
     def sampler(self,
-        name: str   # ddim, dpm++ or unipc
-    ):              # a diffusers scheduler
+        name: str,          # ddim, dpm++ or unipc
+        clip: bool = False  # keep the estimate of the clean picture in [-1,1] at every step: for pixels
+    ):                      # a diffusers scheduler
         "A new diffusers scheduler on this schedule; `MedsynError` for another name."
-        return SAMPLERS[pick(name, SAMPLERS, 'sampler')](self.config)
+        return SAMPLERS[pick(name, SAMPLERS, 'sampler')](self.config, clip)
 
     def __repr__(self): return f"Schedule(T={self.T}, {self.config['beta_schedule']}, {self.prediction})"
 
 # %% ../../nbs/api/20_diffusion.schedule.ipynb #24933309
-def _without_clip(config):
-    "Only DDIM and DDPM know the option `clip_sample`."
-    return {k: v for k, v in config.items() if k != 'clip_sample'}
+def _ddim(config, clip):
+    return DDIMScheduler(**config | dict(clip_sample=clip), set_alpha_to_one=False)
 
-SAMPLERS = {'ddim': lambda config: DDIMScheduler(**config, set_alpha_to_one=False),
-            'dpm++': lambda config: DPMSolverMultistepScheduler(**_without_clip(config)),
-            'unipc': lambda config: UniPCMultistepScheduler(**_without_clip(config))}
+def _multistep(cls):
+    "These have no `clip_sample`; thresholding with a largest value of 1 is the same."
+    def made(config, clip):
+        own = {k: v for k, v in config.items() if k != 'clip_sample'}
+        return cls(**own, thresholding=True, sample_max_value=1.) if clip else cls(**own)
+    return made
+
+SAMPLERS = {'ddim': _ddim, 'dpm++': _multistep(DPMSolverMultistepScheduler),
+            'unipc': _multistep(UniPCMultistepScheduler)}
 SAMPLER = 'dpm++'       # the default wherever images are sampled
 SAMPLE_STEPS = 20       # and its steps
 
