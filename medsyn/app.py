@@ -195,7 +195,9 @@ def view(
     app = make_app(site, hosts)
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: listening.bind((host, port))
+    try:
+        listening.bind((host, port))
+        listening.listen()          # before the address is printed: a browser may be quick
     except (OSError, OverflowError) as e:
         raise MedsynError(f"port {port} of {host} cannot be used ({e}): choose another one with --port,"
                           " or --port 0") from e
