@@ -151,6 +151,7 @@ class AnomalyGenerator(MaskGenerator):
             raise MedsynError("this backbone has no cross-attention, so it takes no tokens: "
                               "give one of medsyn pretrain, or a Stable-Diffusion-1.x folder")
         if limit < 1: raise MedsynError(f"limit {limit}: give the largest weight of attention, 1 or more")
+        if softmax and limit != 1.5: raise MedsynError("the softmax has no limit: leave limit or softmax out")
         dim = backbone.unet.config.cross_attention_dim
         self.embedding = embedding or AnomalyEmbedding(dim, tokens, encoder)
         settings = self.embedding.config
