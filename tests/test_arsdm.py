@@ -10,7 +10,8 @@ from medsyn.core import MedsynError
 from medsyn.data.pairs import find_pairs
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import Cond, Denoiser, lesion_weights
-from medsyn.diffusion.sample import sample
+from medsyn.diffusion.sample import _timesteps, denoise, sample
+from medsyn.diffusion.schedule import SAMPLERS
 from medsyn.experiment import make_generator
 from medsyn.generate.arsdm import (AdaptiveWeightCB, ArSDMGenerator, RefineCB, Spade, absolute_loss,
                                    adaptive_weights, arsdm_learner, decoder_norms, mask_loss, modulated)
@@ -183,6 +184,21 @@ def test_mask_loss():
     assert mask_loss(sure*0, mask*0) < mask_loss(sure.abs(), mask*0)
     two = torch.cat([-sure/2, sure/2], 1)
     assert torch.allclose(mask_loss(two, mask), mask_loss(sure, mask), atol=1e-6)
+
+@pytest.mark.parametrize('name', SAMPLERS)
+def test_on_pixels_a_wild_network_still_gives_pictures(name, tmp_path):
+    "Samplers keep the estimate in [-1,1] on pixels, also of an opened backbone, and leave latents alone."
+    pixels = Backbone.pixels(32, channels=(16, 32))
+    pixels.save_pretrained(tmp_path)
+    latents = Backbone.tiny(torch.rand(4, 3, 32, 32)*2 - 1, 32, (16, 32))
+    class Wild(Denoiser):
+        def forward(self, zt, t, cond): return torch.full_like(zt, 30.)
+    def end(backbone):
+        scheduler, timesteps = _timesteps(backbone, name, 3, 1.)
+        z = torch.zeros(1, backbone.codec.channels, 8, 8)
+        return denoise(Wild(backbone), z, Cond(), Cond(), 1., scheduler, timesteps).abs().max()
+    assert end(pixels) < 3 and end(Backbone.from_pretrained(tmp_path)) < 3
+    assert end(latents) > 10
 
 # As a generator -----------------------------------------------------------------------------------
 
