@@ -59,12 +59,17 @@ def opened_backbone(labelled, frames, folder):
     if given is None: make_backbone(labelled, folder, 64, 1000, 32, seed=0, unlabelled=frames)
     return Path(given or folder)
 
+def each_once(names, work, folder):
+    "Call `work(name)` for every name and leave a file `folder/name.done`; several processes share the names."
+    def mark(name): return folder/f'{name}.done'
+    def do(name):
+        work(name)
+        write_atomic(mark(name), '')
+    share_runs(names, mark, do, folder.name)
+
 def once(mark, work):
     "Call `work` and leave a file `mark`, unless it is there; one process does it and the others wait."
-    def do(_):
-        work()
-        write_atomic(mark, '')
-    share_runs([mark], lambda _: mark, do, f'{mark.parent.name}/{mark.stem}')
+    each_once([mark.stem], lambda _: work(), mark.parent)
 
 GENERATOR_STEPS, GENERATOR_BATCH = 1000, 16
 
