@@ -20,6 +20,7 @@ from torch.func import functional_call
 from ..core import MedsynError, seed_of
 from ..data.pairs import random_stream
 from .mixing import MixedBatch, PairedMixCB, frozen_stats
+from .polyp_nets import with_own_terms
 from ..train import ORDER, share_done
 
 # %% ../../nbs/api/54_segment.annealing.ipynb #842fc224
@@ -167,7 +168,7 @@ class RealAnchorCB(Callback):
         mixed, eta = self.mix.mixed, self.opt.hypers[-1]['lr']
         seed = seed_of(self.dls.train.seed, 'anchor', self.train_iter)
         anchor = anchor_batch(self.dls.valid, len(mixed.real), seed)
-        d_s, d_w, scale = hypergradient(self.model, self.learn.loss_func, grads, mixed, anchor,
+        d_s, d_w, scale = hypergradient(self.model, with_own_terms(self.learn), grads, mixed, anchor,
                                         *self.levels(), eta, self.delta, mixed.seed)
         return unit_forces(d_s, d_w, scale, self.mix.s, self.mix.w)
 

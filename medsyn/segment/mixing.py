@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import MedsynError, pick, seed_of, track
 from ..data.pairs import (Geometry, Pair, PairDataset, SeededDL, random_stream, read_image,
                                read_mask, size_text)
+from .polyp_nets import own_terms, with_own_terms
 from ..train import LossTermCB, share_done
 
 # %% ../../nbs/api/53_segment.mixing.ipynb #f524d25b
@@ -272,6 +273,13 @@ class PairedMixCB(LossTermCB):
         self.s, self.w, self.per_image, self.passes = s, w, per_image, passes
         self.schedule = pick(schedule, MIX_SCHEDULES, 'schedule')
 
+    def before_fit(self):
+        super().before_fit()
+        own = own_terms(self.learn)
+        if self.passes == 1 and own:
+            raise MedsynError(f"passes=1 puts real and mixed images into one batch, and this network's own loss term"
+                              f" {own[0].name} needs a pass for each: give passes=2")
+
     def levels(self) -> tuple:
         "Strength and weight of this batch."
         if hasattr(self.learn, 'gates'): return self.learn.gates.levels()
@@ -298,7 +306,7 @@ class PairedMixCB(LossTermCB):
 
     def term(self):
         if self.passes == 1: return self.learn.loss_func(self.pred_mix, *self.yb)
-        return self.mixed.loss(self.model, self.learn.loss_func, self.strength)
+        return self.mixed.loss(self.model, with_own_terms(self.learn), self.strength)
 
     def after_loss(self):
         if self.mixed: super().after_loss()

@@ -26,7 +26,8 @@ from ..data.pairs import Pair, SeededDL, batch_transforms, random_stream, read_i
 from ..data.paste import affine_moves, move
 from .learner import foreground, predict
 from .models import NETWORKS, Segmenter, segmenter
-from .streams import IGNORE, NORMS, SynthTermCB, check_teacher, leave_out, recolour
+from .polyp_nets import prediction_of
+from .streams import IGNORE, NORMS, SynthTermCB, check_teacher, recolour
 from ..train import EMACB, ORDER, LossTermCB, share_done
 
 # %% ../../nbs/api/57_segment.semi.ipynb #07ae0de9
@@ -207,8 +208,8 @@ class UnlabelledCB(SynthTermCB):
         "The loss of one pass of the student."
         with NORMS[self.norm](self.model), random_stream(self.stream_seed('dropout'), x.device):
             out = self.model(x)
-        if self.method == 'mean-teacher': return squared_difference(out, target)
-        return self.learn.loss_func(*leave_out(out, target))
+        if self.method == 'mean-teacher': return squared_difference(prediction_of(out), target)
+        return self.whole_loss(out, target)
 
     def term(self):
         self.drawn += 1

@@ -29,6 +29,7 @@ from ..data.paste import move, paste, random_moves
 from .learner import predict
 from .mixing import frozen_stats
 from .models import Segmenter
+from .polyp_nets import own_terms, with_own_terms
 from ..train import ORDER, LossTermCB, share_done
 
 # %% ../../nbs/api/56_segment.streams.ipynb #24490595
@@ -203,12 +204,20 @@ class SynthTermCB(LossTermCB):
         if self.changes is not None: x = recolour(x, self.changes, self.stream_seed('colour'))
         with NORMS[self.norm](self.model), random_stream(self.stream_seed('dropout'), x.device):
             out = self.model(x)
-        return self.learn.loss_func(*leave_out(out, y))
+        return self.whole_loss(out, y)
+
+    def whole_loss(self, out, y):
+        "The loss of a pass of the stream: the network's own terms are in it, ignored pixels are not."
+        return with_own_terms(self.learn, lambda out, y: self.learn.loss_func(*leave_out(out, y)))(out, y)
+
+    def real_loss(self):
+        "The loss of the real batch, with the network's own terms: they come before this callback."
+        return self.learn.loss + sum(c.weight*c.value for c in own_terms(self.learn))
 
     def after_loss(self):
         real_weight, self.weight = self.weights()
         self.learn.terms[f'w{self.name[1:]}'] = torch.tensor(self.weight)       # `w_syn` for `L_syn`
-        if real_weight != 1: self.learn.loss_grad = self.learn.loss_grad + (real_weight - 1)*self.learn.loss
+        if real_weight != 1: self.learn.loss_grad = self.learn.loss_grad + (real_weight - 1)*self.real_loss()
         if self.weight > 0: super().after_loss()
         else: self.learn.terms[self.name] = torch.tensor(float('nan'))
 
