@@ -332,7 +332,8 @@ def synth(
         if opened.needs_mask:
             raise MedsynError("this generator draws under given masks: say whose with --data")
         raise MedsynError(f"{generator} was trained without masks, so its images have none: give a generator"
-                          " that was trained with masks")
+                          " that was trained with masks, or draw images alone in Python"
+                          " (medsyn.diffusion.sample.sample)")
     pairs = None if draws_pairs(opened) else _lenders(data, how)
     if into and kw['start'] == 'noise': kw['start'] = 'inpaint'
     made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into, how),
@@ -392,6 +393,7 @@ def segment(data: str,             # folder or list of real pairs
     from medsyn.resume import forget
     from medsyn.segment.learner import LOSSES
     from medsyn.segment.models import own_encoder, segmenter
+    from medsyn.segment.polyp_nets import PRESETS
     from medsyn.watch import WatchCB, check_log, report_cbs
     check_log(log)
     split = split_once(find_pairs(data, how=how))
@@ -401,6 +403,7 @@ def segment(data: str,             # folder or list of real pairs
     if kw['preset'] is None: del kw['preset']
     own = {name: kw[name] for name in ('lr', 'loss', 'augment')}
     own = preset_options(kw['network'], kw['size'], kw.get('preset'), **own)
+    if kw.get('preset'): print(PRESETS[kw['network']].beside(len(split.train), kw['bs'], kw['steps']))
     pick(kw['loss'], LOSSES, 'loss')
     if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
     opened = open_arm(arm, split, _frames(unlabelled, how))

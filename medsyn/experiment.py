@@ -165,7 +165,7 @@ def check_divisible(
     "`MedsynError` for a segmenter whose loss several processes cannot compute in shares of a batch."
     if count() == 1: return
     if callbacks_of(arm) or arm.partners is not None: what = 'this arm changes the batch or the loss'
-    elif preset or network == 'ctnet': what = f'this training of {network} compares pixels or resizes'
+    elif preset or network in ('sanet', 'ctnet'): what = f'{network} is trained on whole batches'
     else: return
     raise MedsynError(f"{what}, for which a step needs its whole batch, and a launcher started {count()}"
                       " processes: start it without the launcher, or use compare, which divides the runs")
@@ -201,7 +201,7 @@ def train_segmenter(
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
-    preset: str = None,                  # paper: published settings instead of lr, loss and augment
+    preset: str = None,                  # paper: published lr, loss and augmentation, with your bs and steps
     state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
     save_every: float = 10,              # minutes between saved states of the training; 0: after every step
     compile: str = None,                 # backend of torch.compile: inductor, aot_eager or eager
@@ -642,7 +642,7 @@ def compare(
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     folds: int | dict = None,    # cross-validation: so many parts, each tests what the others train
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
-    preset: str = None,          # paper: the networks' published settings instead of lr, loss and augment
+    preset: str = None,          # paper: the networks' published lr, loss and augmentation
     jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
     save_every: float = 10,      # minutes between saved states of a run; 0: after every step
     reviewed: bool = False       # of synthetic folders, take only pairs that reviewers keep (medsyn view)
@@ -1022,7 +1022,7 @@ def make_generator(
     method: str = 'control',   # a name that `medsyn catalog` lists
     steps: int = 3000,         # optimiser steps, of each network (Siamese-Diffusion, Sec. 4.2)
     bs: int = 16,              # batch size
-    lr: float = None,          # learning rate (default 1e-5 on Stable Diffusion, else the method's own)
+    lr: float = None,          # learning rate (default the method's own; 1e-5 on Stable Diffusion for most)
     size: int | tuple = None,  # side, or HxW, in pixels (default: the backbone's, without one 64)
     seed: int = 0,             # of order and noise
     probe: int = None,         # steps between obedience probes (default: ten in the run)
@@ -1054,7 +1054,7 @@ def make_generator(
     check_settings(method, dict(settings, unlabelled=frames) if frames else settings)
     tiny = backbone is None or backbone.is_tiny
     size = plain_size(size or (backbone.size if backbone else 64))
-    lr = lr or (entry.tiny_lr if tiny else 1e-5)
+    lr = lr or (entry.tiny_lr if tiny else entry.lr)
     if backbone: backbone.check_size(size)
     _check_lesions(entry.opens, split.train, size)
     config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,

@@ -1,18 +1,21 @@
 "AnomalyDiffusion: no anomaly is the backbone, no re-weighting is plain attention, only tokens are trained."
 import copy
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
 from learners import small_backbone, small_loaders
 
 from medsyn.core import MedsynError
+from medsyn.data.lesions import lesion_folder
+from medsyn.data.pairs import find_pairs, pair_dls
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import Cond, Denoiser
 from medsyn.diffusion.sample import sample
 from medsyn.generate.anomaly import (AnomalyEmbedding, AnomalyGenerator, NormalCond, SpatialEncoder,
                                      anomaly_learner, difference_weights, reweighted, with_normal)
-from medsyn.generate.catalog import generator_learner, load_generator
+from medsyn.generate.catalog import METHODS, generator_learner, load_generator
 from medsyn.segment.feedback import feedback, noised_images
 from medsyn.train import fit_steps
 
@@ -195,6 +198,15 @@ def test_on_stable_diffusion(tmp_path):
     inside = dict(init=torch.zeros(1, 3, 64, 64), keep=1 - mask, steps=2)
     assert (sample(load_generator(tmp_path/'gen'), mask, **inside) == sample(gen, mask, **inside)).all()
 
+def test_the_rate_suits_tokens_that_start_small(dls, backbone, tmp_path):
+    stable = Backbone.from_pretrained(random_stable_diffusion(tmp_path/'sd', width=16), size=64)
+    large = pair_dls(find_pairs(lesion_folder(tmp_path/'d', 8, size=64, seed=0)), 64, 4, device='cpu')
+    def rate(*args, **kw): return np.max(generator_learner(*args, **kw).lr)
+    assert rate('anomaly', large, stable, encoder='resnet10t') == 5e-3
+    assert rate('anomaly', dls, backbone, encoder='resnet10t') == 5e-4
+    assert rate('unconditional', large, stable, scratch=True) == 1e-4
+    assert rate('unconditional', large, stable) == METHODS['control'].lr == 1e-5
+
 def test_bad_input(dls, backbone, inputs):
     with pytest.raises(MedsynError, match='no cross-attention'):
         AnomalyGenerator(Backbone.pixels(16, (16, 32)))
@@ -202,5 +214,7 @@ def test_bad_input(dls, backbone, inputs):
     with pytest.raises(MedsynError, match='give at least 1'): AnomalyEmbedding(8, tokens=0)
     with pytest.raises(MedsynError, match='pass masks'):
         AnomalyGenerator(backbone, encoder='resnet10t')(*inputs, Cond(text=backbone.text(['']*4)))
+    with pytest.raises(MedsynError, match='reweight=False leaves out'):
+        AnomalyGenerator(backbone, encoder='resnet10t', reweight=False, limit=3.)
     with pytest.raises(MedsynError, match="did you mean 'tokens'"):
         generator_learner('anomaly', dls, backbone, token=3)

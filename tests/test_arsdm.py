@@ -1,4 +1,6 @@
 "ArSDM and pixel diffusion: identities, the guard of empty masks, and a refinement whose gradient flows."
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,12 +8,12 @@ from fastai.callback.core import Callback
 from learners import small_backbone, small_loaders
 from torch import nn
 
-from medsyn.core import MedsynError
+from medsyn.core import MedsynError, seed_of
 from medsyn.data.pairs import find_pairs
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import Cond, Denoiser, lesion_weights
-from medsyn.diffusion.sample import _timesteps, denoise, sample
-from medsyn.diffusion.schedule import SAMPLERS
+from medsyn.diffusion.sample import _timesteps, denoise, sample, start_noise
+from medsyn.diffusion.schedule import SAMPLERS, Schedule
 from medsyn.experiment import make_generator
 from medsyn.generate.arsdm import (AdaptiveWeightCB, ArSDMGenerator, RefineCB, Spade, absolute_loss,
                                    adaptive_weights, arsdm_learner, decoder_norms, mask_loss, modulated)
@@ -169,6 +171,17 @@ def test_the_refinement_makes_the_judge_agree(dls):
     assert log.L_refine[-5:].mean() < log.L_refine[:5].mean()
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, net.parameters(), strict=True))
 
+def test_the_clamp_does_not_cut_the_gradient(backbone):
+    "At a late timestep many estimates lie outside [0,1]: each still moves the output that it came from."
+    gen, zt = ArSDMGenerator(backbone, hidden=8), 2*torch.randn(4, 3, 16, 16)
+    pred, t = torch.randn(4, 3, 16, 16, requires_grad=True), torch.full((4,), 299)
+    cb = RefineCB(judge(), t_max=300)
+    cb.learn = SimpleNamespace(noised=SimpleNamespace(zt=zt, t=t), pred=pred, model=gen)
+    image = cb.estimate(torch.ones(4, dtype=torch.bool))
+    at_the_ends = ((image == 0) | (image == 1)).float().mean()
+    image.sum().backward()
+    assert at_the_ends > .2 and image.min() >= 0 and image.max() <= 1 and (pred.grad != 0).all()
+
 def test_it_begins_late_and_only_at_early_timesteps(folder):
     learn = arsdm_learner(small_loaders(folder), refine=judge(), **SMALL)
     log = fit_steps(learn, 6).history.frame()
@@ -199,6 +212,36 @@ def test_on_pixels_a_wild_network_still_gives_pictures(name, tmp_path):
         return denoise(Wild(backbone), z, Cond(), Cond(), 1., scheduler, timesteps).abs().max()
     assert end(pixels) < 3 and end(Backbone.from_pretrained(tmp_path)) < 3
     assert end(latents) > 10
+
+def test_fresh_noise_is_ddpm():
+    "With eta 1 and every timestep, a step is Eq. 7 of Ho et al.; an image's noise follows from its seed."
+    schedule = Schedule(8, .01, .3, 'linear')
+    pixels = Backbone.pixels(16, (16,), schedule=schedule)
+    class Half(Denoiser):
+        def forward(self, zt, t, cond): return zt/2
+    gen, seeds = Half(pixels), [3, 5]
+    start = start_noise(seeds, (3, 16, 16))
+    scheduler = schedule.sampler('ddim')
+    scheduler.set_timesteps(8)
+    found = denoise(gen, start, Cond(), Cond(), 1., scheduler, scheduler.timesteps, seeds=seeds, eta=1.)
+    z, abar = start.double(), schedule.abar.double()
+    for k, t in enumerate(range(7, 0, -1)):
+        beta, before = 1 - abar[t]/abar[t - 1], abar[t - 1]
+        x0 = (z - (1 - abar[t]).sqrt()*z/2)/abar[t].sqrt()
+        mean = (before.sqrt()*beta*x0 + (1 - beta).sqrt()*(1 - before)*z)/(1 - abar[t])
+        noise = start_noise([seed_of(s, 'eta', k, 0) for s in seeds], (3, 16, 16)).double()
+        z = mean + ((1 - before)/(1 - abar[t])*beta).sqrt()*noise
+    assert torch.allclose(found.double(), z, atol=1e-4)
+
+def test_the_noise_of_an_image_is_its_own(masks):
+    gen = Denoiser(Backbone.pixels(16, (16, 32), seed=1))
+    kw = dict(sampler='ddim', steps=4, eta=1.)
+    together = sample(gen, masks, seeds=[1, 2, 3, 4], **kw)
+    alone = sample(gen, masks[2:3], seeds=[3], **kw)[0].astype(int)
+    assert abs(alone - together[2]).max() <= 1
+    assert (together[0] != sample(gen, masks[:1], seeds=[1], sampler='ddim', steps=4)[0]).any()
+    for wrong in (dict(eta=1., sampler='dpm++'), dict(eta=2., sampler='ddim')):
+        with pytest.raises(MedsynError, match='share of fresh noise'): sample(gen, masks, **wrong)
 
 # As a generator -----------------------------------------------------------------------------------
 
@@ -236,6 +279,14 @@ def test_bad_input(dls, backbone, inputs):
     with pytest.raises(MedsynError, match='a share in'): RefineCB(judge(), start=2.)
     with pytest.raises(MedsynError, match='whose stride is 64: use 64 or 128 px'):
         arsdm_learner(dls, channels=(16,)*7)
+    with pytest.raises(MedsynError, match='leave them or the backbone out'):
+        arsdm_learner(dls, small_backbone(), channels=(16, 32))
+    with pytest.raises(MedsynError, match='would count twice'):
+        arsdm_learner(dls, lesion_weight=True, **SMALL)
+    arsdm_learner(dls, lesion_weight=True, adaptive=False, **SMALL)
+    for method, name in (('ddpm', 'drop_mask'), ('ddpm', 'drop_prompt'), ('unconditional', 'drop_mask')):
+        with pytest.raises(MedsynError, match=f'leave {name} out'):
+            generator_learner(method, dls, small_backbone(), **{name: .5})
     with pytest.raises(MedsynError, match="did you mean 'hidden'"):
         generator_learner('arsdm', dls, None, hiden=8)
 

@@ -12,7 +12,7 @@ from medsyn.segment.annealing import RealAnchorCB
 from medsyn.segment.learner import bce_dice, segment_learner
 from medsyn.segment.mixing import PairedMixCB, partner_dls
 from medsyn.segment.models import segmenter
-from medsyn.segment.polyp_nets import own_terms, prediction_of, with_own_terms
+from medsyn.segment.polyp_nets import MultiScaleCB, own_terms, prediction_of, with_own_terms
 from medsyn.segment.semi import TeacherCB, UnlabelledCB
 from medsyn.segment.streams import RealAgainCB, SynthTermCB
 from medsyn.train import fit_steps
@@ -111,6 +111,32 @@ def test_student_and_teacher_are_compared_on_what_both_predict(data):
     with torch.no_grad(): evaluated = model.eval()(x)
     assert torch.allclose(prediction_of(out), evaluated, atol=1e-4)
     assert not torch.allclose(out, evaluated, atol=1e-2)
+
+def test_a_stream_is_prepared_as_the_real_batch(data):
+    "Colours are exchanged among the stream's own images, and both batches of a step have one size."
+    class KeepCB(Callback):
+        order, drawn = 50, None
+        def before_batch(self): self.real = self.x
+    class KeptStreamCB(SynthTermCB):
+        def draw(self):
+            self.drawn_x, y = super().draw()
+            return self.drawn_x, y
+        def as_the_real_batch(self, x, y):
+            self.given = super().as_the_real_batch(x, y)
+            return self.given
+    train, held = split_pairs(data[0], .2)
+    dls = pair_dls(train, SIZE, 2, valid=held, seed=1, device='cpu')
+    with seeded(0): model = segmenter('sanet', 'resnet18', size=SIZE)
+    stream, keep = KeptStreamCB(data[1]), KeepCB()
+    learn = segment_learner(dls, model, cbs=[MultiScaleCB((1.5,)), stream, keep])
+    fit_steps(learn, 1)
+    x, y = stream.given
+    assert x.shape[-2:] == y.shape[-2:] == keep.real.shape[-2:] == (96, 96)
+    means = stream.drawn_x.mean((2, 3))
+    assert torch.allclose(x.mean((2, 3)), means.flip(0), atol=.01)      # of two images, each has the other's
+    assert not torch.allclose(x.mean((2, 3)), means, atol=.01)
+    plain = segmenter('sanet', 'resnet18', size=SIZE, colours=False)
+    assert plain.net.training_cbs() == [] and len(model.net.training_cbs()) == 1
 
 def test_a_network_without_own_terms_has_the_plain_loss(data):
     learn, _ = learner(data, 'unet', [])

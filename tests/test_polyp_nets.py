@@ -116,6 +116,7 @@ def test_inference_is_deterministic(name, slim, tmp_path):
     (dict(name='ctnet', encoder='resnet18', size=32), 'multiples of 32, 64 or more: resize 32 to 64'),
     (dict(name='sanet', encoder='resnet18', size=100), 'resize 100 to 96 or 128'),
     (dict(name='sanet', encoder='resnet18', widht=8), "did you mean 'width'"),
+    (dict(name='polyp_pvt', encoder='resnet18', drop_path=.5), 'no blocks that could be skipped'),
     (dict(name='polyp_pvt', encoder='mobilenetv3_small_050'), 'choose one with 16 or more channels'),
     (dict(name='ctnet', encoder='vit_tiny_patch16_224'), 'ctnet cannot use the encoder'),
     (dict(name='sanet', encoder_weights='missing.pth'), 'do not exist')])

@@ -378,7 +378,7 @@ def pixels(cls,
            size: int | tuple = 64,              # of the images: side, or (height, width), pixels
            channels: tuple = (32, 64, 128),     # U-Net channels per level, multiples of 16
            layers: int = 1,                     # residual blocks per level; 2 in DDPM
-           attend: tuple = (16,),               # longer sides at which there is self-attention
+           attend: tuple = None,                # longer sides at which there is self-attention, see above
            schedule: Schedule = None,           # `None`: DDPM's, 1000 steps, linear from 1e-4 to 0.02, noise
            prompt: str = PROMPT,                # a name: the network does not see it
            seed: int = 0                        # of the initial weights
@@ -388,8 +388,12 @@ def pixels(cls,
         raise MedsynError(f"channels {tuple(channels)}: give a multiple of 16 for each level, at least one")
     stride = 2**(len(channels) - 1)
     check_stride(size, stride)
-    longer = max(both_sides(size))
-    kinds = ['Attn' if longer >> level in attend else '' for level in range(len(channels))]
+    sides = [max(both_sides(size)) >> level for level in range(len(channels))]
+    if attend is None: attend = sides[3:] or sides[-1:]
+    if lacking := {*attend} - {*sides}:
+        raise MedsynError(f"attend {tuple(attend)}: the levels have the longer sides {sides}, and none has"
+                          f" {min(lacking)}: name some of these")
+    kinds = ['Attn' if side in attend else '' for side in sides]
     with seeded(seed):
         unet = UNet2DConditionModel(
             sample_size=plain_size(size), in_channels=3, out_channels=3,

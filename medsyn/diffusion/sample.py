@@ -128,12 +128,20 @@ def denoise(model: Denoiser,            # any generator
             timesteps: Tensor,          # of the steps to make, falling
             kept: KeptRegion = None,    # what follows a real image, if anything
             resample: int = 1,          # how often each step but the last is made (RePaint)
-            seeds: list = (),           # with `resample` above 1: one seed per image
-            interval: tuple = (0., 1.)  # shares of the timesteps between which guidance is used
+            seeds: list = (),           # with `resample` above 1 or `eta`: one seed per image
+            interval: tuple = (0., 1.), # shares of the timesteps between which guidance is used
+            eta: float = 0.             # with ddim: share of fresh noise, [0,1]
            ) -> Tensor:                 # (B,K,h,w) clean latents
     "The reverse process, from the first of `timesteps` to the end."
     schedule = model.backbone.schedule
     guided_from, guided_until = (round(share*schedule.T) for share in interval)
+
+    def fresh_noise(k, repeat):
+        "What a step with new noise needs; the noise of an image follows from its seed."
+        if not eta: return {}
+        step_seeds = [seed_of(s, 'eta', k, repeat) for s in seeds]
+        return dict(eta=eta, variance_noise=start_noise(step_seeds, z.shape[1:]).to(z))
+
     for k, t in enumerate(timesteps):
         t_batch = t.expand(len(z))
         is_last = k + 1 == len(timesteps)
@@ -145,7 +153,7 @@ def denoise(model: Denoiser,            # any generator
             if kept: z = kept.impose(z, schedule, t_batch.long())
             g = guidance if guided_from <= t < guided_until else 1.
             prediction = guided(model, scheduler.scale_model_input(z, t), t_batch, cond, null, g)
-            z = scheduler.step(prediction.to(z.dtype), t, z).prev_sample
+            z = scheduler.step(prediction.to(z.dtype), t, z, **fresh_noise(k, repeat)).prev_sample
     return kept.impose(z, schedule) if kept else z
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #6b5291da
@@ -181,7 +189,7 @@ def check_interval(interval: Sequence   # of guidance: two shares of the timeste
     low, high = interval
     return float(low), float(high)
 
-def _check_inputs(generator, masks, steps, strength, sampler, resample, **each):
+def _check_inputs(generator, masks, steps, strength, sampler, resample, eta, **each):
     "`MedsynError` for numbers or sizes that do not fit; `each` has one entry for each mask."
     for name, v in each.items():
         if v is not None and len(v) != len(masks):
@@ -197,6 +205,9 @@ def _check_inputs(generator, masks, steps, strength, sampler, resample, **each):
         raise MedsynError("keep names a region of a real image, and there is no image: pass init")
     if steps < 1 or not 0 <= strength <= 1:
         raise MedsynError(f"steps {steps}, strength {strength}: steps must be at least 1, strength in [0, 1]")
+    if not 0 <= eta <= 1 or eta and sampler != 'ddim':
+        raise MedsynError(f"eta={eta:g} with {sampler}: give 0, or a share of fresh noise up to 1 with"
+                          " sampler='ddim' alone")
     if resample < 1 or resample > 1 and sampler != 'ddim':
         raise MedsynError(f"resample={resample} with {sampler}: give 1, or more with sampler='ddim' alone")
 
@@ -207,7 +218,7 @@ def sample(generator: Denoiser,         # any generator
            steps: int = SAMPLE_STEPS,   # sampler steps
            guidance: float = None,      # g, 1 is none; `None`: see `defaults_of`
            guide: str = None,           # what the weaker half lacks: prompt or mask; `None`: as above
-           sampler: str = SAMPLER,      # ddim (eta 0), dpm++ or unipc
+           sampler: str = SAMPLER,      # ddim, dpm++ or unipc
            seeds: int | list = 0,       # one seed per image, or one number s for s, s+1, s+2, ...
            prompt: str = None,          # default: the backbone's
            bs: int = 8,                 # images sampled together; changes them by rounding alone
@@ -218,6 +229,7 @@ def sample(generator: Denoiser,         # any generator
            resample: int = 1,           # how often each step but the last is made (RePaint); above 1: ddim
            desc: str = 'sample',        # title of the progress bar
            interval: Sequence = (0., 1.), # shares of the timesteps between which guidance is used
+           eta: float = 0.,             # with ddim: share of fresh noise; 1 and as many steps as T is DDPM
            precision: str = None        # fp32, bf16 or fp16; `None`: see `train.autocast_of`
           ) -> np.ndarray:              # (N,H,W,3) uint8
     "Sample one image per mask; `MedsynError` names what does not fit."
@@ -228,7 +240,7 @@ def sample(generator: Denoiser,         # any generator
     needs_init = strength not in (None, 1)
     if strength is None: strength = 0.6 if keep is None else 1.
     interval = check_interval(interval)
-    _check_inputs(generator, masks, steps, strength, sampler, resample,
+    _check_inputs(generator, masks, steps, strength, sampler, resample, eta,
                   seeds=seeds, images=images, init=init, keep=keep)
     if needs_init and init is None:
         raise MedsynError(f"strength={strength:g} is how far a real image is noised, and there is no image:"
@@ -253,7 +265,7 @@ def sample(generator: Denoiser,         # any generator
         null = GUIDES[guide](cond, empty.expand(n, -1, -1))
         with autocast_of(bb.device, precision), computed_once(generator.steady_parts()):
             z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample,
-                        seeds[chosen], interval)
+                        seeds[chosen], interval, eta)
         return to_uint8(bb.codec.decode(z))
 
     was_training = generator.training

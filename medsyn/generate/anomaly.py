@@ -152,6 +152,9 @@ class AnomalyGenerator(MaskGenerator):
                               "give one of medsyn pretrain, or a Stable-Diffusion-1.x folder")
         if limit < 1: raise MedsynError(f"limit {limit}: give the largest weight of attention, 1 or more")
         if softmax and limit != 1.5: raise MedsynError("the softmax has no limit: leave limit or softmax out")
+        if not reweight and (softmax or limit != 1.5):
+            raise MedsynError("limit and softmax belong to the re-weighting, which reweight=False leaves out:"
+                              " drop them")
         dim = backbone.unet.config.cross_attention_dim
         self.embedding = embedding or AnomalyEmbedding(dim, tokens, encoder)
         settings = self.embedding.config
@@ -240,6 +243,7 @@ def anomaly_learner(
     reweight: bool = True,      # re-weight attention when an anomaly is added to a real image
     limit: float = 1.5,         # largest weight of attention, 1 or more
     softmax: bool = False,      # the paper's weights, without a limit
+    lr: float = None,           # `None`: 5e-3 on Stable Diffusion (as released), 5e-4 on a tiny backbone
     seed: int = 0,              # of the embedding's initial weights, the noise and the timesteps
     cbs: list = (),             # further callbacks
     **kwargs: object            # for `denoising_learner`
@@ -247,5 +251,6 @@ def anomaly_learner(
     "AnomalyDiffusion: tokens for appearance and place are trained, the backbone is frozen."
     with seeded(seed_of(seed, 'anomaly')):
         model = AnomalyGenerator(backbone, tokens, encoder, reweight, limit, softmax)
+    if not backbone.is_tiny: lr = lr or 5e-3    # a rate for fine-tuning hardly moves tokens that start small
     added = [MaskedLossCB()] if masked else []
-    return denoising_learner(dls, model, seed=seed, cbs=[*added, *cbs], **kwargs)
+    return denoising_learner(dls, model, lr=lr, seed=seed, cbs=[*added, *cbs], **kwargs)

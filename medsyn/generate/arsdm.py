@@ -199,8 +199,8 @@ class RefineCB(LossTermCB):
         n, backbone = self.learn.noised, self.model.backbone
         t, zt = n.t[chosen], n.zt[chosen]
         eps = backbone.schedule.to_eps(self.pred[chosen].float(), zt, t)
-        x0 = backbone.codec.decode(backbone.schedule.z0_from_eps(eps, zt, t))
-        return (x0/2 + .5).clamp(0, 1)
+        image = backbone.codec.decode(backbone.schedule.z0_from_eps(eps, zt, t))/2 + .5
+        return image + (image.clamp(0, 1) - image).detach()     # clamped, but the gradient is not cut
 
     def term(self):
         n = self.learn.noised
@@ -216,6 +216,7 @@ def arsdm_learner(
     backbone: Backbone = None,      # `None`: a pixel U-Net from scratch, as in the paper; not changed
     channels: tuple = (32, 64, 128),# of the pixel U-Net per level; in the paper six levels from 256
     layers: int = 1,                # its residual blocks per level, 1 or more; 2 in the paper
+    attend: tuple = None,           # longer sides at which it has self-attention, see `Backbone.pixels`
     hidden: int = 32,               # channels inside SPADE, 1 or more; 128 in the paper
     adaptive: bool = True,          # weight the loss by the mask
     normalise: bool = False,        # divide these weights by their mean in each image
@@ -232,7 +233,13 @@ def arsdm_learner(
     "ArSDM: SPADE, the adaptive L1 loss and, with a segmenter, the refinement."
     if backbone is None:
         noise = Schedule(1000, 0.0015, 0.0205)
-        backbone = Backbone.pixels(dls.size, channels, layers, schedule=noise, seed=seed_of(seed, 'arsdm'))
+        backbone = Backbone.pixels(dls.size, channels, layers, attend, noise, seed=seed_of(seed, 'arsdm'))
+    elif (tuple(channels), layers, attend) != ((32, 64, 128), 1, None):
+        raise MedsynError("channels, layers and attend are of the pixel U-Net, and a backbone was given:"
+                          " leave them or the backbone out")
+    if adaptive and kwargs.get('lesion_weight'):
+        raise MedsynError("lesion_weight is ArSDM's adaptive weight divided by its mean, and would count"
+                          " twice: use normalise=True instead, or adaptive=False")
     with seeded(seed_of(seed, 'spade')): model = ArSDMGenerator(backbone, hidden)
     if normalise and not adaptive:
         raise MedsynError("normalise divides the adaptive weights, which adaptive=False leaves out: drop one")

@@ -35,12 +35,15 @@ def unconditional_learner(
     dls: DataLoaders,       # of (image, mask); the masks are not used
     backbone: Backbone,     # pretrained; its U-Net is trained further in place
     scratch: bool = False,  # train a copy of the U-Net from random weights; the backbone is not changed
+    lr: float = None,       # `None`: that of `denoising_learner`; from scratch on Stable Diffusion 1e-4
     seed: int = 0,          # of the random weights, the noise and the timesteps
     **kwargs: object        # for `denoising_learner`
 ) -> Learner:               # its `.model` is the generator
     "A latent diffusion model without a mask: the baseline called LDM in the papers' tables."
+    _refuse_drops(kwargs, 'drop_mask')
     if scratch: backbone = random_weights(backbone, seed_of(seed, 'scratch'))
-    return denoising_learner(dls, Denoiser(backbone), seed=seed, **kwargs)
+    if scratch and not backbone.is_tiny: lr = lr or 1e-4
+    return denoising_learner(dls, Denoiser(backbone), lr=lr, seed=seed, **kwargs)
 
 @delegates(denoising_learner)
 def ddpm_learner(
@@ -48,12 +51,21 @@ def ddpm_learner(
     backbone: Backbone = None,          # not used: the network is a pixel U-Net from scratch
     channels: tuple = (32, 64, 128),    # of the U-Net per level
     layers: int = 1,                    # residual blocks per level, 1 or more; 2 in DDPM
+    attend: tuple = None,               # longer sides at which there is self-attention, see `Backbone.pixels`
     seed: int = 0,                      # of the random weights, the noise and the timesteps
     **kwargs: object                    # for `denoising_learner`
 ) -> Learner:                           # its `.model` is the generator
-    "A pixel diffusion model without a mask: the baseline called DDPM or, by its sampler, DDIM."
-    pixels = Backbone.pixels(dls.size, channels, layers, seed=seed_of(seed, 'ddpm'))
+    "A pixel diffusion model without a mask: the baseline called DDPM or, sampled with `eta` 0, DDIM."
+    _refuse_drops(kwargs, 'drop_mask', 'drop_prompt')
+    pixels = Backbone.pixels(dls.size, channels, layers, attend, seed=seed_of(seed, 'ddpm'))
     return denoising_learner(dls, Denoiser(pixels), seed=seed, **kwargs)
+
+def _refuse_drops(given, *names):
+    "`MedsynError` for a share of dropped masks or prompts in a network that does not see them."
+    for name in names:
+        if given.get(name):
+            raise MedsynError(f"{name} {given[name]}: this model does not see what would be dropped: leave"
+                              f" {name} out")
 
 def random_weights(backbone: Backbone,  # not changed
                    seed: int            # of the weights
@@ -73,6 +85,7 @@ class Method:
     about: str                  # one line, as `medsyn catalog` prints it
     cbs: Callable = list        # makes the callbacks that the method adds to the plain loss: () -> list
     tiny_lr: float = 1e-3       # learning rate on a tiny backbone; `None`: the learner's own
+    lr: float = 1e-5            # learning rate on Stable Diffusion; `None`: the learner's own
     networks: tuple = ()        # names of the networks, in the order of training, if there are several
     backbone: bool = True       # whether it needs a pretrained backbone
     schedule: str = 'constant'  # of the learning rate, see `fit_steps`
@@ -102,12 +115,13 @@ METHODS = {
     'anomaly': Method(
         anomaly_learner, AnomalyGenerator,
         "AnomalyDiffusion: the anomaly's appearance and place as tokens; the U-Net is frozen",
-        lambda: [MaskedLossCB()]),
+        lambda: [MaskedLossCB()], lr=None),
     'paired': Method(
         paired_learners, PairedGenerator,
         "PIG: image and mask are generated together, by a guider and a generator; needs no backbone",
         tiny_lr=None, networks=('guider', 'generator'), backbone=False, schedule='cosine'),
-    'unconditional': Method(unconditional_learner, Denoiser, "a latent diffusion model without a mask"),
+    'unconditional': Method(
+        unconditional_learner, Denoiser, "a latent diffusion model without a mask", lr=None),
     'ddpm': Method(ddpm_learner, Denoiser, "a pixel diffusion model without a mask; needs no backbone",
                    tiny_lr=None, backbone=False),
 }

@@ -176,9 +176,10 @@ def segment_learner(dls: DataLoaders,           # `pair_dls`: x (B,3,H,W) in [0,
     if channels_last: model = model.to(memory_format=torch.channels_last)
     shared = common_cbs(device, clip=clip, ema=None)
     if ema: shared.append(SegmenterEMACB(ema))
-    own_terms = getattr(getattr(model, 'net', None), 'loss_terms', list)()
+    net = getattr(model, 'net', None)
+    own_cbs = [*getattr(net, 'loss_terms', list)(), *getattr(net, 'training_cbs', list)()]
     return Learner(dls, model, loss_func=loss_func, lr=lr, wd=wd, opt_func=opt_func, splitter=splitter,
-                   metrics=DiceMetric() if metrics is None else metrics, cbs=[*shared, *own_terms, *cbs])
+                   metrics=DiceMetric() if metrics is None else metrics, cbs=[*shared, *own_cbs, *cbs])
 
 # %% ../../nbs/api/52_segment.learner.ipynb #2796245e
 def upsample(out: Tensor,   # logits (C,H,W) or (H,W)

@@ -277,8 +277,8 @@ class PairedMixCB(LossTermCB):
         super().before_fit()
         own = own_terms(self.learn)
         if self.passes == 1 and own:
-            raise MedsynError(f"passes=1 puts real and mixed images into one batch, and this network's own loss term"
-                              f" {own[0].name} needs a pass for each: give passes=2")
+            raise MedsynError("passes=1 puts real and mixed images into one batch, and this network's loss"
+                              f" term {own[0].name} needs a pass for each: give passes=2")
 
     def levels(self) -> tuple:
         "Strength and weight of this batch."

@@ -95,7 +95,7 @@ class SideTermCB(LossTermCB):
                               " remove the callback, or train the network that it belongs to")
         return side[self.key]
 
-    def after_pred(self): self.side = self.side_of(self.learn.pred)     # before `precision` replaces the prediction
+    def after_pred(self): self.side = self.side_of(self.learn.pred)     # `precision` replaces the prediction
     def after_batch(self): self.side = self.value = None
 
     def term(self):
@@ -142,13 +142,14 @@ class SANet(nn.Module):
         encoder: str,           # smp's name
         classes: int = 1,       # output channels, 1 or 2
         width: int = 64,        # channels of each of the three maps
-        correction: bool = True # whether predictions are corrected, see `probability_correction`
+        correction: bool = True,# whether predictions are corrected, see `probability_correction`
+        colours: bool = True    # whether training images exchange their colours, see `ColourExchangeCB`
     ):
         super().__init__()
         self.encoder, channels = pyramid(encoder, 3)
         self.linear3, self.linear4, self.linear5 = (self.linear(n, width) for n in channels)
         self.predict = self.started(nn.Conv2d(3*width, classes, 1))
-        self.correction = correction
+        self.correction, self.colours = correction, colours
 
     @staticmethod
     def started(conv):
@@ -177,6 +178,10 @@ class SANet(nn.Module):
         "The corrected logit."
         return probability_correction(logit) if self.correction else logit
 
+    def training_cbs(self) -> list:
+        "The callbacks that `segment_learner` adds."
+        return [ColourExchangeCB()] if self.colours else []
+
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #0b9bc753
 def exchange_colours(x: Tensor,         # (B,3,H,W) images in [0,1]
                      partners: Tensor   # (B,) index of the image whose colours are used
@@ -191,10 +196,11 @@ class ColourExchangeCB(Callback):
     "Each training image gets the colours of another image of its batch."
     order, run_valid = ORDER['steps'] + 1, False
     def partners(self,
-        n: int      # images in the batch
+        n: int,         # images in the batch
+        stream: str = '' # name of a further batch in the step
     ) -> Tensor:    # (n,) no image is its own partner, unless n is 1
         "A random cycle through the batch: the partner of each image."
-        seed = seed_of(getattr(self.dls.train, 'seed', 0), 'colour', self.train_iter)
+        seed = seed_of(getattr(self.dls.train, 'seed', 0), f'colour{stream}', self.train_iter)
         ring = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         partner_of = torch.empty_like(ring)
         partner_of[ring] = ring.roll(1)
@@ -204,6 +210,14 @@ class ColourExchangeCB(Callback):
         x, *others = self.xb
         exchanged = exchange_colours(x, self.partners(len(x)).to(x.device))
         self.learn.xb = (TensorImage(exchanged), *others)
+
+    def further(self,
+        x: Tensor,      # (B,3,H,W) images in [0,1] of a further batch in this step
+        y: Tensor,      # (B,H,W) their labels
+        stream: str     # its name
+    ) -> tuple:         # images and labels
+        "The same for a second stream."
+        return exchange_colours(x, self.partners(len(x), stream).to(x.device)), y
 
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #6296faaf
 class CascadedFusion(nn.Module):
@@ -312,6 +326,9 @@ class PolypPVT(nn.Module):
         drop_path: float = .1   # largest rate of skipped blocks in a PVT, in [0,1)
     ):
         super().__init__()
+        if drop_path != .1 and not encoder.startswith('tu-pvt'):
+            raise MedsynError(f"drop_path {drop_path}: {encoder!r} has no blocks that could be skipped: leave"
+                              " it out, or choose a PVT")
         options = dict(drop_path_rate=drop_path) if encoder.startswith('tu-pvt') else {}
         self.encoder, (c1, c2, c3, c4) = pyramid(encoder, 4, **options)
         self.Translayer2_0, self.Translayer2_1 = conv_bn(c1, width), conv_bn(c2, width)
@@ -398,7 +415,7 @@ def pixel_contrast(z: Tensor,           # (N,D) unit vectors
     return -temperature/base*per_sample.mean()
 
 # %% ../../nbs/api/51_segment.polyp_nets.ipynb #5f0fbdf3
-def contrast_pixels(mask: Tensor,           # (B,H,W): 1 lesion, 0 background; pixels of another label are not drawn
+def contrast_pixels(mask: Tensor,           # (B,H,W): 1 lesion, 0 background; other labels are not drawn
                     predicted: Tensor,      # (B,H,W) bool: predicted lesion
                     generator: torch.Generator, # source of the randomness, on the CPU
                     views: int = 100,       # pixels per image and class; a smaller class is skipped
@@ -492,7 +509,7 @@ def _built(cls, encoder, classes, options):
 
 def sanet(encoder: str, # smp's name of the encoder; the paper's is tu-res2net50d
           classes: int, # output channels
-          **kw          # of `SANet`: width, correction
+          **kw          # of `SANet`: width, correction, colours
          ) -> SANet:    # random weights
     "SANet: shallow attention and probability correction (Wei et al., MICCAI 2021)."
     return _built(SANet, encoder, classes, kw)
@@ -546,6 +563,15 @@ class MultiScaleCB(Callback):
         self.learn.xb = tuple(self.resized(x, rate) for x in self.xb)
         self.learn.yb = tuple(self.resized(y, rate) for y in self.yb)
 
+    def further(self,
+        x: Tensor,      # (B,3,H,W) images of a further batch in this step
+        y: Tensor,      # (B,H,W) their labels
+        stream: str     # its name
+    ) -> tuple:         # both at the size of this step
+        "The same for a second stream."
+        rate = self.rate()
+        return (x, y) if rate == 1 else (self.resized(x, rate), self.resized(y, rate))
+
 class ClipValuesCB(Callback):
     "Clips each element of the gradient."
     order, run_valid = ORDER['clip'], False
@@ -579,11 +605,22 @@ class Preset:
     cbs: Callable           # makes the callbacks of a run: () -> list
     sgd: bool = False       # SGD with Nesterov momentum 0.9; else AdamW
     encoder_share: float = 1. # the encoder's learning rate as a share of `lr`
+    steps_a_batch: int = 1  # how often a batch is trained on, at several sizes
 
     @property
     def rates(self):
         "The learning rates of encoder and decoder, for `fit_steps`."
         return np.array([self.lr*self.encoder_share, self.lr])
+
+    def beside(self,
+        n: int,     # training images
+        bs: int,    # batch size of a run
+        steps: int  # its steps
+    ) -> str:       # one sentence
+        "The published batch size and length beside those of a run."
+        published_steps = self.epochs*self.steps_a_batch*max(n//self.bs, 1)
+        return (f'The published training has batches of {self.bs} and {self.epochs} epochs: about'
+                f' {published_steps:,} steps with {n} images. This run has {steps:,} steps of {bs}.')
 
     def learner(self) -> dict:
         "The keywords of `segment_learner`."
@@ -591,10 +628,10 @@ class Preset:
         return dict(loss=self.loss, lr=self.lr, wd=self.wd, clip=None, splitter=encoder_and_decoder,
                     opt_func=sgd if self.sgd else None, cbs=self.cbs())
 
-def _of_sanet(): return [ColourExchangeCB(), MultiScaleCB((256/352, 288/352, 320/352, 1.), (.1, .2, .3, .4))]
+def _of_sanet(): return [MultiScaleCB((256/352, 288/352, 320/352, 1.), (.1, .2, .3, .4))]
 def _of_transformers(): return [MultiScaleCB(), ClipValuesCB(.5)]
-_transformers = dict(size=352, bs=16, lr=1e-4, wd=1e-4, schedule='flat', loss='structure_loss',
-                     augment='none', cbs=_of_transformers)
+_transformers = dict(size=352, bs=16, steps_a_batch=3, lr=1e-4, wd=1e-4, schedule='flat',
+                     loss='structure_loss', augment='none', cbs=_of_transformers)
 
 PRESETS = dict(
     sanet=Preset(352, 64, 128, .4, 5e-4, 'halved', 'bce_dice', 'flip', _of_sanet, True, .1),

@@ -200,11 +200,17 @@ class SynthTermCB(LossTermCB):
 
     def term(self):
         self.drawn += 1
-        x, y = self.draw()
+        x, y = self.as_the_real_batch(*self.draw())
         if self.changes is not None: x = recolour(x, self.changes, self.stream_seed('colour'))
         with NORMS[self.norm](self.model), random_stream(self.stream_seed('dropout'), x.device):
             out = self.model(x)
         return self.whole_loss(out, y)
+
+    def as_the_real_batch(self, x, y):
+        "What other callbacks do to the real images of a step: exchange colours, change the size."
+        for cb in self.learn.cbs:
+            if hasattr(cb, 'further'): x, y = cb.further(x, y, self.stream)
+        return x, y
 
     def whole_loss(self, out, y):
         "The loss of a pass of the stream: the network's own terms are in it, ignored pixels are not."
