@@ -1,34 +1,57 @@
-"""Rows of `does_it_pay` that other pages compare with: the same labelled images, test images, network and steps."""
+"""Rows that several pages compare with: the same labelled images, test images, network and steps.
+
+The controls are those of `rivals`; the spread of runs is that of `does_it_pay` and of the controls."""
 import pandas as pd
 
 from medsyn.evaluate.stats import compare_pooled
 
 SUBSET = 'n100-s0'
+CONTROL = 'real pairs as the stream'    # what the stream does without synthesis
 
 def stored_runs():
-    "The rows with 100 labels, of every arm and subset: they say how much a run varies."
+    "The rows of `does_it_pay` with 100 labels, of every arm and subset."
     rows = pd.read_csv('../results/does_it_pay/scores.csv.gz', dtype=dict(name=str))
     counted = (rows.labels == 100) & rows.testset.isin(['in distribution', 'C5'])
     return rows[counted].fillna(dict(generator=''))
 
-def beside_baseline(scores, metric, arms=()):
-    "A page's arms, and some stored ones, beside the stored runs of *two-passes*: means, runs and differences."
-    runs = stored_runs()
-    first = runs[(runs.subset == SUBSET) & runs.arm.isin(['two-passes', *arms])]
-    own = scores.assign(subset=SUBSET, generator='own')
-    all_rows = pd.concat([first, own], ignore_index=True)
-    by = ['testset', 'arm']
-    shown = (100*all_rows.groupby(by, sort=False)[metric].mean()).rename('mean').to_frame()
-    shown['runs'] = all_rows.drop_duplicates([*by, 'generator', 'seed']).groupby(by).size()
-    found = compare_pooled(all_rows, 'two-passes', metric, repeated=runs).set_index(by)
+def control_runs():
+    "The runs of *two-passes* and of the real pairs as a stream, three each."
+    return pd.read_csv('../results/rivals/controls.csv', dtype=dict(name=str)).assign(generator='')
+
+def all_runs():
+    "Every repeated run: they say how far another run of an arm may lie from it."
+    return pd.concat([stored_runs(), control_runs().assign(subset='controls')], ignore_index=True)
+
+def with_controls(scores):
+    "A page's rows under the controls and FixMatch."
+    fixmatch = stored_runs().query('subset == @SUBSET and arm == "fixmatch"')
+    own = scores.assign(generator='own')
+    return pd.concat([control_runs(), fixmatch, own], ignore_index=True).assign(subset=SUBSET)
+
+def beside_baseline(scores, metric):
+    "A page's arms, the controls and FixMatch beside *two-passes*: means, runs and differences."
+    rows, by = with_controls(scores), ['testset', 'arm']
+    shown = (100*rows.groupby(by, sort=False)[metric].mean()).rename('mean').to_frame()
+    shown['runs'] = rows.drop_duplicates([*by, 'generator', 'seed']).groupby(by).size()
+    found = compare_pooled(rows, 'two-passes', metric, repeated=all_runs()).set_index(by)
     return shown.join(found[['diff', 'lo', 'hi', 'shown']]).reset_index()
+
+def points(row):
+    "A difference in points with its interval; n.s. where the interval contains 0."
+    if pd.isna(row['diff']): return ''
+    return f"{100*row['diff']:+.1f} ({100*row.lo:+.1f} to {100*row.hi:+.1f})" + ' n.s.'*(not row.shown)
 
 def table_of(rows):
     "Rows of `beside_baseline` as people read them: means, differences in words, and the number of runs."
-    def points(row):
-        if pd.isna(row['diff']): return ''
-        return f"{100*row['diff']:+.1f} ({100*row.lo:+.1f} to {100*row.hi:+.1f})" + ' n.s.'*(not row.shown)
     table = rows.assign(difference=rows.apply(points, axis=1)).round(1)
     wide = table.pivot(index='arm', columns='testset', values=['mean', 'difference'])
     wide = wide.reindex(columns=list(dict.fromkeys(rows.testset)), level=1)
     return wide.loc[list(dict.fromkeys(rows.arm))].assign(runs=table.groupby('arm').runs.max())
+
+def contrasts(scores, metric, questions):
+    "The difference of two arms of a page for each question, (name, arm, other arm)."
+    rows, runs, told = with_controls(scores), all_runs(), {}
+    for name, arm, other in questions:
+        found = compare_pooled(rows[rows.arm.isin([arm, other])], other, metric, repeated=runs)
+        told[name] = found.set_index('testset').apply(points, axis=1)
+    return pd.DataFrame(told).T.reindex(columns=list(dict.fromkeys(rows.testset)))
