@@ -326,7 +326,7 @@ class PolypPVT(nn.Module):
         drop_path: float = .1   # largest rate of skipped blocks in a PVT, in [0,1)
     ):
         super().__init__()
-        if drop_path != .1 and not encoder.startswith('tu-pvt'):
+        if drop_path not in (0., .1) and not encoder.startswith('tu-pvt'):
             raise MedsynError(f"drop_path {drop_path}: {encoder!r} has no blocks that could be skipped: leave"
                               " it out, or choose a PVT")
         options = dict(drop_path_rate=drop_path) if encoder.startswith('tu-pvt') else {}
