@@ -213,8 +213,9 @@ class SynthTermCB(LossTermCB):
         return x, y
 
     def whole_loss(self, out, y):
-        "The loss of a pass of the stream: the network's own terms are in it, ignored pixels are not."
-        return with_own_terms(self.learn, lambda out, y: self.learn.loss_func(*leave_out(out, y)))(out, y)
+        "The loss of a pass of the stream, with the network's own terms and without ignored pixels."
+        def of_known_pixels(logits, labels): return self.learn.loss_func(*leave_out(logits, labels))
+        return with_own_terms(self.learn, of_known_pixels)(out, y)
 
     def real_loss(self):
         "The loss of the real batch, with the network's own terms: they come before this callback."

@@ -6,7 +6,6 @@ import pandas as pd
 from medsyn.evaluate.stats import compare_pooled
 
 SUBSET = 'n100-s0'
-CONTROL = 'real pairs as the stream'    # what the stream does without synthesis
 
 def stored_runs():
     "The rows of `does_it_pay` with 100 labels, of every arm and subset."
