@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from medsyn.core import hardware, save_json, versions, write_atomic
@@ -95,6 +96,12 @@ def keep_record(file, notebook, started, **more):
                          commit=os.environ.get('MEDSYN_COMMIT', ''), versions=versions(),
                          hardware=f'{hardware()}, one thread, shared with other work',
                          seconds=round(time.time() - started), **more))
+
+def write_curves(compared, file):
+    "Held-out Dice of every run of a comparison while it trained: arm, step, Dice."
+    logs = {f.name.split('_unet_')[0]: pd.read_csv(f) for f in sorted((compared/'runs').glob('*.log.csv'))}
+    rows = [log[['step', 'held-out dice@0.5']].dropna().assign(arm=arm) for arm, log in logs.items()]
+    write_atomic(file, pd.concat(rows).round(4).to_csv(index=False))
 
 def say(*words):
     "Print at once, for a log."
