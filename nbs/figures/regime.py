@@ -97,10 +97,13 @@ def keep_record(file, notebook, started, **more):
                          hardware=f'{hardware()}, one thread, shared with other work',
                          seconds=round(time.time() - started), **more))
 
-def write_curves(compared, file):
-    "Held-out Dice of every run of a comparison while it trained: arm, step, Dice."
-    logs = {f.name.split('_unet_')[0]: pd.read_csv(f) for f in sorted((compared/'runs').glob('*.log.csv'))}
-    rows = [log[['step', 'held-out dice@0.5']].dropna().assign(arm=arm) for arm, log in logs.items()]
+def logs_of(compared):
+    "The log files of a comparison's runs, by the name of the arm or of arm and subset."
+    return {f.name.split('_unet_')[0]: f for f in sorted((compared/'runs').glob('*.log.csv'))}
+
+def write_curves(logs, file):
+    "Held-out Dice of runs while they trained, from their log files by name: run, step, Dice."
+    rows = [pd.read_csv(log)[['step', 'held-out dice@0.5']].dropna().assign(run=name) for name, log in logs.items()]
     write_atomic(file, pd.concat(rows).round(4).to_csv(index=False))
 
 def say(*words):

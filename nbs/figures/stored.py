@@ -1,9 +1,11 @@
-"""Rows that several pages compare with: the same labelled images, test images, network and steps.
+"""What several pages share: rows to compare with, tables, curves and figures.
 
-The controls are those of `rivals`; the spread of runs is that of `does_it_pay` and of the controls."""
+The rows are of the same labelled images, test images, network and steps. The controls are those of `rivals`;
+the spread of runs is that of `does_it_pay` and of the controls."""
+import matplotlib.pyplot as plt
 import pandas as pd
 
-from medsyn.evaluate.stats import compare_pooled
+from medsyn.evaluate.stats import compare_folds, compare_pooled, plot_differences
 
 SUBSET = 'n100-s0'
 
@@ -55,9 +57,29 @@ def contrasts(scores, metric, questions):
         told[name] = found.set_index('testset').apply(points, axis=1)
     return pd.DataFrame(told).T.reindex(columns=list(dict.fromkeys(rows.testset)))
 
-def ends_of_curves(file):
-    "How much the held-out Dice of each arm changes in the last fifth of its 750 steps, in words."
-    curves = pd.read_csv(file).pivot(index='arm', columns='step', values='held-out dice@0.5')
+def ends_of_curves(file, images):
+    "How much the held-out Dice of each run, on so many images, changes in the last fifth of its 750 steps; in words."
+    curves = pd.read_csv(file).pivot(index='run', columns='step', values='held-out dice@0.5')
     change = 100*(curves[750] - curves[600])
-    return (f"Held-out Dice in the last fifth of the steps (ten images): {change.mean():+.1f} points on average,"
+    return (f"Held-out Dice in the last fifth of the steps ({images} images): {change.mean():+.1f} points on average,"
             f" {change.min():+.1f} to {change.max():+.1f} over the {len(change)} runs.")
+
+def means_of_folds(scores):
+    "Mean Dice@0.5 of each arm in each fold, in percent."
+    return 100*scores.groupby(['arm', 'testset'], sort=False)['dice@0.5'].mean().unstack('testset')
+
+def table_of_folds(scores):
+    "Means of each fold, their mean, the number of runs, and the difference to two-passes."
+    means = means_of_folds(scores)
+    found = compare_folds(scores, 'two-passes').set_index('arm')
+    told = found.apply(points, axis=1).rename('difference')
+    runs = scores.drop_duplicates(['arm', 'testset', 'seed']).groupby('arm').size().rename('runs')
+    return means.assign(mean=means.mean(axis=1)).round(1).join(runs).join(told).fillna('')
+
+def plot_folds(scores):
+    "The difference to two-passes in each fold, and their mean with its interval."
+    means = means_of_folds(scores)
+    gains = means.drop('two-passes') - means.loc['two-passes']
+    _, ax = plt.subplots(figsize=(5, .9 + .45*len(gains)), dpi=75, layout='constrained')
+    plot_differences(compare_folds(scores, 'two-passes'), ax=ax)
+    for y, arm in enumerate(gains.index): ax.plot(gains.loc[arm], [y + .3]*gains.shape[1], '|', color=f'C{y}', ms=9)
