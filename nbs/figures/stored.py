@@ -1,7 +1,7 @@
 """What several pages share: rows to compare with, tables, curves and figures.
 
-The rows are of the same labelled images, test images, network and steps. The controls are those of `rivals`;
-the spread of runs is that of `does_it_pay` and of the controls."""
+The rows are of the same labelled images, test images, network and steps. The controls are those of `rivals` and
+`does_it_pay`, and so is the spread of runs; a run that both pages have counts once."""
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -16,18 +16,21 @@ def stored_runs():
     return rows[counted].fillna(dict(generator=''))
 
 def control_runs():
-    "The runs of *two-passes* and of the real pairs as a stream, three each."
-    return pd.read_csv('../results/rivals/controls.csv', dtype=dict(name=str)).assign(generator='')
+    "The runs of *two-passes* and of the real pairs as a stream, three each; seeds from 100 on as in `does_it_pay`."
+    runs = pd.read_csv('../results/rivals/controls.csv', dtype=dict(name=str))
+    return runs.assign(seed=runs.seed + 100, generator='', subset=SUBSET)
 
 def all_runs():
-    "Every repeated run: they say how far another run of an arm may lie from it."
-    return pd.concat([stored_runs(), control_runs().assign(subset='controls')], ignore_index=True)
+    "Every stored run, once: they say how far another run of an arm may lie from it."
+    runs = pd.concat([stored_runs(), control_runs()], ignore_index=True)
+    return runs.drop_duplicates(['arm', 'subset', 'generator', 'seed', 'testset', 'name'])
 
 def with_controls(scores):
     "A page's rows under the controls and FixMatch."
-    fixmatch = stored_runs().query('subset == @SUBSET and arm == "fixmatch"')
-    own = scores.assign(generator='own')
-    return pd.concat([control_runs(), fixmatch, own], ignore_index=True).assign(subset=SUBSET)
+    controls = ['two-passes', 'real pairs as the stream', 'fixmatch']
+    runs = all_runs().query('subset == @SUBSET and arm in @controls')
+    return pd.concat([*(runs[runs.arm == arm] for arm in controls), scores.assign(generator='own', subset=SUBSET)],
+                     ignore_index=True)
 
 def beside_baseline(scores, metric):
     "A page's arms, the controls and FixMatch beside *two-passes*: means, runs and differences."
