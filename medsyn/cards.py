@@ -108,6 +108,7 @@ def facts_of(folder: str | Path     # a saved folder
         kept = [row for row in rows if 'file' in row]
         sources = {str(row.get('source')) for row in kept}
         data = dict(pairs=len(kept), dropped=len(rows) - len(kept), masks_from=len(sources))
+        if kept and not any('mask' in row for row in kept): data = dict(images_without_masks=len(kept))
         data['content'] = content_hash(''.join(str(r.get('file_hash', '')) for r in kept))
     return dict(kind=kind, data=data, settings=settings, measured=measured)
 
@@ -116,7 +117,8 @@ _USE = {
     'segmenter': "Research on segmentation. It marks what looks like the lesions of its training images.",
     'generator': "Research: making further training pictures for segmentation.",
     'backbone': "Research: the U-Net, codec and prompts that `medsyn train --backbone` starts from.",
-    'synthetic set': "Training segmentation models beside real images."}
+    'synthetic set': "Training segmentation models beside real images.",
+    'images': "Judging a generator, and training methods that learn from images without masks."}
 _LIMITS = {
     'segmenter': "It is not a medical device. It is not validated for another clinic, device, population or"
                  " kind of lesion, and its probabilities are not calibrated.",
@@ -125,7 +127,8 @@ _LIMITS = {
     'backbone': "It has learned from its training images alone, and it takes no mask. Images sampled from it"
                 " can repeat training images.",
     'synthetic set': "Not for diagnosis, for prevalence, or as a test set. The masks are what the generator"
-                     " was asked for; how well they are obeyed is stated above if it was measured."}
+                     " was asked for; how well they are obeyed is stated above if it was measured.",
+    'images': "Not for diagnosis, for prevalence, or as a test set. No image has a mask."}
 _TASK = {'segmenter': 'image-segmentation', 'generator': 'text-to-image',
          'backbone': 'unconditional-image-generation'}
 
@@ -152,18 +155,19 @@ def card_text(folder: str | Path,   # a saved folder
     "The card of a folder."
     facts = facts_of(folder)
     kind = facts['kind']
+    about = 'images' if 'images_without_masks' in facts['data'] else kind
     sentences = facts['measured'] or ['Nothing was measured yet' + _HOW_TO_MEASURE.get(kind, '.')]
     measured = '\n'.join(f'- {s}' for s in sentences)
     title = {'segmenter': 'A segmentation network', 'generator': 'A generator of medical images',
              'backbone': 'A backbone for generators of medical images',
-             'synthetic set': 'Synthetic image-mask pairs'}[kind]
+             'synthetic set': 'Synthetic image-mask pairs', 'images': 'Synthetic images without masks'}[about]
     licence_text = ("The licence of the training data decides; it was not stated." if licence == 'other'
                     else f"{licence}, as stated by the publisher.")
     return (f"---\n{_header(kind, licence)}\n---\n\n# {title}\n\n"
             f"Made with medsyn.\n\n## Data\n\nCounts and hashes of contents; names are not recorded.\n\n"
             f"{_listed(facts['data'])}\n\n## Measured\n\n{measured}\n\n"
-            f"## Settings\n\n{_listed(facts['settings'])}\n\n## Intended use\n\n{_USE[kind]}\n\n"
-            f"## Limits\n\n{_LIMITS[kind]}\n\n## Licence\n\n{licence_text}\n")
+            f"## Settings\n\n{_listed(facts['settings'])}\n\n## Intended use\n\n{_USE[about]}\n\n"
+            f"## Limits\n\n{_LIMITS[about]}\n\n## Licence\n\n{licence_text}\n")
 
 def write_card(folder: str | Path,      # a saved folder
                licence: str = None      # `None`: as in its present card, else other

@@ -299,12 +299,13 @@ def train(
     make_generator(pairs, opened, out, source=source, settings=settings(set),
                    unlabelled=_frames(unlabelled, how), **kw)
     if kw['dry_run']: return
-    needs_mask = method.opens.needs_mask
-    obeyed = 'mask' if needs_mask else 'guidance'
+    draws_pairs, needs_mask = issubclass(method.opens, PairGenerator), method.opens.needs_mask
+    probe = 'held-out losses'
+    if needs_mask: probe = 'is the mask obeyed?'
+    if draws_pairs: probe = 'is the guidance obeyed?'
     masks = f' --data {data}' if needs_mask else ''
-    print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv (is the {obeyed} obeyed?)')
-    if needs_mask or issubclass(method.opens, PairGenerator):
-        print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
+    print(f'Made: {out} (a generator), {out}/log.csv (losses), {out}/probe.csv ({probe})')
+    print(f'Next: medsyn synth {out}{masks} --out synthetic -n 200')
 
 # %% ../nbs/api/80_cli.ipynb #31312dd0
 @command('synth.synthesize', READING, leave='pairs hardness fit', late='into keep least',
@@ -322,18 +323,17 @@ def synth(
     how: object = None,  # with which choices files are read
     **kw               # of `synthesize`
 ):
-    "Sample synthetic pairs; the same command resumes."
+    "Sample synthetic pairs, or images alone by a generator without masks; the same command resumes."
     from medsyn.core import default_device
     from medsyn.experiment import draws_pairs
     from medsyn.generate.catalog import load_generator
     from medsyn.synth import finished, synthesize
     opened = load_generator(generator).to(default_device())
+    if not draws_pairs(opened) and not opened.needs_mask:
+        unused = dict(data=data, into=into, keep=keep, least=least, least_margin=least_margin)
+        return _draw_images(opened, generator, out, n, kw, unused)
     if data is None and not draws_pairs(opened):
-        if opened.needs_mask:
-            raise MedsynError("this generator draws under given masks: say whose with --data")
-        raise MedsynError(f"{generator} was trained without masks, so its images have none: give a generator"
-                          " that was trained with masks, or draw images alone in Python"
-                          " (medsyn.diffusion.sample.sample)")
+        raise MedsynError("this generator draws under given masks: say whose with --data")
     pairs = None if draws_pairs(opened) else _lenders(data, how)
     if into and kw['start'] == 'noise': kw['start'] = 'inpaint'
     made = synthesize(opened, pairs, out, n, keep=_obedient(keep, least), into=_receivers(into, how),
@@ -344,6 +344,20 @@ def synth(
     real = data if pairs and pairs[0].image else 'REAL_FOLDER'
     print(f"Next: medsyn score {out} --real {real}, then"
           f" medsyn compare {real} --tests TEST_FOLDER --arms real {out} --out results")
+
+def _draw_images(opened, generator, out, n, kw, unused):
+    "Images alone; `MedsynError` for what only a generator with masks can follow."
+    from medsyn.synth import synthesize_images
+    taken, options = options_of('synth.synthesize_images'), COMMANDS['synth'].options
+    unused = unused | {name: value for name, value in kw.items() if name not in taken}
+    given = [f'--{name}' for name, value in unused.items() if value != options[name].default]
+    if given:
+        raise MedsynError(f"{generator} was trained without masks and draws images alone, from a seed:"
+                          f" leave {', '.join(given)} out")
+    made = synthesize_images(opened, out, n, **{name: value for name, value in kw.items() if name in taken})
+    print(f'Made: {len(made)} images without masks in {out}, described in {out}/manifest.jsonl')
+    print(f"Next: medsyn score {out} --real REAL_FOLDER, or"
+          f" medsyn segment REAL_FOLDER --arm fixmatch --unlabelled {out} --out model")
 
 def _receivers(folder, how):
     "Pairs, or images without masks; nothing without a folder."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STARTS', 'STRENGTHS', 'LEAST_MARGIN', 'plan', 'generator_hash', 'png_bytes', 'finished', 'Draft', 'Job', 'from_noise',
            'from_real', 'from_paste', 'from_inpaint', 'put_back', 'render', 'saved_margin', 'measured_margin',
-           'check_margin', 'keep_new', 'keep_all', 'teacher_of', 'synthesize']
+           'check_margin', 'keep_new', 'keep_all', 'teacher_of', 'synthesize', 'synthesize_images']
 
 # %% ../nbs/api/40_synth.ipynb #698f91c7
 import io
@@ -29,7 +29,7 @@ from .data.pairs import (Pair, Reading, both_sides, plain_size, read_image, read
                                refuse_classes, size_text)
 from .data.volumes import stem_of
 from .data.paste import feathered, move, paste, random_moves
-from .diffusion.learner import PairGenerator, denoising_losses, margin
+from .diffusion.learner import Denoiser, PairGenerator, denoising_losses, margin
 from .diffusion.sample import check_interval, defaults_of, sample
 from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from .processes import count, gathered, is_main, main_first, number, wait
@@ -111,9 +111,10 @@ def _append(out, row):
     return row
 
 def _store(out, i, image, draft, row):
-    "The files of one pair; its line of the manifest."
+    "The files of one image; its line of the manifest."
     shown = image[..., 0] if row.get('grey') else image
-    pictures = dict(file=('images', shown), mask=('masks', draft.mask*255))
+    pictures = dict(file=('images', shown))
+    if draft.mask is not None: pictures['mask'] = ('masks', draft.mask*255)
     if draft.unknown is not None: pictures['ignored'] = ('ignored', draft.unknown*255)
     row = dict(row, index=i)
     for kind, (folder, picture) in pictures.items():
@@ -123,7 +124,7 @@ def _store(out, i, image, draft, row):
     return row
 
 def _write(out, i, image, draft, row):
-    "One pair and its line; the line comes last, so that it vouches for the files."
+    "One image and its line; the line comes last, so that it vouches for the files."
     return _append(out, _store(out, i, image, draft, row))
 
 def _init_run(out, config):
@@ -138,7 +139,7 @@ def _init_run(out, config):
 @dataclass
 class Draft:
     "What is settled about a synthetic image before the generator runs."
-    mask: np.ndarray            # (H,W) uint8 in {0,1}: the label
+    mask: np.ndarray            # (H,W) uint8 in {0,1}: the label; `None`: the image has none
     seed: int                   # of the noise
     about: dict                 # what the manifest says of its origin
     init: np.ndarray = None     # (H,W,3) uint8 picture that it starts from; `None`: noise
@@ -398,6 +399,15 @@ def _under_masks(generator, job, start, strength, settings):
         return list(zip(images, drafts, entries, strict=True))
     return draw
 
+def _without_masks(generator, size, seed, settings):
+    "The same for images alone."
+    nothing = np.zeros(both_sides(size), np.uint8)
+    def draw(indices):
+        seeds = [seed_of(seed, 'image', i) for i in indices]
+        images = sample(generator, np.stack([nothing]*len(seeds)), seeds=seeds, bs=len(seeds), **settings)
+        return [(image, Draft(None, s, {}), dict(seed=s)) for image, s in zip(images, seeds, strict=True)]
+    return draw
+
 def _with_masks(generator, size, seed, settings):
     "The same for images sampled with their masks; `dropped` says why a drawn mask cannot be used."
     def draw(indices):
@@ -456,7 +466,7 @@ def _make_batch(draw, out, indices, rows, n, settings, keep, tries):
 def _check_request(n, tries, steps, into, healthy):
     "`MedsynError` for numbers below 1, and for `healthy` without the pictures that it speaks of."
     if n < 1 or tries < 1:
-        raise MedsynError(f"{n} synthetic pairs, {tries} tries for each: ask for at least 1")
+        raise MedsynError(f"{n} synthetic images, {tries} tries for each: ask for at least 1")
     if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
     if healthy and into is None:
         raise MedsynError("healthy says that the pictures of into have no lesion, and into is not given: add"
@@ -522,11 +532,23 @@ def _check_masks_alone(pairs, needs_image, start, into):
         raise MedsynError(f"{alone} is a mask without an image, and start={start!r} needs its image:"
                           " use start='noise', or start='inpaint' with into")
 
+def _settled(generator, settings, size):
+    "The sampler's settings with their defaults; `MedsynError` for what the backbone cannot do."
+    backbone, given = generator.backbone, dict(settings)
+    given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
+    given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
+    given['steps'], given['sampler'] = given['steps'] or SAMPLE_STEPS, given['sampler'] or SAMPLER
+    given.update(_within(given.pop('interval')))
+    backbone.check_size(size)
+    backbone.schedule.sampler(given['sampler'])
+    backbone.text([given['prompt']])
+    return given
+
 def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, into, hardness, healthy):
     "What a generator under masks needs: the job, its settings, and the rest of what determines the run."
     if not generator.needs_mask:
-        raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use a"
-                          " generator with a mask")
+        raise MedsynError(f"{type(generator).__name__} takes no mask, so its images have none: use"
+                          " synthesize_images, or a generator with a mask")
     if pairs is None:
         raise MedsynError("this generator samples under given masks: give pairs that lend theirs")
     masks = pick(masks, MASK_KINDS, 'kind of masks') if masks else None
@@ -536,15 +558,7 @@ def _plan_masks(generator, pairs, masks, seed, size, settings, start, strength, 
                           " masks='real'")
     refuse_classes(pairs)
     _check_masks_alone(pairs, generator.needs_image, start, into)
-    backbone = generator.backbone
-    given = dict(settings)
-    given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
-    given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
-    given['steps'], given['sampler'] = given['steps'] or SAMPLE_STEPS, given['sampler'] or SAMPLER
-    given.update(_within(given.pop('interval')))
-    backbone.check_size(size)                       # each refuses what the backbone cannot do
-    backbone.schedule.sampler(given['sampler'])
-    backbone.text([given['prompt']])
+    given = _settled(generator, settings, size)
     pairs = _sources(sorted(pairs, key=lambda p: p.name), size)
     _check_hardness(hardness, pairs)
     receivers = None if into is None else list(into)
@@ -648,3 +662,31 @@ def _too_few(rows, kept, n, out, keep):
     remedy = f'{lower}train the generator longer, and choose a new folder; or raise tries'
     return (f"{cause} {len(rows) - kept} of {len(rows)} images ({out/'manifest.jsonl'} says why{note}),"
             f" {kept} of {n} are kept: {remedy}")
+
+# %% ../nbs/api/40_synth.ipynb #5a1c0d02
+def synthesize_images(generator: Denoiser,  # takes no mask
+                      out: Path,            # folder to write: images/, manifest.jsonl, synth.json
+                      n: int,               # images to write
+                      seed: int = 0,        # of everything
+                      steps: int = None,    # sampler steps; `None`: 20
+                      guidance: float = None, # `None`: the generator's own; 1 is none
+                      sampler: str = None,  # ddim, dpm++ or unipc; `None`: dpm++
+                      prompt: str = None,   # default: the backbone's
+                      bs: int = 8,          # images made together; changes them by rounding alone
+                      size: int | tuple = None, # side, or HxW, in pixels; default: the generator's
+                      interval: Sequence[float] = None, # shares of the timesteps that are guided; `None`: all
+                     ) -> list:             # of `Path`, the images
+    "Make `n` images without masks, or resume; `MedsynError` for a generator that has masks."
+    if isinstance(generator, PairGenerator) or generator.needs_mask:
+        raise MedsynError(f"{type(generator).__name__} makes pairs of image and mask: use synthesize")
+    _check_request(n, 1, steps, None, False)
+    out, size = Path(out), plain_size(size or generator.backbone.size)
+    given = dict(steps=steps, guidance=guidance, guide=None, sampler=sampler, prompt=prompt,
+                 interval=interval)
+    settings = _settled(generator, given, size)
+    made_by = dict(settings, generator=generator_hash(generator))
+    rows = _init_run(out, dict(made_by, n=n, seed=seed, size=size))
+    _run(_without_masks(generator, size, seed, settings), out, rows, n, bs, made_by, None, 0)
+    if is_main(): write_card(out)
+    wait()
+    return [out/row['file'] for row in rows]

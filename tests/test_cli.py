@@ -394,8 +394,7 @@ def test_what_a_method_lacks(made, tmp_path, capsys):
     out, data = f'--out {tmp_path}/x', f'{made}/train'
     refused = {
         f'train {data}/images --backbone {made}/bb --steps 1 {out}': 'no image/mask pairs',
-        f'synth {tmp_path}/u {out}': 'was trained without masks, so its images have none',
-        f'synth {tmp_path}/u --data {data} {out}': 'takes no mask',
+        f'synth {tmp_path}/u --data {data} --start real {out}': 'from a seed: leave --data, --start out',
         f'synth {made}/gen {out}': 'say whose with --data',
         f'synth {tmp_path}/mi --anyway --data {data} {out}': "samples under a real image's own mask",
         f'synth {tmp_path}/mi --anyway --masks real --data {data}/masks {out}': 'sees both: give pairs',
@@ -404,6 +403,20 @@ def test_what_a_method_lacks(made, tmp_path, capsys):
     }
     for line, words in refused.items(): assert words in fails(capsys, line), line
     assert not (tmp_path/'x').exists()
+
+def test_a_generator_without_masks(made, tmp_path, capsys):
+    "It draws images alone, which an arm can use that learns from images without masks."
+    train = f'train {made}/train --backbone {made}/bb --method uncond --steps 2 --bs 4 --out {tmp_path}/u'
+    assert medsyn(train) == 0
+    assert f'Next: medsyn synth {tmp_path}/u --out synthetic' in capsys.readouterr().out
+    assert medsyn(f'synth {tmp_path}/u --out {tmp_path}/x -n 9 --steps 2 --seed 3') == 0
+    assert 'Made: 9 images without masks' in capsys.readouterr().out
+    assert len(list((tmp_path/'x'/'images').iterdir())) == 9 and not (tmp_path/'x'/'masks').exists()
+    segment = f'segment {made}/train --arm fixmatch --unlabelled {tmp_path}/x --out {tmp_path}/s'
+    assert medsyn(f'{segment} --size 32 --steps 2 --bs 2 --encoder lcnet_050') == 0
+    arms = f'compare {made}/train --tests {made}/test --size 32 --out {tmp_path}/c --arms'
+    assert 'no image/mask pairs' in fails(capsys, f'{arms} stream:{tmp_path}/x')
+    assert 'has no mask, so it is no partner' in fails(capsys, f'{arms} mcpmix-learned:{tmp_path}/x')
 
 # Help ----------------------------------------------------------------------------------------------
 

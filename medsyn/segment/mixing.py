@@ -49,7 +49,11 @@ def find_partners(folder: str | Path,   # what `synthesize(..., masks='real')` w
     real_pairs = {p.name: p for p in pairs}
     for row in track(_manifest(folder), 'partners'):
         if 'dropped' in row: continue
-        image_file, mask_file = folder/row['file'], folder/row['mask']
+        image_file = folder/row['file']
+        if 'mask' not in row:
+            raise MedsynError(f"{image_file} has no mask, so it is no partner of a real image: run synthesize"
+                              " with masks='real' and a generator that takes masks")
+        mask_file = folder/row['mask']
         if 'transform' not in row:
             raise MedsynError(f"{image_file} has a mask that its generator made itself, so it is no partner"
                               " of a real image: run synthesize with masks='real' and a generator that"
