@@ -64,7 +64,8 @@ def ends_of_curves(file, images):
     "How much the held-out Dice of each run, on so many images, changes in the last fifth of its 750 steps; in words."
     curves = pd.read_csv(file).pivot(index='run', columns='step', values='held-out dice@0.5')
     change = 100*(curves[750] - curves[600])
-    return (f"Held-out Dice in the last fifth of the steps ({images} images): {change.mean():+.1f} points on average,"
+    mean = round(change.mean(), 1) + 0.     # no -0.0
+    return (f"Held-out Dice in the last fifth of the steps ({images} images): {mean:+.1f} points on average,"
             f" {change.min():+.1f} to {change.max():+.1f} over the {len(change)} runs.")
 
 def means_of_folds(scores):
