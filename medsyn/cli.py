@@ -293,6 +293,9 @@ def train(
     from medsyn.experiment import make_generator
     from medsyn.generate.catalog import METHODS, method_name
     method = METHODS[method_name(kw['method'])]
+    if prompt and not backbone:
+        raise MedsynError(f"method {kw['method']!r} has networks of its own, which see no prompt:"
+                          " leave --prompt out")
     pairs = find_pairs(data, how=how)
     opened = Backbone.from_pretrained(backbone, kw['size'], prompt) if backbone else None
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
@@ -331,7 +334,9 @@ def synth(
     opened = load_generator(generator).to(default_device())
     if not draws_pairs(opened) and not opened.needs_mask:
         unused = dict(data=data, into=into, keep=keep, least=least, least_margin=least_margin)
-        return _draw_images(opened, generator, out, n, kw, unused)
+        return _draw_images(opened, generator, out, n, kw, unused, how)
+    if draws_pairs(opened) and data is not None:
+        raise MedsynError(f"{generator} draws its own masks, from a seed: leave --data out")
     if data is None and not draws_pairs(opened):
         raise MedsynError("this generator draws under given masks: say whose with --data")
     pairs = None if draws_pairs(opened) else _lenders(data, how)
@@ -345,12 +350,13 @@ def synth(
     print(f"Next: medsyn score {out} --real {real}, then"
           f" medsyn compare {real} --tests TEST_FOLDER --arms real {out} --out results")
 
-def _draw_images(opened, generator, out, n, kw, unused):
+def _draw_images(opened, generator, out, n, kw, unused, how):
     "Images alone; `MedsynError` for what only a generator with masks can follow."
     from medsyn.synth import synthesize_images
     taken, options = options_of('synth.synthesize_images'), COMMANDS['synth'].options
     unused = unused | {name: value for name, value in kw.items() if name not in taken}
     given = [f'--{name}' for name, value in unused.items() if value != options[name].default]
+    given += [f'--{name}' for name in how.chosen()]
     if given:
         raise MedsynError(f"{generator} was trained without masks and draws images alone, from a seed:"
                           f" leave {', '.join(given)} out")
@@ -401,7 +407,7 @@ def segment(data: str,             # folder or list of real pairs
     "Train one segmenter on real pairs and what an arm adds, and keep it."
     from medsyn.data.pairs import find_pairs, pairs_hash, refuse_classes
     from medsyn.experiment import (
-        check_divisible, describe, describe_arm, open_arm, preset_options, run_log, split_once,
+        check_divisible, check_fit, describe, describe_arm, open_arm, preset_options, run_log, split_once,
         train_segmenter)
     from medsyn.processes import is_main, main_first, parallel_cbs, wait
     from medsyn.resume import forget
@@ -413,13 +419,13 @@ def segment(data: str,             # folder or list of real pairs
     split = split_once(find_pairs(data, how=how))
     refuse_classes(split.pairs)
     kw['encoder'] = kw['encoder'] or own_encoder(kw['network'])
-    segmenter(kw['network'], kw['encoder'], None, kw['size'])
+    segmenter(kw['network'], kw['encoder'], kw['encoder_weights'], kw['size'])
     if kw['preset'] is None: del kw['preset']
     own = {name: kw[name] for name in ('lr', 'loss', 'augment')}
     own = preset_options(kw['network'], kw['size'], kw.get('preset'), **own)
     if kw.get('preset'): print(PRESETS[kw['network']].beside(len(split.train), kw['bs'], kw['steps']))
     pick(kw['loss'], LOSSES, 'loss')
-    if kw['steps'] < 1: raise MedsynError(f"{kw['steps']} training steps: ask for at least 1")
+    check_fit(kw['steps'], kw['bs'], kw['lr'])
     opened = open_arm(arm, split, _frames(unlabelled, how))
     for folder in synthetic: opened.pairs = [*opened.pairs, *open_arm(f'pooled:{folder}', split).pairs]
     config = {k: v for k, v in kw.items() if k not in ('save_every', 'compile')} | own

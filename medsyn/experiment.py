@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEAST_PAIRS', 'HEARTBEAT', 'VOID_AFTER', 'METRICS_SHOWN', 'FACTORS', 'Split', 'split_once', 'unlabelled_images',
-           'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'check_divisible', 'preset_options',
-           'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of', 'open_comparison',
-           'fold_parts', 'share_runs', 'prediction_file', 'save_prediction', 'score_run', 'read_scores', 'compare',
-           'run_jobs', 'report', 'table_text', 'ImageStream', 'images_of', 'generator_dls', 'make_backbone',
-           'sampler_of', 'opened_networks', 'make_generator', 'describe', 'draws_pairs', 'picture', 'third_arm',
-           'commands', 'Stage', 'FixedStages', 'quickstart']
+           'check_unlabelled', 'open_arm', 'HeldOutCurveCB', 'run_log', 'check_divisible', 'check_fit',
+           'preset_options', 'train_segmenter', 'Run', 'arm_form', 'design', 'claimed', 'describe_arm', 'baseline_of',
+           'open_comparison', 'fold_parts', 'share_runs', 'prediction_file', 'save_prediction', 'score_run',
+           'read_scores', 'compare', 'run_jobs', 'report', 'table_text', 'ImageStream', 'images_of', 'generator_dls',
+           'make_backbone', 'sampler_of', 'opened_networks', 'make_generator', 'describe', 'draws_pairs', 'picture',
+           'third_arm', 'commands', 'Stage', 'FixedStages', 'quickstart']
 
 # %% ../nbs/api/70_experiment.ipynb #b0e1039e
 import contextlib
@@ -39,7 +39,8 @@ from PIL import Image
 from torch import nn
 
 from .core import (MedsynError, content_hash, default_device, file_hash, hardware, load_json,
-                         open_run, os_errors, pick, save_json, seed_of, seeded, track, versions, write_atomic)
+                         open_run, os_errors, pick, removed_on_error, save_json, seed_of, seeded, track,
+                         versions, write_atomic)
 from .cards import write_card
 from .data.lesions import lesion_folder
 from .data.pairs import (Frame, Pair, PairDataset, Reading, both_sides, find_images, find_pairs,
@@ -51,7 +52,7 @@ from .diffusion.cache import cached_dls
 from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
 from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
-from .evaluate.overlap import evaluate_segmenter, summarise
+from .evaluate.overlap import METRICS, evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, RUN_OPTIONS, check_settings, generator_learners,
                                      load_generator, method_name, settings_of)
@@ -65,7 +66,7 @@ from .segment.mixing import check_partners, find_partners, partner_dls
 from .segment.models import Segmenter, own_encoder, segmenter
 from .segment.polyp_nets import PRESETS, published
 from .segment.semi import diffusion_segmenter
-from .synth import generator_hash, synthesize
+from .synth import as_latent_range, generator_hash, synthesize
 from .train import CommandClock, EvalCB, precision_of, whole_command
 from .viz import curves, save_png, show_rows
 from .watch import WatchCB, check_log, report_cbs
@@ -170,6 +171,15 @@ def check_divisible(
     raise MedsynError(f"{what}, for which a step needs its whole batch, and a launcher started {count()}"
                       " processes: start it without the launcher, or use compare, which divides the runs")
 
+def check_fit(steps: int,           # optimiser steps
+              bs: int,              # images in a batch
+              lr: float = None      # learning rate; `None`: a default
+             ):
+    "`MedsynError` for numbers that no fit can follow."
+    if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
+    if bs < 1: raise MedsynError(f"batches of {bs} images: ask for at least 1")
+    if lr is not None and not lr > 0: raise MedsynError(f"learning rate {lr}: give one above 0")
+
 def preset_options(network: str,        # a key of `NETWORKS`
                    size: int | tuple,   # side, or (height, width), in pixels
                    preset: str,         # paper, or none
@@ -201,13 +211,14 @@ def train_segmenter(
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
-    preset: str = None,                  # paper: published lr, loss and augmentation, with your bs and steps
+    preset: str = None,                  # paper: optimiser, loss, sizes, ... as published, but bs and steps
     state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
     save_every: float = 10,              # minutes between saved states of the training; 0: after every step
     compile: str = None,                 # backend of torch.compile: inductor, aot_eager or eager
     cbs: Sequence = ()                   # further callbacks of the fit, as `watch.WatchCB`
 ) -> Learner:                            # trained; `run_log` has its losses and its held-out curve
     "Train one segmenter on real pairs and an arm's additions."
+    check_fit(steps, bs, lr)
     augment = preset_options(network, size, preset, lr=lr, loss=loss, augment=augment)['augment']
     published_settings = PRESETS[network] if preset else None
     split = split_once(pairs)
@@ -407,10 +418,11 @@ def _networks(segmenters, encoder, encoder_weights, size, preset=None):
         chosen = common | (dict(preset=preset) if preset else {}) | own
         if chosen.get('preset'): published(chosen['network'], size, chosen['preset'])
         chosen['encoder'] = chosen['encoder'] or own_encoder(chosen['network'])
-        segmenter(chosen['network'], chosen['encoder'], size=size)
+        segmenter(chosen['network'], chosen['encoder'], chosen['encoder_weights'], size)
+        if chosen in networks.values(): raise MedsynError(f"the network {name} was given twice: give it once")
+        if name in networks: name = f"{name}-{chosen['encoder']}"       # one network on two encoders
         if name in networks:
-            name = f"{name}-{chosen['encoder']}"        # one network on two encoders
-            if name in networks: raise MedsynError(f"the network {name} was given twice: give it once")
+            raise MedsynError(f"two networks would be called {name}: give one of them alone")
         networks[name] = chosen
     return networks
 
@@ -450,8 +462,15 @@ class _Plan:
         train = {k: pairs_hash(s.pairs) for k, s in self.splits.items()}
         tests = {subset: {k: pairs_hash(v) for k, v in own.items()} for subset, own in self.tests.items()}
         if not self.folded: tests = next(iter(tests.values()))      # the same for every subset
-        return dict(self.options, train=train, tests=tests, nets=self.networks, metrics=self.metrics,
+        nets = {name: net | self.published(net) for name, net in self.networks.items()}
+        return dict(self.options, train=train, tests=tests, nets=nets, metrics=self.metrics,
                     arms=self.by_cell(describe_arm))
+
+    def published(self, net):
+        "What the preset of a network has in place of the options; empty without a preset."
+        if not net.get('preset'): return {}
+        given = {name: self.options[name] for name in ('lr', 'loss', 'augment')}
+        return preset_options(net['network'], self.options['size'], net['preset'], **given)
 
     def score(self, run, file):
         "Train and score one run."
@@ -519,12 +538,17 @@ def _merged(tests_of):
         for name, pairs in own.items(): merged[name] = [*merged.get(name, ()), *pairs]
     return merged
 
+def _brings_files(form):
+    "Whether an arm comes with files: a list of pairs, a folder, or a short form that names a folder."
+    if not isinstance(form, (str, Path)): return True
+    text = str(form)
+    return Path(text).exists() or ':' in text or '/' in text
+
 def _check_fold_arms(arms):
     "`MedsynError` for an arm that brings the same files into every fold, the test images of one among them."
     for name, form in arms.items():
         depends = isinstance(form, dict) or callable(form) or '{subset}' in str(form)
-        brings_files = not isinstance(form, (str, Path)) or {':', '/'} & {*str(form)}
-        if brings_files and not depends:
+        if _brings_files(form) and not depends:
             raise MedsynError(f"arm {name!r} brings the same files into every fold, and its generator may"
                               " have seen the fold's test images: make a set for each fold and write {subset}"
                               " for its name (fold1, fold2, ...)")
@@ -642,7 +666,7 @@ def compare(
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     folds: int | dict = None,    # cross-validation: so many parts, each tests what the others train
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
-    preset: str = None,          # paper: the networks' published lr, loss and augmentation
+    preset: str = None,          # paper: the networks are trained as published, with your bs and steps
     jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
     save_every: float = 10,      # minutes between saved states of a run; 0: after every step
     reviewed: bool = False       # of synthetic folders, take only pairs that reviewers keep (medsyn view)
@@ -652,6 +676,9 @@ def compare(
     `MedsynError` before any training for what cannot be compared."""
     size = tuple(size) if isinstance(size, list) else size
     started, request = time.time(), {k: v for k, v in locals().items() if k not in ('out', 'jobs')}
+    check_fit(steps, bs, lr)
+    if len({*seeds}) < len(seeds):
+        raise MedsynError(f"a seed is given twice ({', '.join(map(str, seeds))}): it would be the same run")
     if jobs > 1 and count() > 1:
         raise MedsynError("jobs and a launcher both divide the runs: use one of them")
     if folds is not None:
@@ -670,7 +697,10 @@ def compare(
     for own in tests_of.values():
         for name, pairs in own.items(): check_unlabelled(unlabelled, pairs, f'test ({name})')
     baseline = baseline_of(_some('arms', arms), baseline)
-    pick(metric, metrics, 'metric')
+    for name in (*_some('metrics', metrics), metric): pick(name, METRICS, 'metric')
+    if metric not in metrics:
+        raise MedsynError(f"the intervals are about {metric}, which is not among the metrics"
+                          f" ({', '.join(metrics)}): add it, or choose one of them as metric")
     pick(loss, LOSSES, 'loss')
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size, preset)
     for n in networks.values():
@@ -885,7 +915,7 @@ def make_backbone(
     cbs: Sequence = ()            # further callbacks of the fit, as `minutes.PaceCB`
 ) -> Backbone:                    # the pretrained tiny backbone
     "Fit a tiny backbone on images alone, or open it if the folder holds it already."
-    if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
+    check_fit(steps, bs, lr)
     check_log(log)
     frames = unlabelled_images(unlabelled)
     alone = not isinstance(pairs, Split) and not len(pairs)
@@ -975,7 +1005,7 @@ def _above_its_mask(images, soft):
     masks = (soft > 0).astype(np.uint8)*255
     return np.concatenate([images, np.repeat(masks[..., None], 3, axis=3)], axis=1)
 
-def _check_method(method, backbone, steps):
+def _check_method(method, backbone):
     "The method's entry in the catalog; `MedsynError` if it lacks a backbone or has one too many."
     entry = METHODS[method_name(method)]
     if entry.backbone and backbone is None:
@@ -983,7 +1013,6 @@ def _check_method(method, backbone, steps):
                           " (medsyn pretrain makes one)")
     if backbone is not None and not entry.backbone:
         raise MedsynError(f"method {method!r} has networks of its own: leave the backbone out")
-    if steps < 1: raise MedsynError(f"{steps} training steps: ask for at least 1")
     return entry
 
 def opened_networks(
@@ -1000,13 +1029,12 @@ def opened_networks(
             raise MedsynError(f"setting {name!r} of method {method!r} needs a segmenter, and {e}") from e
     return opened
 
-def _check_run_options(settings, lr):
-    "`MedsynError` for an option of the run among a method's settings, and for a learning rate of 0 or less."
+def _check_own_settings(settings):
+    "`MedsynError` for an option of the run among a method's settings."
     for name in settings:
         if name in RUN_OPTIONS:
             raise MedsynError(f"{name!r} belongs to the run and is no setting of a method:"
                               " give it as an option of its own")
-    if lr is not None and not lr > 0: raise MedsynError(f"learning rate {lr}: give one above 0")
 
 def _check_lesions(generator, pairs, size):
     "`MedsynError` if a generator learns from masks and none has a lesion at this size."
@@ -1042,9 +1070,10 @@ def make_generator(
     cbs: Sequence = ()         # further callbacks of every fit, as `minutes.PaceCB`
 ):                             # the trained generator
     "Train a generator, or open it if the folder holds it already."
-    entry, method = _check_method(method, backbone, steps), method_name(method)
+    check_fit(steps, bs, lr)
+    entry, method = _check_method(method, backbone), method_name(method)
     check_log(log)
-    _check_run_options(settings or {}, lr)
+    _check_own_settings(settings or {})
     split, settings = split_once(pairs), opened_networks(method, settings or {})
     frames = unlabelled_images(unlabelled)
     check_unlabelled(frames, split.held, 'held-out')
@@ -1059,6 +1088,7 @@ def make_generator(
     _check_lesions(entry.opens, split.train, size)
     config = dict(pairs=pairs_hash(split.pairs), backbone=str(source), method=method, steps=steps, bs=bs,
                   lr=lr, size=size, seed=seed)
+    if backbone: config |= dict(prompt=backbone.prompt, weights=content_hash(backbone.unet.state_dict()))
     marks = {name: generator_hash(v) if isinstance(v, nn.Module) else v for name, v in settings.items()}
     given = dict(settings=marks, precision=precision, eight_bit=eight_bit,
                  unlabelled=[file_hash(f) for f in frames])
@@ -1069,14 +1099,14 @@ def make_generator(
     make = partial(generator_learners, method, backbone=backbone, lr=lr, seed=seed, probe=probe, **settings)
     keeps_latents = cache and not tiny and not frames
     if dry_run: return _print_needs(make(dls=dls), precision, len(split.train), keeps_latents and backbone)
-    if backbone is None: make(dls=dls)  # what does not fit shows before anything is written
-    with main_first(): out = open_run(out, config, 'train')
-    if (out/'generator.json').exists():
-        forget(out/'state')
-        return load_generator(out)
-    if keeps_latents:
-        with main_first(): dls = cached_dls(dls, backbone, out/'cache')
-    learners = [spare(learn, precision, accumulate, checkpointing, eight_bit) for learn in make(dls=dls)]
+    with removed_on_error(out):     # of settings that do not fit together
+        with main_first(): out = open_run(out, config, 'train')
+        if (out/'generator.json').exists():
+            forget(out/'state')
+            return load_generator(out)
+        if keeps_latents:
+            with main_first(): dls = cached_dls(dls, backbone, out/'cache')
+        learners = [spare(learn, precision, accumulate, checkpointing, eight_bit) for learn in make(dls=dls)]
     with whole_command(steps*len(learners)):
         for learn, name in zip(learners, entry.networks or (method,), strict=True):
             watch = _watching(learn, name, split, size, out, pictures, log)
@@ -1158,7 +1188,9 @@ def picture(out: str | Path,    # folder of a quickstart, with generator/probe.c
         rows['synthetic'], rows['sampled mask'] = _read_all(synthetic[:len(chosen)], size)
     else:
         seeds = [seed_of(seed, 'picture', i) for i in range(len(masks))]
-        rows['synthetic,\nfrom noise'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds)
+        shown = as_latent_range(images) if generator.needs_image else None
+        rows['synthetic,\nfrom noise'] = sample(generator, masks, steps, sampler=sampler, seeds=seeds,
+                                                images=shown)
         variants, _ = _read_all([partners[p.name][0] for p in chosen], size)
         rows['variant of\nthe real image'] = variants
     show_rows(rows, n=len(images), path=out/'pairs.png', dpi=100)
@@ -1191,6 +1223,7 @@ def commands(train: list,   # training pairs
     seeds, channels = ' '.join(map(str, o['seeds'])), ' '.join(map(str, o['channels']))
     on_backbone = METHODS[o['method']].backbone
     options = ''.join(f' --{name} {value}' for name, value in _from_real(o['method']).items())
+    lenders = f' --data {data}/train.csv' if options else ''
     size = size_text(o['size'])
     source = f'--backbone {again}/backbone' if on_backbone else f'--size {size}'
     pretrain = [f"medsyn pretrain {data}/train.csv --out {again}/backbone --size {size}"
@@ -1202,7 +1235,7 @@ def commands(train: list,   # training pairs
         *(pretrain if on_backbone else []),
         f"medsyn train {data}/train.csv {source} --out {again}/generator --method {o['method']}"
         f" --steps {o['train_steps']} --bs {o['bs']} --seed {o['seed']}",
-        f"medsyn synth {again}/generator --data {data}/train.csv --out {again}/synthetic --n {o['n_synth']}"
+        f"medsyn synth {again}/generator{lenders} --out {again}/synthetic --n {o['n_synth']}"
         f"{options} --steps {o['sample_steps']} --sampler {o['sampler']} --bs 16 --seed {o['seed']} --anyway",
         f"medsyn compare {data}/train.csv --tests {data}/test.csv"
         f" --arms real two-passes {with_pairs(added, f'{again}/synthetic')}"
@@ -1241,9 +1274,18 @@ class FixedStages:
         "The seeds that are run, round by round."
         yield list(seeds)
 
+def _with_masks(method):
+    "The method's own name; `MedsynError` for one whose images have no masks."
+    method = method_name(method)
+    opens = METHODS[method].opens
+    if not issubclass(opens, PairGenerator) and not opens.needs_mask:
+        raise MedsynError(f"method {method!r} draws images without masks, and a quickstart trains segmenters"
+                          " on pairs: choose a method with masks, or use medsyn train and medsyn synth")
+    return method
+
 def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the same call again resumes
                data: str = None, # folder of pairs (default: rendered lesions)
-               method: str = 'concat', # a name that `medsyn catalog` lists
+               method: str = 'concat', # a name that `medsyn catalog` lists, of a generator with masks
                n_train: int = None, # training pairs (default 50 rendered ones, at most 200 of a folder)
                n_test: int = 100, # test pairs; of a folder at most a quarter
                size: int | tuple = 64, # side, or height and width (HxW, with data), in pixels
@@ -1268,7 +1310,7 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
         raise MedsynError(f"rendered images are square, not {size_text(size)}: give one side,"
                           " or a folder of your own (--data)")
     segmenter('unet', size=size)            # a size that does not fit shows before anything is written
-    method = method_name(method)
+    method = _with_masks(method)
     o = dict(method=method, n_train=n_train or (200 if given else 50), n_test=n_test,
              size=size, n_synth=n_synth, bs=bs, channels=list(channels),
              pretrain_steps=pretrain_steps or (600 if given else 100),

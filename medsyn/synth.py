@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'STRENGTHS', 'LEAST_MARGIN', 'plan', 'generator_hash', 'png_bytes', 'finished', 'Draft', 'Job', 'from_noise',
-           'from_real', 'from_paste', 'from_inpaint', 'put_back', 'render', 'saved_margin', 'measured_margin',
-           'check_margin', 'keep_new', 'keep_all', 'teacher_of', 'synthesize', 'synthesize_images']
+           'from_real', 'from_paste', 'from_inpaint', 'as_latent_range', 'put_back', 'render', 'saved_margin',
+           'measured_margin', 'check_margin', 'keep_new', 'keep_all', 'teacher_of', 'synthesize', 'synthesize_images']
 
 # %% ../nbs/api/40_synth.ipynb #698f91c7
 import io
@@ -241,8 +241,9 @@ STARTS = dict(noise=from_noise, real=from_real, paste=from_paste, inpaint=from_i
 STRENGTHS = dict(noise=1., real=.5, paste=.3, inpaint=1.)   # defaults of `strength`, shares of the schedule
 
 # %% ../nbs/api/40_synth.ipynb #a1d1507e
-def _as_latent_range(pictures):
-    "uint8 pictures as one tensor (N,3,H,W) in [-1,1]."
+def as_latent_range(pictures: Sequence   # of (H,W,3) uint8
+                   ) -> torch.Tensor:   # (N,3,H,W) in [-1,1]
+    "Pictures as a codec takes them."
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()/127.5 - 1
 
 def put_back(images: np.ndarray,    # (N,H,W,3) uint8, as sampled
@@ -270,11 +271,11 @@ def render(generator: object,   # takes a mask
     kw = dict(settings, seeds=[draft.seed for draft in drafts], bs=len(drafts))
     if generator.needs_image:
         shown = [draft.init if draft.shown is None else draft.shown for draft in drafts]
-        kw['images'] = _as_latent_range(shown)
+        kw['images'] = as_latent_range(shown)
     if drafts[0].init is None: return sample(generator, masks, **kw)
     pictures = np.stack([draft.init for draft in drafts])
     if strength == 0: return pictures
-    kw.update(init=_as_latent_range(pictures), strength=strength)
+    kw.update(init=as_latent_range(pictures), strength=strength)
     if drafts[0].fresh is None: return sample(generator, masks, **kw)
     fresh = np.stack([draft.fresh for draft in drafts])
     images = sample(generator, masks, keep=torch.from_numpy(1 - fresh)[:, None].float(), **kw)
@@ -300,7 +301,7 @@ def measured_margin(generator: object,  # takes a mask
     "The margin on some pairs, with the masks exchanged among them."
     pictures = [read_pair(p, size) for p in pairs[:n]]
     device = generator.backbone.device
-    x0 = _as_latent_range([image for image, _ in pictures]).to(device)
+    x0 = as_latent_range([image for image, _ in pictures]).to(device)
     mask = torch.from_numpy(np.stack([mask for _, mask in pictures]))[:, None].float().to(device)
     was_training = generator.training
     try: return margin(denoising_losses(generator.eval(), x0, mask))
@@ -463,8 +464,9 @@ def _make_batch(draw, out, indices, rows, n, settings, keep, tries):
         rows.append(_append(out, dict(row, index=i)) if dropped else _write(out, i, image, draft, row))
 
 # %% ../nbs/api/40_synth.ipynb #a630fb2f
-def _check_request(n, tries, steps, into, healthy):
+def _check_request(n, tries, steps, bs, into, healthy):
     "`MedsynError` for numbers below 1, and for `healthy` without the pictures that it speaks of."
+    if bs < 1: raise MedsynError(f"batches of {bs} images: ask for at least 1")
     if n < 1 or tries < 1:
         raise MedsynError(f"{n} synthetic images, {tries} tries for each: ask for at least 1")
     if steps is not None and steps < 1: raise MedsynError(f"{steps} sampler steps: ask for at least 1")
@@ -538,6 +540,7 @@ def _settled(generator, settings, size):
     given['prompt'] = backbone.prompt if given['prompt'] is None else given['prompt']
     given['guidance'], given['guide'] = defaults_of(generator, given['guidance'], given['guide'])
     given['steps'], given['sampler'] = given['steps'] or SAMPLE_STEPS, given['sampler'] or SAMPLER
+    backbone.schedule.check_steps(given['steps'])
     given.update(_within(given.pop('interval')))
     backbone.check_size(size)
     backbone.schedule.sampler(given['sampler'])
@@ -583,6 +586,7 @@ def _plan_pairs(generator, masks, size, settings, start, strength, into, hardnes
     generator.check_size(size)
     sampler = settings['sampler'] or generator.sampler
     steps = settings['steps'] or generator.steps
+    generator.schedule.check_steps(steps)
     generator.schedule.sampler(sampler)
     used = dict(sampler=sampler, steps=steps, start='noise', generator=generator_hash(generator))
     return dict(generator.config, **used)
@@ -615,7 +619,7 @@ def synthesize(generator: object,           # any generator that takes a mask, o
     "Make `n` image-mask pairs, or resume; `MedsynError` for what cannot be made, or if too much is dropped."
     out = Path(out)
     draws_pairs = isinstance(generator, PairGenerator)
-    _check_request(n, tries, steps, into, healthy)
+    _check_request(n, tries, steps, bs, into, healthy)
     settings = dict(steps=steps, guidance=guidance, guide=guide, sampler=sampler, prompt=prompt,
                     interval=interval)
     begin = start, strength, into, hardness
@@ -679,11 +683,14 @@ def synthesize_images(generator: Denoiser,  # takes no mask
     "Make `n` images without masks, or resume; `MedsynError` for a generator that has masks."
     if isinstance(generator, PairGenerator) or generator.needs_mask:
         raise MedsynError(f"{type(generator).__name__} makes pairs of image and mask: use synthesize")
-    _check_request(n, 1, steps, None, False)
+    _check_request(n, 1, steps, bs, None, False)
     out, size = Path(out), plain_size(size or generator.backbone.size)
     given = dict(steps=steps, guidance=guidance, guide=None, sampler=sampler, prompt=prompt,
                  interval=interval)
     settings = _settled(generator, given, size)
+    if generator.backbone.codec.is_pixels and settings['guidance'] != 1:
+        raise MedsynError(f"guidance {settings['guidance']:g} compares with and without the prompt, and this"
+                          " network of pixels does not see it: leave guidance out")
     made_by = dict(settings, generator=generator_hash(generator))
     rows = _init_run(out, dict(made_by, n=n, seed=seed, size=size))
     _run(_without_masks(generator, size, seed, settings), out, rows, n, bs, made_by, None, 0)

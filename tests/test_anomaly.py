@@ -111,17 +111,38 @@ def test_hooks_go_when_something_fails(backbone):
 @torch.no_grad()
 def test_off_is_plain_attention(gen, masks, inputs):
     cond, normal = gen.condition(masks), torch.randn(4, 8, 4, 4)
-    kept = gen.with_kept(cond, normal)
+    region = torch.zeros(4, 1, 4, 4, dtype=torch.bool)
+    kept = gen.with_kept(cond, normal, region)
     assert isinstance(kept, NormalCond) and torch.equal(kept.normal, normal)
     assert (gen(*inputs, kept) != gen(*inputs, cond)).any()
     gen.config['reweight'] = False
-    assert gen.with_kept(cond, normal) is cond
+    assert gen.with_kept(cond, normal, region) is cond
     gen.config['reweight'] = True
 
+@torch.no_grad()
+def test_a_lesion_that_is_kept_takes_no_weight(gen, inputs, monkeypatch):
+    "Two lesions, one kept in the image and already equal to it: the weights go to the new one."
+    import medsyn.generate.anomaly as module
+    seen = []
+    def spy(unet, weights):
+        seen.append(weights)
+        return reweighted(unet, weights)
+    monkeypatch.setattr(module, 'reweighted', spy)
+    monkeypatch.setitem(gen.config, 'softmax', True)
+    both = torch.zeros(4, 1, 16, 16)
+    both[..., :4] = both[..., 12:] = 1
+    region = torch.zeros(4, 1, 4, 4, dtype=torch.bool)
+    region[..., :3] = True                                          # the left one is kept
+    gen(*inputs, gen.with_kept(gen.condition(both), torch.randn(4, 8, 4, 4), region))
+    assert (seen[0][..., :3] == 1).all()
+    assert seen[0][..., 3].mean() == pytest.approx(1) and seen[0][..., 3].std() > .1
+
 def test_the_sound_image_goes_where_the_condition_goes(masks):
-    cond = with_normal(Cond(masks, torch.randn(4, 2, 8)), torch.arange(4.).reshape(4, 1, 1, 1))
+    number = torch.arange(4.).reshape(4, 1, 1, 1)
+    cond = with_normal(Cond(masks, torch.randn(4, 2, 8)), number, number/4)
     both = cond.without_mask().cat(cond)
     assert type(both) is NormalCond and both.normal.flatten().tolist() == [0, 1, 2, 3]*2
+    assert both.fresh.flatten().tolist() == [0, .25, .5, .75]*2
     assert both.has_mask.tolist() == [0]*4 + [1]*4
     assert cond[1:3].normal.flatten().tolist() == [1, 2]
 

@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 
 from medsyn.cli import COMMANDS, main, options_of, parser_of
 from medsyn.data.lesions import lesion_folder
 from medsyn.data.pairs import find_pairs, save_list
+from medsyn.diffusion.backbone import random_stable_diffusion
 from medsyn.generate.catalog import ALIASES, METHODS, load_generator, method_name
 
 warnings.filterwarnings('ignore')
@@ -265,6 +267,29 @@ def test_full_disk_leaves_what_is_complete(made, tmp_path, monkeypatch, capsys):
     ('compare {d}/train --tests {d}/test --arms real {d}/nope --out {t} --size 32', ('nope',)),
     ('compare {d}/train --tests {d}/test --unlabelled {d}/test --out {t} --size 32', ('test (test) images',)),
     ('fit {d}/train --out {t} --unlabelled {d}/train --size 32', ('16 of 16 images without masks',)),
+    ('train {d}/train --method ddpm --size 32 --prompt "a cat" --out {t}', ('leave --prompt out',)),
+    ('train {d}/train --backbone {d}/bb --method anomaly --set encoder=resnet81 --out {t}', ('resnet10t',)),
+    ('train {d}/train --backbone {d}/bb --method uncond --set lesion_weight=true --out {t}',
+     ('leave lesion_weight out',)),
+    ('train {d}/train --backbone {d}/bb --bs 0 --out {t}', ('batches of 0 images',)),
+    ('pretrain {d}/train --lr -1 --out {t}', ('learning rate -1.0',)),
+    ('segment {d}/train --bs 0 --size 32 --out {t}', ('batches of 0 images',)),
+    ('segment {d}/train --lr -1 --size 32 --out {t}', ('learning rate -1.0',)),
+    ('segment {d}/train --encoder-weights {d}/no.pth --size 32 --out {t}', ('no.pth do not exist',)),
+    ('compare {d}/train --tests {d}/test --encoder-weights {d}/no.pth --size 32 --out {t}',
+     ('no.pth do not exist',)),
+    ('compare {d}/train --tests {d}/test --seeds 0 0 --size 32 --out {t}', ('a seed is given twice (0, 0)',)),
+    ('compare {d}/train --tests {d}/test --metrics dice@0.6 --size 32 --out {t}',
+     ("unknown metric 'dice@0.6'",)),
+    ('compare {d}/train --tests {d}/test --metrics mae --size 32 --out {t}',
+     ('not among the metrics (mae)',)),
+    ('compare {d}/train --tests {d}/test --bs 0 --size 32 --out {t}', ('batches of 0 images',)),
+    ('compare {d}/train --tests {d}/test --network unet unet --encoder lcnet_050 --size 32 --out {t}',
+     ('the network unet was given twice',)),
+    ('synth --anyway {d}/gen --data {d}/train --steps 2000 --out {t}',
+     ('2000 sampler steps: choose 1 to 1000',)),
+    ('synth --anyway {d}/gen --data {d}/train --bs 0 --out {t}', ('batches of 0 images',)),
+    ('quickstart --method uncond --out {t}', ("'unconditional' draws images without masks",)),
     ('predict {d}/gen {d}/test --out {t}', ('{d}/gen',)),
     ('predict {d}/seg {d}/nowhere --out {t}', ('nowhere',)),
     ('quickstart --data {d}/nowhere --out {t}', ('nowhere',)),
@@ -337,6 +362,37 @@ def test_a_switch_is_turned_off_in_any_case(made, tmp_path):
     line = f'train {made}/train --method arsdm --size 32 --steps 1 --bs 4 --out {tmp_path}/g'
     assert medsyn(f'{line} --set hidden=8 channels=(16,32) adaptive=false') == 0
     assert json.loads((tmp_path/'g'/'train.json').read_text())['settings']['adaptive'] is False
+
+def test_another_prompt_or_backbone_is_another_run(made, tmp_path, capsys):
+    "The generator is not opened as if it were the one that was asked for."
+    shutil.copytree(made/'bb', tmp_path/'bb')
+    line = f'train {made}/train --backbone {tmp_path}/bb --out {tmp_path}/g --steps 1 --bs 4'
+    assert medsyn(line) == 0 and medsyn(line) == 0
+    weights = tmp_path/'bb'/'unet'/'diffusion_pytorch_model.safetensors'
+    tensors = load_file(weights)
+    save_file({name: 2*v for name, v in tensors.items()}, weights)
+    assert 'holds another train run (weights was' in fails(capsys, line)
+    stable = random_stable_diffusion(tmp_path/'sd', width=16)
+    line = f'train {made}/train --backbone {stable} --size 64 --out {tmp_path}/s --steps 1 --bs 2'
+    assert medsyn(f'{line} --prompt "one polyp"') == 0
+    e = fails(capsys, f'{line} --prompt "another thing"')
+    assert "(prompt was 'one polyp', now 'another thing')" in e
+
+def test_guidance_where_nothing_guides(made, tmp_path, capsys):
+    "A pixel model without mask and prompt; and a folder of pairs, which it would not look at."
+    train = f'train {made}/train --size 32 --method ddpm --steps 1 --bs 4 --out {tmp_path}/g'
+    assert medsyn(f'{train} --set channels=(16,32)') == 0
+    synth = f'synth {tmp_path}/g -n 1 --steps 2 --out {tmp_path}/x'
+    assert 'leave guidance out' in fails(capsys, f'{synth} --guidance 4')
+    assert 'leave --label out' in fails(capsys, f'{synth} --label 1')
+    assert not (tmp_path/'x').exists() and medsyn(synth) == 0
+
+def test_a_quickstart_of_mask_and_image(made, tmp_path):
+    "Its picture from noise needs the images too."
+    line = f'quickstart --data {made}/train --method control-mi --size 32 --out {tmp_path}/q --bs 4'
+    steps = '--pretrain-steps 2 --train-steps 2 --segment-steps 2 --sample-steps 2'
+    assert medsyn(f'{line} {steps} --n-synth 4 --seeds 0 --channels 16 32') == 0
+    assert (tmp_path/'q'/'pairs.png').exists()
 
 def test_masks_without_a_lesion_train_nothing(made, tmp_path, capsys):
     "All masks empty: a generator under masks would learn from none."

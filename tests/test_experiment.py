@@ -157,11 +157,15 @@ def test_folds(train, tmp_path):
     for fold, names in tested.items():
         assert marks[fold]['training'] + marks[fold]['held_out'] == len(train) - len(names)
 
-def test_wrong_folds(train, test, tmp_path):
+def test_wrong_folds(train, test, tmp_path, monkeypatch):
+    lesion_folder(tmp_path/'pool', 4, size=32, seed=3)
+    monkeypatch.chdir(tmp_path)
     kw = dict(out=tmp_path/'x', seeds=(0,), steps=1, **SMALL)
     for words, arms, changed in [
         ('write .subset. for its name', {'real': 'real', 'drawn': 'stream:somewhere'}, {}),
         ('write .subset. for its name', {'real': 'real', 'drawn': [*test]}, {}),
+        ('write .subset. for its name', {'real': 'real', 'drawn': 'pool'}, {}),
+        ("did you mean 'two-passes'", {'real': 'real', 'more': 'two-pases'}, {}),
         ('leave tests and subsets out', {'real': 'real'}, dict(tests={'t': test})),
         ('2 or more', {'real': 'real'}, dict(folds=1)),
         ('no tests', {'real': 'real'}, dict(folds=None)),

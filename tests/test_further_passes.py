@@ -84,10 +84,11 @@ def test_a_mixed_batch_has_the_whole_loss(data, network):
     assert spy.total == pytest.approx(2*column(learn, 'L_mix'), rel=1e-2)
 
 @pytest.mark.parametrize('network', OWN)
-def test_learned_mixing_reaches_every_parameter(data, network):
-    learn, _ = learner(data, network, [PairedMixCB(.5, .8), RealAnchorCB(every=1)], partners=True)
+def test_learned_mixing_reaches_every_head(data, network):
+    learn, spy = learner(data, network, [PairedMixCB(.5, .8), RealAnchorCB(every=1)], partners=True)
     fit_steps(learn, 2)
     assert np.isfinite(learn.history.frame()[['L_mix', 'force_s', 'force_w']]).all(None)
+    for head in HEADS[network]: assert any(f'.{head}.' in name for name in spy.grads), head
 
 @pytest.mark.parametrize('network', OWN)
 def test_one_batch_of_real_and_mixed_images_is_refused(data, network):
@@ -100,7 +101,8 @@ def test_frames_without_masks(data, network, method):
     student = UnlabelledCB(data[2], method, ramp=0, threshold=.5)
     learn, _ = learner(data, network, [TeacherCB(.9), student])
     fit_steps(learn, 2)
-    assert np.isfinite(learn.history.frame().L_u).all()
+    disagreement = learn.history.frame().L_u
+    assert np.isfinite(disagreement).all() and (disagreement > 0).all()
 
 def test_student_and_teacher_are_compared_on_what_both_predict(data):
     "Without batch statistics and skipped blocks a network agrees with itself in training and in evaluation."

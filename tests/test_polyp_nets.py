@@ -15,8 +15,9 @@ from medsyn.data.pairs import find_pairs, pair_dls
 from medsyn.evaluate.overlap import score
 from medsyn.segment.learner import bce_dice, predict, segment_learner, structure_loss
 from medsyn.segment.models import NETWORKS, Segmenter, segmenter
-from medsyn.segment.polyp_nets import (PRESETS, ColourExchangeCB, ContrastCB, contrast_pixels,
-                                       exchange_colours, pixel_contrast, probability_correction, published)
+from medsyn.segment.polyp_nets import (PRESETS, ClipValuesCB, ColourExchangeCB, ContrastCB, MultiScaleCB,
+                                       contrast_pixels, exchange_colours, pixel_contrast,
+                                       probability_correction, published)
 from medsyn.train import fit_steps
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -235,6 +236,19 @@ def test_another_size_is_refused(name, pairs):
     with pytest.raises(MedsynError, match=f'published settings of {name} are for 352 pixels, and 96'):
         train_segmenter(pairs, 'real', name, preset='paper')
 
+def test_values_of_the_gradient_are_clipped(pairs):
+    "Each element on its own: small ones stay as they are."
+    class SpyCB(Callback):
+        order = ClipValuesCB.order + 1
+        def after_backward(self): self.found = self.values()
+        def before_step(self): self.clipped = self.values()
+        def values(self):
+            return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+    with seeded(0): model = segmenter('polyp_pvt', SLIM['polyp_pvt'], size=64)
+    spy = SpyCB()
+    fit_steps(segment_learner(loaders(pairs), model, clip=None, cbs=[ClipValuesCB(1e-3), spy]), 1)
+    assert spy.found.abs().max() > 1e-3 and torch.equal(spy.clipped, spy.found.clamp(-1e-3, 1e-3))
+
 @pytest.mark.parametrize('kw,text', [
     (dict(network='unet', preset='paper'), 'unet has no published settings'),
     (dict(network='sanet', preset='papre'), "did you mean 'paper'")])
@@ -245,11 +259,21 @@ def test_wrong_presets(kw, text, pairs):
 @pytest.mark.parametrize('name', NAMES)
 def test_preset_is_applied(name, pairs, monkeypatch):
     "At 64 pixels on a small encoder, otherwise as published."
-    from medsyn.experiment import train_segmenter
+    import medsyn.experiment as experiment
     monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], size=64))
+    augmented = []
+    def spy(*args, augment, **kw):
+        augmented.append(augment)
+        return pair_dls(*args, augment=augment, **kw)
+    monkeypatch.setattr(experiment, 'pair_dls', spy)
     kw = dict(size=64, steps=2, bs=4, preset='paper', device='cpu')
-    learn = train_segmenter(pairs, 'real', name, SLIM[name], **kw)
+    learn = experiment.train_segmenter(pairs, 'real', name, SLIM[name], **kw)
     groups = learn.opt.opt.param_groups
+    assert augmented == ['flip' if name == 'sanet' else 'none']
+    sizes, = [c for c in learn.cbs if isinstance(c, MultiScaleCB)]
+    clips = [c.limit for c in learn.cbs if isinstance(c, ClipValuesCB)]
+    if name == 'sanet': assert sizes.rates[-1] == 1 and sizes.shares == (.1, .2, .3, .4) and clips == []
+    else: assert sizes.rates == (.75, 1., 1.25) and sizes.shares is None and clips == [.5]
     if name == 'sanet':
         assert isinstance(learn.opt.opt, torch.optim.SGD) and groups[0]['nesterov']
         assert learn.history.frame().lr.tolist() == pytest.approx([.4, .2])     # halved after half of the run

@@ -125,7 +125,8 @@ class Denoiser(nn.Module):
 
     def with_kept(self,
         cond: Cond,     # the condition of a batch
-        z0: Tensor      # (B,K,h,w) latents of the real images whose surroundings are kept
+        z0: Tensor,     # (B,K,h,w) latents of the real images
+        region: Tensor  # (B,1,h,w) bool, True where they are kept
     ) -> Cond:          # to be used instead
         "`cond`, with what this generator reads from the real image; the base class adds nothing."
         return cond

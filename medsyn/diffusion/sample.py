@@ -203,8 +203,9 @@ def _check_inputs(generator, masks, steps, strength, sampler, resample, eta, **e
                           "pass images, one for each mask")
     if each['keep'] is not None and each['init'] is None:
         raise MedsynError("keep names a region of a real image, and there is no image: pass init")
-    if steps < 1 or not 0 <= strength <= 1:
-        raise MedsynError(f"steps {steps}, strength {strength}: steps must be at least 1, strength in [0, 1]")
+    generator.backbone.schedule.check_steps(steps)
+    if not 0 <= strength <= 1:
+        raise MedsynError(f"strength {strength}: give a share of the schedule in [0,1]")
     if not 0 <= eta <= 1 or eta and sampler != 'ddim':
         raise MedsynError(f"eta={eta:g} with {sampler}: give 0, or a share of fresh noise up to 1 with"
                           " sampler='ddim' alone")
@@ -261,7 +262,7 @@ def sample(generator: Denoiser,         # any generator
         else: z = z0
         kept = None if keep is None else KeptRegion(z0, noise, latent_region(part(keep), bb.codec.stride))
         cond = Cond(part(masks), text.expand(n, -1, -1), part(images) if generator.needs_image else None)
-        if kept: cond = generator.with_kept(cond, z0)
+        if kept: cond = generator.with_kept(cond, z0, kept.region)
         null = GUIDES[guide](cond, empty.expand(n, -1, -1))
         with autocast_of(bb.device, precision), computed_once(generator.steady_parts()):
             z = denoise(generator, z, cond, null, guidance, scheduler, timesteps, kept, resample,

@@ -136,6 +136,13 @@ class Schedule:
         "A new diffusers scheduler on this schedule; `MedsynError` for another name."
         return SAMPLERS[pick(name, SAMPLERS, 'sampler')](self.config, clip)
 
+    def check_steps(self,
+        steps: int      # of a sampler
+    ):
+        "`MedsynError` for fewer than 1, or for more than there are timesteps."
+        if not 1 <= steps <= self.T:
+            raise MedsynError(f"{steps} sampler steps: choose 1 to {self.T}, the number of timesteps")
+
     def __repr__(self): return f"Schedule(T={self.T}, {self.config['beta_schedule']}, {self.prediction})"
 
 # %% ../../nbs/api/20_diffusion.schedule.ipynb #24933309

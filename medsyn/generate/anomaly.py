@@ -118,21 +118,24 @@ def reweighted(unet: UNet2DConditionModel,  # with cross-attention
 class NormalCond(Cond):
     "A condition with the latent of the normal image around the anomaly."
     normal: Tensor = field(default=None, kw_only=True)      # (B,K,h,w)
+    fresh: Tensor = field(default=None, kw_only=True)       # (B,1,h,w) in {0,1}: 0 where the image is kept
 
     def map(self, f) -> 'NormalCond':
         "The condition with `f` applied to every part that is not `None`, and to the normal images."
-        return with_normal(super().map(f), f(self.normal))
+        return with_normal(super().map(f), f(self.normal), f(self.fresh))
 
     def cat(self, other: 'NormalCond') -> 'NormalCond':
         "Two conditions as one batch."
-        return with_normal(super().cat(other), torch.cat([self.normal, other.normal]))
+        normal, fresh = torch.cat([self.normal, other.normal]), torch.cat([self.fresh, other.fresh])
+        return with_normal(super().cat(other), normal, fresh)
 
 def with_normal(cond: Cond,     # any condition
-                normal: Tensor  # (B,K,h,w) latents of normal images
+                normal: Tensor, # (B,K,h,w) latents of normal images
+                fresh: Tensor   # (B,1,h,w) in {0,1}: 1 where an anomaly is sampled, 0 where the image is kept
                ) -> NormalCond:
     "The condition, with the normal images."
     mask, text, image, has_mask = cond.parts()
-    return NormalCond(mask, text, image, has_mask=has_mask, normal=normal)
+    return NormalCond(mask, text, image, has_mask=has_mask, normal=normal, fresh=fresh)
 
 class AnomalyGenerator(MaskGenerator):
     "Mask to image: a frozen backbone whose prompt ends with an anomaly's appearance and place."
@@ -183,10 +186,11 @@ class AnomalyGenerator(MaskGenerator):
 
     def with_kept(self,
         cond: Cond,     # the condition of a batch
-        z0: Tensor      # (B,K,h,w) latents of the normal images
+        z0: Tensor,     # (B,K,h,w) latents of the normal images
+        region: Tensor  # (B,1,h,w) bool, True where they are kept
     ) -> Cond:          # a `NormalCond` if attention is re-weighted, else `cond`
         "The condition with the normal image, if attention is re-weighted."
-        return with_normal(cond, z0) if self.config['reweight'] else cond
+        return with_normal(cond, z0, (~region).float()) if self.config['reweight'] else cond
 
     def forward(self,
         zt: Tensor,     # (B,K,h,w) noised latents
@@ -201,6 +205,7 @@ class AnomalyGenerator(MaskGenerator):
         eps = schedule.to_eps(output(), zt, t.long())
         estimate = schedule.z0_from_eps(eps, zt, t.long())
         inside = F.adaptive_max_pool2d(cond.mask*cond.given().reshape(-1, 1, 1, 1), zt.shape[-2:])
+        inside = inside*cond.fresh      # a lesion that the image has already is kept as it is
         limit, softmax = self.config['limit'], self.config['softmax']
         weights = difference_weights(inside, estimate, cond.normal, limit, softmax)
         with reweighted(unet, weights): return output()

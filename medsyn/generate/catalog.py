@@ -40,7 +40,7 @@ def unconditional_learner(
     **kwargs: object        # for `denoising_learner`
 ) -> Learner:               # its `.model` is the generator
     "A latent diffusion model without a mask: the baseline called LDM in the papers' tables."
-    _refuse_drops(kwargs, 'drop_mask')
+    _refuse_unseen(kwargs, 'drop_mask', 'lesion_weight')
     if scratch: backbone = random_weights(backbone, seed_of(seed, 'scratch'))
     if scratch and not backbone.is_tiny: lr = lr or 1e-4
     return denoising_learner(dls, Denoiser(backbone), lr=lr, seed=seed, **kwargs)
@@ -56,16 +56,16 @@ def ddpm_learner(
     **kwargs: object                    # for `denoising_learner`
 ) -> Learner:                           # its `.model` is the generator
     "A pixel diffusion model without a mask: the baseline called DDPM or, sampled with `eta` 0, DDIM."
-    _refuse_drops(kwargs, 'drop_mask', 'drop_prompt')
+    _refuse_unseen(kwargs, 'drop_mask', 'drop_prompt', 'lesion_weight')
     pixels = Backbone.pixels(dls.size, channels, layers, attend, seed=seed_of(seed, 'ddpm'))
     return denoising_learner(dls, Denoiser(pixels), seed=seed, **kwargs)
 
-def _refuse_drops(given, *names):
-    "`MedsynError` for a share of dropped masks or prompts in a network that does not see them."
+def _refuse_unseen(given, *names):
+    "`MedsynError` for a setting about masks or prompts in a model that does not use them."
     for name in names:
         if given.get(name):
-            raise MedsynError(f"{name} {given[name]}: this model does not see what would be dropped: leave"
-                              f" {name} out")
+            used = 'prompt' if name == 'drop_prompt' else 'mask'
+            raise MedsynError(f"{name} {given[name]}: this model does not use the {used}: leave {name} out")
 
 def random_weights(backbone: Backbone,  # not changed
                    seed: int            # of the weights
@@ -84,8 +84,8 @@ class Method:
     opens: type                 # the generator's class: `from_pretrained` is called on it
     about: str                  # one line, as `medsyn catalog` prints it
     cbs: Callable = list        # makes the callbacks that the method adds to the plain loss: () -> list
-    tiny_lr: float = 1e-3       # learning rate on a tiny backbone; `None`: the learner's own
-    lr: float = 1e-5            # learning rate on Stable Diffusion; `None`: the learner's own
+    tiny_lr: float = 1e-3       # of `medsyn train` on a tiny backbone; `None`: the learner's own
+    lr: float = 1e-5            # of `medsyn train` on Stable Diffusion; `None`: the learner's own
     networks: tuple = ()        # names of the networks, in the order of training, if there are several
     backbone: bool = True       # whether it needs a pretrained backbone
     schedule: str = 'constant'  # of the learning rate, see `fit_steps`

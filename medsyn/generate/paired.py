@@ -505,8 +505,7 @@ def _pictures(pair, x, y):
 def _check_sampling(pair, steps, sampler, eta, order, size):
     pair.check_size(size)
     pick(order, ('guider', 'generator'), 'order')
-    if not 1 <= steps <= pair.schedule.T:
-        raise MedsynError(f"{steps} sampler steps: choose 1 to {pair.schedule.T}")
+    pair.schedule.check_steps(steps)
     if eta and sampler != 'ddim':
         raise MedsynError(f"eta is {eta:g}, but {sampler} adds no noise: use sampler='ddim'")
 

@@ -43,7 +43,8 @@ def beside_baseline(scores, metric):
 def points(row):
     "A difference in points with its interval; n.s. where the interval contains 0."
     if pd.isna(row['diff']): return ''
-    return f"{100*row['diff']:+.1f} ({100*row.lo:+.1f} to {100*row.hi:+.1f})" + ' n.s.'*(not row.shown)
+    told = f"{100*row['diff']:+.1f} ({100*row.lo:+.1f} to {100*row.hi:+.1f})"
+    return told if row.shown else f'{told} n.s.'
 
 def table_of(rows):
     "Rows of `beside_baseline` as people read them: means, differences in words, and the number of runs."
