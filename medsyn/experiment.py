@@ -211,7 +211,7 @@ def train_segmenter(
     ema: float = None,                   # decay of averaged weights, in (0,1); `None`: none
     curve_every: int = None,             # steps between points of the held-out curve (default ten in the run)
     unlabelled: Sequence = (),           # image files without masks, for an arm given by its short form
-    preset: str = None,                  # paper: optimiser, loss, sizes, ... as published, but bs and steps
+    preset: str = None,                  # paper: published lr, loss, optimiser, ...; bs and steps stay yours
     state: str = None,                   # folder of the states that it resumes from; `None`: none is saved
     save_every: float = 10,              # minutes between saved states of the training; 0: after every step
     compile: str = None,                 # backend of torch.compile: inductor, aot_eager or eager
@@ -666,7 +666,7 @@ def compare(
     generators: Sequence[str] = (),  # names of generators, for arms that depend on them
     folds: int | dict = None,    # cross-validation: so many parts, each tests what the others train
     curve_every: int = None,     # steps between points of the held-out curve (default ten in a run)
-    preset: str = None,          # paper: the networks are trained as published, with your bs and steps
+    preset: str = None,          # paper: published lr, loss, optimiser, ...; bs and steps stay yours
     jobs: int = 1,               # processes of one thread each that share the runs; 1: this process
     save_every: float = 10,      # minutes between saved states of a run; 0: after every step
     reviewed: bool = False       # of synthetic folders, take only pairs that reviewers keep (medsyn view)

@@ -9,7 +9,7 @@ from helpers import API, load, source
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from medsyn.core import MedsynError, seeded
+from medsyn.core import MedsynError, load_json, seeded
 from medsyn.data.lesions import draw_lesions, lesion_folder
 from medsyn.data.pairs import find_pairs, pair_dls
 from medsyn.evaluate.overlap import score
@@ -284,6 +284,16 @@ def test_preset_is_applied(name, pairs, monkeypatch):
         assert learn.history.frame().lr.tolist() == pytest.approx([1e-4]*2)
         assert learn.loss_func is structure_loss
     assert {p for group in groups for p in group['params']} == set(learn.model.parameters())
+
+
+def test_a_comparison_stores_what_the_preset_used(pairs, tmp_path, monkeypatch):
+    from medsyn.experiment import compare
+    monkeypatch.setitem(PRESETS, 'sanet', replace(PRESETS['sanet'], size=64))
+    test = lesion_folder(tmp_path/'t', 2, size=64, seed=9)
+    out = compare(pairs, {'t': test}, {'real': 'real'}, tmp_path/'c', ['sanet'], seeds=[0], size=64, steps=1,
+                  bs=4, encoder=SLIM['sanet'], preset='paper')
+    stored = load_json(out/'compare.json')['nets']['sanet']
+    assert (stored['lr'], stored['loss'], stored['augment']) == (.4, 'bce_dice', 'flip')
 
 
 # By name -----------------------------------------------------------------------------------------
