@@ -553,6 +553,17 @@ def _check_fold_arms(arms):
                               " have seen the fold's test images: make a set for each fold and write {subset}"
                               " for its name (fold1, fold2, ...)")
 
+def _check_design(seeds, jobs, metric, metrics):
+    "`MedsynError` for a run that would be made twice, and for metrics that do not exist."
+    if len({*seeds}) < len(seeds):
+        raise MedsynError(f"a seed is given twice ({', '.join(map(str, seeds))}): it would be the same run")
+    if jobs > 1 and count() > 1:
+        raise MedsynError("jobs and a launcher both divide the runs: use one of them")
+    for name in (*_some('metrics', metrics), metric): pick(name, METRICS, 'metric')
+    if metric not in metrics:
+        raise MedsynError(f"the intervals are about {metric}, which is not among the metrics"
+                          f" ({', '.join(metrics)}): add it, or choose one of them as metric")
+
 def _some(name, given):
     "`MedsynError` if nothing is given."
     if not len(given): raise MedsynError(f"no {name} to compare with: give at least one")
@@ -677,10 +688,7 @@ def compare(
     size = tuple(size) if isinstance(size, list) else size
     started, request = time.time(), {k: v for k, v in locals().items() if k not in ('out', 'jobs')}
     check_fit(steps, bs, lr)
-    if len({*seeds}) < len(seeds):
-        raise MedsynError(f"a seed is given twice ({', '.join(map(str, seeds))}): it would be the same run")
-    if jobs > 1 and count() > 1:
-        raise MedsynError("jobs and a launcher both divide the runs: use one of them")
+    _check_design(seeds, jobs, metric, metrics)
     if folds is not None:
         _check_fold_arms(arms)
         subsets, tests_of = _folded(train, tests, subsets, folds)
@@ -697,10 +705,6 @@ def compare(
     for own in tests_of.values():
         for name, pairs in own.items(): check_unlabelled(unlabelled, pairs, f'test ({name})')
     baseline = baseline_of(_some('arms', arms), baseline)
-    for name in (*_some('metrics', metrics), metric): pick(name, METRICS, 'metric')
-    if metric not in metrics:
-        raise MedsynError(f"the intervals are about {metric}, which is not among the metrics"
-                          f" ({', '.join(metrics)}): add it, or choose one of them as metric")
     pick(loss, LOSSES, 'loss')
     networks = _networks(_some('segmenters', segmenters), encoder, encoder_weights, size, preset)
     for n in networks.values():
