@@ -51,7 +51,7 @@ from .diffusion.backbone import Backbone
 from .diffusion.cache import cached_dls
 from .diffusion.learner import Denoiser, PairGenerator, pretrain_backbone
 from .diffusion.sample import sample
-from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
+from .diffusion.schedule import SAMPLE_STEPS, SAMPLER, Schedule
 from .evaluate.overlap import METRICS, evaluate_segmenter, summarise
 from .evaluate.stats import compare_arms, plot_differences
 from .generate.catalog import (METHODS, RUN_OPTIONS, check_settings, generator_learners,
@@ -553,10 +553,14 @@ def _check_fold_arms(arms):
                               " have seen the fold's test images: make a set for each fold and write {subset}"
                               " for its name (fold1, fold2, ...)")
 
-def _check_design(seeds, jobs, metric, metrics):
-    "`MedsynError` for a run that would be made twice, and for metrics that do not exist."
+def _check_seeds(seeds):
+    "`MedsynError` for a run that would be made twice."
     if len({*seeds}) < len(seeds):
         raise MedsynError(f"a seed is given twice ({', '.join(map(str, seeds))}): it would be the same run")
+
+def _check_design(seeds, jobs, metric, metrics):
+    "`MedsynError` for a run that would be made twice, and for metrics that do not exist."
+    _check_seeds(seeds)
     if jobs > 1 and count() > 1:
         raise MedsynError("jobs and a launcher both divide the runs: use one of them")
     for name in (*_some('metrics', metrics), metric): pick(name, METRICS, 'metric')
@@ -1278,6 +1282,13 @@ class FixedStages:
         "The seeds that are run, round by round."
         yield list(seeds)
 
+def _check_stages(bs, seeds, sampler, sample_steps):
+    "`MedsynError` for what only a later stage would refuse."
+    check_fit(1, bs)
+    _check_seeds(_some('seeds', seeds))
+    Schedule().sampler(sampler)
+    Schedule().check_steps(sample_steps)
+
 def _with_masks(method):
     "The method's own name; `MedsynError` for one whose images have no masks."
     method = method_name(method)
@@ -1309,12 +1320,13 @@ def quickstart(out: str | Path = 'medsyn-quickstart', # folder to write; the sam
               ) -> Path:        # the folder: data, generator, synthetic, results, pairs.png, commands.sh, ...
     "The whole path: pairs, backbone, generator, synthetic pairs, segmenters with and without them, table."
     out, given = Path(out), data is not None
-    bs, size = bs or (16 if given else 8), plain_size(size)
+    bs, size = (16 if given else 8) if bs is None else bs, plain_size(size)
     if not given and not isinstance(size, int):
         raise MedsynError(f"rendered images are square, not {size_text(size)}: give one side,"
                           " or a folder of your own (--data)")
     segmenter('unet', size=size)            # a size that does not fit shows before anything is written
     method = _with_masks(method)
+    _check_stages(bs, seeds, sampler, sample_steps)
     o = dict(method=method, n_train=n_train or (200 if given else 50), n_test=n_test,
              size=size, n_synth=n_synth, bs=bs, channels=list(channels),
              pretrain_steps=pretrain_steps or (600 if given else 100),

@@ -31,7 +31,7 @@ from .diffusion.backbone import Backbone
 from .diffusion.learner import PairGenerator
 from .diffusion.schedule import SAMPLE_STEPS, SAMPLER
 from .experiment import (METRICS_SHOWN, HeldOutCurveCB, ImageStream, Run, Split,
-                               check_unlabelled, describe, draws_pairs, fold_parts, generator_dls,
+                               check_fit, check_unlabelled, describe, draws_pairs, fold_parts, generator_dls,
                                make_backbone, make_generator, open_arm, read_scores, report,
                                run_log, score_run, share_runs, split_once, train_segmenter,
                                unlabelled_images)
@@ -442,9 +442,10 @@ def fit(
     pairs = sorted(split_once(labelled).pairs)
     unlabelled = unlabelled_images(unlabelled)
     check_unlabelled(unlabelled, pairs, 'labelled')
+    check_fit(least_steps, bs, lr)
     pick(loss, LOSSES, 'loss')
     encoder = own_encoder(network) if encoder is None else encoder
-    segmenter(network, encoder, size=size)
+    segmenter(network, encoder, encoder_weights, size)
     names = list(arms or default_arms(bool(unlabelled)))
     baseline = 'real' if 'real' in names else 'two-passes'     # real images alone are always an arm
     names = [baseline, *[name for name in names if name != baseline]]
