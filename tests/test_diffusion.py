@@ -304,7 +304,7 @@ def test_errors_of_a_kept_region(scene, backbone):
     with pytest.raises(MedsynError, match='2 keep for 3 masks'): sample(gen, masks, init=x0, keep=masks[:2])
     with pytest.raises(MedsynError, match="sampler='ddim' alone"):
         sample(gen, masks, init=x0, keep=masks, resample=2, sampler='dpm++')
-    with pytest.raises(MedsynError, match='strength in'): sample(gen, masks, init=x0, strength=-.1)
+    with pytest.raises(MedsynError, match='share of the schedule'): sample(gen, masks, init=x0, strength=-.1)
     gen.train()
     class Breaks(Masked):
         def forward(self, zt, t, cond): raise RuntimeError('stop')
