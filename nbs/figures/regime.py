@@ -98,8 +98,12 @@ def keep_record(file, notebook, started, **more):
                          seconds=round(time.time() - started), **more))
 
 def logs_of(compared):
-    "The log files of a comparison's runs, by the name of the arm or of arm and subset."
-    return {f.name.split('_unet_')[0]: f for f in sorted((compared/'runs').glob('*.log.csv'))}
+    "The log files of a comparison's runs by name: the arm (and subset), and the seed of further runs."
+    found = {}
+    for log in sorted((compared/'runs').glob('*.log.csv')):
+        arm, seed = log.name.removesuffix('.log.csv').split('_unet_')
+        found[arm if seed == '0' else f'{arm}, seed {seed}'] = log
+    return found
 
 def write_curves(logs, file):
     "Held-out Dice of runs while they trained, from their log files by name: run, step, Dice."
