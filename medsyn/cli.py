@@ -296,13 +296,17 @@ def train(
     if prompt and not backbone:
         raise MedsynError(f"method {kw['method']!r} has networks of its own, which see no prompt:"
                           " leave --prompt out")
-    pairs = find_pairs(data, how=how)
+    draws_pairs, needs_mask = issubclass(method.opens, PairGenerator), method.opens.needs_mask
+    try: pairs = find_pairs(data, how=how)
+    except MedsynError as no_pairs:
+        if draws_pairs or needs_mask or 'no image/mask pairs' not in str(no_pairs): raise
+        raise MedsynError(f"{no_pairs}. Method {kw['method']!r} trains on the images of pairs too; images"
+                          " without masks train a backbone: medsyn pretrain") from None
     opened = Backbone.from_pretrained(backbone, kw['size'], prompt) if backbone else None
     source = os.path.abspath(backbone) if backbone and os.path.isdir(backbone) else backbone or ''
     make_generator(pairs, opened, out, source=source, settings=settings(set),
                    unlabelled=_frames(unlabelled, how), **kw)
     if kw['dry_run']: return
-    draws_pairs, needs_mask = issubclass(method.opens, PairGenerator), method.opens.needs_mask
     probe = 'held-out losses'
     if needs_mask: probe = 'is the mask obeyed?'
     if draws_pairs: probe = 'is the guidance obeyed?'

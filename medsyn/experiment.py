@@ -194,6 +194,16 @@ def preset_options(network: str,        # a key of `NETWORKS`
                               f" {value} was asked for: leave {name} out, or the preset")
     return {name: getattr(own, name) for name in given}
 
+def _check_own_network(arm, network, preset):
+    "`MedsynError` if an arm that brings its own network is asked to train another one."
+    if not arm.init: return
+    if preset:
+        raise MedsynError(f"the published settings of {network} do not fit a network that starts from a"
+                          " backbone: leave the preset out, or take another arm")
+    if network != 'unet':
+        raise MedsynError(f"an arm that starts from a backbone trains the backbone's U-Net, not {network}:"
+                          " leave the network out, or take another arm")
+
 def train_segmenter(
     pairs: 'list | str | Path | Split',  # real training `Pair`s (8 or more) or their folder
     arm: 'Arm | str',                    # what is added: an arm, or its short form
@@ -223,9 +233,7 @@ def train_segmenter(
     published_settings = PRESETS[network] if preset else None
     split = split_once(pairs)
     arm = open_arm(arm, split, unlabelled)
-    if preset and arm.init:
-        raise MedsynError(f"the published settings of {network} do not fit a network that starts from a"
-                          " backbone: leave the preset out, or take another arm")
+    _check_own_network(arm, network, preset)
     dls = _segmenter_dls(split, arm, size, bs, seed_of(seed, 'batches'), augment, device)
     if arm.partners is not None: dls = partner_dls(dls, arm.partners)
     curve = [HeldOutCurveCB(curve_every)] if split.held else []
@@ -492,8 +500,8 @@ def open_comparison(out: str | Path,    # results folder
     save_json(mark, {**config, **grown})
     return Path(out)
 
-def _resolved_arms(runs, forms, splits, unlabelled, reviewed):
-    "The arm of each cell of the design, checked against its split."
+def _resolved_arms(runs, forms, splits, networks, unlabelled, reviewed):
+    "The arm of each cell of the design, checked against its split and its network."
     arms = {}
     for r in runs:
         cell = r.arm, r.subset, r.generator
@@ -501,6 +509,9 @@ def _resolved_arms(runs, forms, splits, unlabelled, reviewed):
         form = arm_form(forms[r.arm], r.subset, r.generator)
         arms[cell] = open_arm(form, splits[r.subset], unlabelled, reviewed)
         _check_arm(r.arm, arms[cell], splits[r.subset])
+    for r in runs:
+        network = networks[r.segmenter]
+        _check_own_network(arms[r.arm, r.subset, r.generator], network['network'], network.get('preset'))
     return arms
 
 def _pairs_of(given): return list(given) if isinstance(given, (list, tuple)) else find_pairs(given)
@@ -716,7 +727,7 @@ def compare(
     runs = design(arms, networks, _some('seeds', seeds), splits, generators)
     options = dict(size=size, steps=steps, bs=bs, lr=lr, loss=loss, augment=augment, ema=ema,
                    curve_every=curve_every)
-    resolved = _resolved_arms(runs, arms, splits, unlabelled, reviewed)
+    resolved = _resolved_arms(runs, arms, splits, networks, unlabelled, reviewed)
     plan = _Plan(splits, tests_of, networks, runs, resolved, list(metrics), options, save_every,
                  folds is not None)
 

@@ -294,7 +294,7 @@ def saved_margin(folder: Path   # what `medsyn train` wrote
     return float(values.iloc[-1]) if len(values) else None
 
 def measured_margin(generator: object,  # takes a mask
-                    pairs: list,    # real `Pair`s with images, two or more (a single one gives 0)
+                    pairs: list,    # real `Pair`s with images, the masks of one are those of another, see `of_another`
                     size: int | tuple,  # side, or (height, width), in pixels
                     n: int = 16     # at most so many pairs are used, the first
                    ) -> float:      # see `diffusion.learner.margin`
@@ -688,9 +688,6 @@ def synthesize_images(generator: Denoiser,  # takes no mask
     given = dict(steps=steps, guidance=guidance, guide=None, sampler=sampler, prompt=prompt,
                  interval=interval)
     settings = _settled(generator, given, size)
-    if generator.backbone.codec.is_pixels and settings['guidance'] != 1:
-        raise MedsynError(f"guidance {settings['guidance']:g} compares with and without the prompt, and this"
-                          " network of pixels does not see it: leave guidance out")
     made_by = dict(settings, generator=generator_hash(generator))
     rows = _init_run(out, dict(made_by, n=n, seed=seed, size=size))
     _run(_without_masks(generator, size, seed, settings), out, rows, n, bs, made_by, None, 0)

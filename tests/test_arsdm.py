@@ -12,12 +12,12 @@ from medsyn.core import MedsynError, seed_of
 from medsyn.data.pairs import find_pairs
 from medsyn.diffusion.backbone import Backbone, random_stable_diffusion
 from medsyn.diffusion.learner import Cond, Denoiser, lesion_weights
-from medsyn.diffusion.sample import _timesteps, denoise, sample, start_noise
+from medsyn.diffusion.sample import _timesteps, defaults_of, denoise, sample, start_noise
 from medsyn.diffusion.schedule import SAMPLERS, Schedule
 from medsyn.experiment import make_generator
 from medsyn.generate.arsdm import (AdaptiveWeightCB, ArSDMGenerator, RefineCB, Spade, absolute_loss,
                                    adaptive_weights, arsdm_learner, decoder_norms, mask_loss, modulated)
-from medsyn.generate.catalog import METHODS, generator_learner, load_generator
+from medsyn.generate.catalog import METHODS, ddpm_learner, generator_learner, load_generator, unconditional_learner
 from medsyn.segment.catalog import as_arm
 from medsyn.segment.feedback import feedback, noised_images
 from medsyn.synth import synthesize
@@ -284,11 +284,28 @@ def test_bad_input(dls, backbone, inputs):
     with pytest.raises(MedsynError, match='would count twice'):
         arsdm_learner(dls, lesion_weight=True, **SMALL)
     arsdm_learner(dls, lesion_weight=True, adaptive=False, **SMALL)
-    for method, name in (('ddpm', 'drop_mask'), ('ddpm', 'drop_prompt'), ('unconditional', 'drop_mask')):
+    unseen = ((ddpm_learner, 'drop_mask'), (ddpm_learner, 'drop_prompt'), (unconditional_learner, 'drop_mask'))
+    for make, name in unseen:
         with pytest.raises(MedsynError, match=f'leave {name} out'):
-            generator_learner(method, dls, small_backbone(), **{name: .5})
+            make(dls, small_backbone(), **{name: .5})
+    for method, name in (('ddpm', 'drop_prompt'), ('unconditional', 'lesion_weight')):
+        with pytest.raises(MedsynError, match=f'has no setting {name!r}'):
+            generator_learner(method, dls, small_backbone(), **{name: True})
     with pytest.raises(MedsynError, match="did you mean 'hidden'"):
         generator_learner('arsdm', dls, None, hiden=8)
+
+def test_a_mask_that_was_never_dropped_cannot_guide(dls, tmp_path):
+    "Neither of a network that always saw it, nor after saving; the default is no guidance."
+    one = torch.ones(1, 1, 16, 16)
+    for drop_mask, usual in ((0., (1., 'prompt')), (.15, (2., 'mask'))):
+        gen = arsdm_learner(dls, drop_mask=drop_mask, **SMALL).model
+        gen.save_pretrained(tmp_path/f'{drop_mask}')
+        for one_of in (gen, load_generator(tmp_path/f'{drop_mask}')):
+            assert defaults_of(one_of) == usual
+            if drop_mask: continue
+            with pytest.raises(MedsynError, match='never trained without its mask'):
+                sample(one_of, one, steps=1, guide='mask')
+            with pytest.raises(MedsynError, match='leave guidance out'): sample(one_of, one, steps=1, guidance=3)
 
 # From pairs to pairs ------------------------------------------------------------------------------
 

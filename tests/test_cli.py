@@ -270,7 +270,7 @@ def test_full_disk_leaves_what_is_complete(made, tmp_path, monkeypatch, capsys):
     ('train {d}/train --method ddpm --size 32 --prompt "a cat" --out {t}', ('leave --prompt out',)),
     ('train {d}/train --backbone {d}/bb --method anomaly --set encoder=resnet81 --out {t}', ('resnet10t',)),
     ('train {d}/train --backbone {d}/bb --method uncond --set lesion_weight=true --out {t}',
-     ('leave lesion_weight out',)),
+     ("has no setting 'lesion_weight'",)),
     ('train {d}/train --backbone {d}/bb --bs 0 --out {t}', ('batches of 0 images',)),
     ('pretrain {d}/train --lr -1 --out {t}', ('learning rate -1.0',)),
     ('segment {d}/train --bs 0 --size 32 --out {t}', ('batches of 0 images',)),
@@ -455,6 +455,11 @@ def test_what_a_method_lacks(made, tmp_path, capsys):
     out, data = f'--out {tmp_path}/x', f'{made}/train'
     refused = {
         f'train {data}/images --backbone {made}/bb --steps 1 {out}': 'no image/mask pairs',
+        f'train {data}/images --method uncond --backbone {made}/bb --steps 1 {out}': 'medsyn pretrain',
+        f'compare {data} --tests {made}/test --arms diffusion-init:{made}/bb --network sanet {out}':
+            "trains the backbone's U-Net, not sanet",
+        f'segment {data} --network diffusion-unet --size 32 {out}': 'use the arm diffusion-init:BACKBONE',
+        f'segment {data} --encoder-weights {made}/gen --size 32 {out}': 'this is a folder',
         f'synth {tmp_path}/u --data {data} --start real {out}': 'from a seed: leave --data, --start out',
         f'synth {made}/gen {out}': 'say whose with --data',
         f'synth {tmp_path}/mi --anyway --data {data} {out}': "samples under a real image's own mask",

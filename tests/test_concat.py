@@ -108,6 +108,12 @@ def test_unlabelled_images(folders, backbone):
     assert 0 < unknown.sum() < 8
     assert not batch.mask[unknown].any() and batch.mask[~unknown].flatten(1).any(1).all()
 
+def test_what_the_mask_can_guide(folders, backbone):
+    "It must have been missing in training: dropped, or never there."
+    for settings, guide in (({}, 'mask'), (dict(drop_mask=0.), 'prompt'),
+                            (dict(drop_mask=0., unlabelled=files(folders)), 'mask')):
+        assert defaults_of(concat_learner(loaders(folders), backbone, **settings).model)[1] == guide
+
 def test_bad_unlabelled(folders, tmp_path):
     dls = loaders(folders)
     twin = tmp_path/'copied.bmp'

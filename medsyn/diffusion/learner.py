@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'MASKS', 'Cond', 'Denoiser', 'MaskGenerator', 'PairGenerator', 'Noised', 'DiffusionCB', 'lesion_weights',
-           'DenoisingWeightCB', 'denoising_losses', 'margin', 'ObedienceCB', 'denoising_loss', 'denoising_learner',
-           'pretrain_backbone']
+           'DenoisingWeightCB', 'of_another', 'denoising_losses', 'margin', 'ObedienceCB', 'denoising_loss',
+           'denoising_learner', 'pretrain_backbone']
 
 # %% ../../nbs/api/22_diffusion.learner.ipynb #e670bf32
 from dataclasses import dataclass, field, replace
@@ -68,6 +68,7 @@ class Cond:
 class Denoiser(nn.Module):
     "A latent diffusion model without a mask; the base class of every generator on a backbone."
     needs_mask, needs_image = False, False
+    mask_can_guide = False              # whether guidance can compare with and without the mask
     guidance, guide = 9., 'prompt'      # of sampling on Stable Diffusion (Siamese-Diffusion, Sec. 4.2)
     can_recompute = True                # its blocks may be computed twice, see `memory.checkpoint_blocks`
     def __init__(self,
@@ -187,7 +188,11 @@ class Denoiser(nn.Module):
 # %% ../../nbs/api/22_diffusion.learner.ipynb #a4b07c92
 class MaskGenerator(Denoiser):
     "Base class of generators that sample images under given masks; a subclass defines `forward`."
-    needs_mask = True
+    needs_mask = mask_can_guide = True
+
+    def never_unmasked(self):
+        "Note that no weight has learned to predict without a mask, so that it cannot guide sampling."
+        self.mask_can_guide, self.guidance, self.guide = False, 1., 'prompt'
 
 class PairGenerator(nn.Module):
     "Base class of generators that sample images and masks together."
@@ -333,8 +338,12 @@ def _dilate(m):
     reach = m.shape[-1]//16
     return F.max_pool2d(m, 2*reach + 1, 1, reach)
 
-MASKS = dict(right=lambda m: m, shuffled=lambda m: m.roll(1, 0), empty=lambda m: m*0,
-             shifted=_shift, dilated=_dilate)
+def of_another(x: Tensor    # (N,K,H,W), one for each image: its mask, or what else guides
+              ) -> Tensor:  # the same shape
+    "That of the image before; of a single image its own, moved by a quarter of the sides."
+    return x.roll(1, 0) if len(x) > 1 else _shift(x)
+
+MASKS = dict(right=lambda m: m, shuffled=of_another, empty=lambda m: m*0, shifted=_shift, dilated=_dilate)
 
 @torch.no_grad()
 def denoising_losses(model: Denoiser,                   # a trained or untrained generator

@@ -52,14 +52,19 @@ def defaults_of(generator: Denoiser,    # any generator
                 guidance: float = None, # g; `None`: the default
                 guide: str = None       # a key of `GUIDES`; `None`: the default
                ) -> tuple:              # g, a float, and a key of `GUIDES`
-    "On Stable Diffusion the class's guidance; on a tiny backbone by the mask, or none if it takes no mask."
+    "On Stable Diffusion the class's guidance; on a tiny backbone by the mask, or none if that is impossible."
     if not generator.backbone.is_tiny: usual, usual_guide = generator.guidance, generator.guide
-    elif generator.needs_mask: usual, usual_guide = TINY_GUIDANCE, 'mask'
+    elif generator.mask_can_guide: usual, usual_guide = TINY_GUIDANCE, 'mask'
     else: usual, usual_guide = 1., 'prompt'
     guide = pick(guide or usual_guide, GUIDES, 'guide')
-    if guide == 'mask' and not generator.needs_mask:
-        raise MedsynError("this generator takes no mask, so the mask cannot guide it: use guide='prompt'")
-    return float(usual if guidance is None else guidance), guide
+    guidance = float(usual if guidance is None else guidance)
+    if guide == 'mask' and not generator.mask_can_guide:
+        why = "was never trained without its mask (drop_mask=0)" if generator.needs_mask else "takes no mask"
+        raise MedsynError(f"this generator {why}, so the mask cannot guide it: use guide='prompt'")
+    if guide == 'prompt' and guidance != 1 and generator.backbone.codec.is_pixels:
+        raise MedsynError(f"guidance {guidance:g} compares with and without the prompt, and this network of"
+                          " pixels does not see it: leave guidance out")
+    return guidance, guide
 
 # %% ../../nbs/api/23_diffusion.sample.ipynb #5c0a91d2
 def _remembering(f):

@@ -79,14 +79,16 @@ class ArSDMGenerator(MaskGenerator):
     def __init__(self,
         backbone: Backbone,     # on pixels or on latents; not changed: its U-Net is copied
         hidden: int = 32,       # channels inside SPADE; 128 in the paper
-        spade: Spade = None     # an existing one; used when loading
+        spade: Spade = None,    # an existing one; used when loading
+        unmasked: bool = True   # it learns to predict without a mask too, so that it can be guided by the mask
     ):
         own = copy.copy(backbone)
         own._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
         super().__init__(own)
         widths = [norm.num_channels for norm in decoder_norms(own.unet)]
         self.spade = spade or Spade(widths, hidden)
-        self.config = dict(hidden=self.spade.config['hidden'])
+        self.config = dict(hidden=self.spade.config['hidden'], unmasked=unmasked)
+        if not unmasked: self.never_unmasked()
 
     def trainable(self) -> list:
         "The whole U-Net and SPADE."
@@ -240,7 +242,7 @@ def arsdm_learner(
     if adaptive and kwargs.get('lesion_weight'):
         raise MedsynError("lesion_weight is ArSDM's adaptive weight divided by its mean, and would count"
                           " twice: use normalise=True instead, or adaptive=False")
-    with seeded(seed_of(seed, 'spade')): model = ArSDMGenerator(backbone, hidden)
+    with seeded(seed_of(seed, 'spade')): model = ArSDMGenerator(backbone, hidden, unmasked=drop_mask > 0)
     if normalise and not adaptive:
         raise MedsynError("normalise divides the adaptive weights, which adaptive=False leaves out: drop one")
     added = [AdaptiveWeightCB(normalise=normalise)] if adaptive else []

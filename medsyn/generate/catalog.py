@@ -30,7 +30,7 @@ from .paired import PairedGenerator, paired_learners
 from .siamese import SiameseGenerator, siamese_cbs, siamese_learner
 
 # %% ../../nbs/api/39_generate.catalog.ipynb #0d257962
-@delegates(denoising_learner)
+@delegates(denoising_learner, but=['drop_mask', 'lesion_weight'])
 def unconditional_learner(
     dls: DataLoaders,       # of (image, mask); the masks are not used
     backbone: Backbone,     # pretrained; its U-Net is trained further in place
@@ -45,7 +45,7 @@ def unconditional_learner(
     if scratch and not backbone.is_tiny: lr = lr or 1e-4
     return denoising_learner(dls, Denoiser(backbone), lr=lr, seed=seed, **kwargs)
 
-@delegates(denoising_learner)
+@delegates(denoising_learner, but=['drop_mask', 'drop_prompt', 'lesion_weight'])
 def ddpm_learner(
     dls: DataLoaders,                   # of (image, mask); the masks are not used
     backbone: Backbone = None,          # not used: the network is a pixel U-Net from scratch

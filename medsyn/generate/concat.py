@@ -39,13 +39,16 @@ class ConcatGenerator(MaskGenerator):
     "Mask to image: the mask and a has-mask flag as input channels of the backbone's U-Net."
     guidance, guide = 2., 'mask'        # of sampling on Stable Diffusion; by the mask, because it was dropped
     def __init__(self,
-        backbone: Backbone      # not changed: its U-Net is copied
+        backbone: Backbone,     # not changed: its U-Net is copied
+        unmasked: bool = True   # it learns to predict without a mask too, so that it can be guided by the mask
     ):
         own = copy.copy(backbone)
         own._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
         super().__init__(own)
         stride = backbone.codec.stride
         own.unet.conv_in = MaskedConv(own.unet.conv_in, stride**2 + 1)
+        self.config = dict(unmasked=unmasked)
+        if not unmasked: self.never_unmasked()
 
     def mask_input(self,
         cond: Cond,     # a condition without mask counts as dropped
@@ -126,7 +129,8 @@ def concat_learner(
     "SegGuidedDiff on latents: every weight of the U-Net is trained, with and without the mask."
     if isinstance(unlabelled, (str, Path)): unlabelled = find_images(unlabelled)
     dls = with_unlabelled(dls, unlabelled or [], share)
-    return denoising_learner(dls, ConcatGenerator(backbone), drop_mask=drop_mask, **kwargs)
+    model = ConcatGenerator(backbone, unmasked=bool(drop_mask or unlabelled))
+    return denoising_learner(dls, model, drop_mask=drop_mask, **kwargs)
 
 # %% ../../nbs/api/36_generate.concat.ipynb #c0a36030
 def as_backbone(self: ConcatGenerator

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..core import MedsynError, load_json, os_errors, pick, save_json, seed_of, seeded, track
 from ..data.pairs import both_sides, check_stride, plain_size
 from ..diffusion.backbone import PatchPCA, load_part, load_tensors, save_tensors
-from ..diffusion.learner import PairGenerator
+from ..diffusion.learner import PairGenerator, of_another
 from ..diffusion.sample import start_noise, to_uint8
 from ..diffusion.schedule import Schedule
 from ..train import ORDER, EvalCB, WeightedLossCB, autocast_of, common_cbs
@@ -348,7 +348,7 @@ def paired_losses(
     ts: tuple = (100, 300, 500, 700, 900),          # timesteps
     seed: int = 0                                   # of the noises
 ) -> pd.DataFrame:                                  # network, image, t, mask (right or shuffled), loss
-    "Squared error of the predicted noise, under the right guide and under another pair's."
+    "Squared error of the predicted noise, under the right guide and under another pair's (`of_another`)."
     rows = []
     for timestep in ts:
         t = torch.full((len(image),), timestep, device=image.device)
@@ -359,7 +359,7 @@ def paired_losses(
         for network in networks:
             net = getattr(pair, network)
             zt, right, eps = inputs[network]
-            for name, guide in dict(right=right, shuffled=right.roll(1, 0)).items():
+            for name, guide in dict(right=right, shuffled=of_another(right)).items():
                 predicted = pair.schedule.to_eps(net(zt, t, guide).float(), zt, t)
                 losses = (predicted - eps).square().mean((1, 2, 3)).tolist()
                 rows += [(network, i, timestep, name, loss) for i, loss in enumerate(losses)]

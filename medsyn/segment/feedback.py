@@ -134,7 +134,7 @@ class GenerativeFeedbackCB(LossTermCB):
         if (height, width) != (own_height, own_width) and not self.resize:
             raise MedsynError(f"the generator samples {own_width}x{own_height} px, the segmenter gets"
                               f" {width}x{height}: train both at one size, or pass"
-                              " resize=True to judge at the generator's size")
+                              " resize=True (feedback,resize=True:FOLDER) to judge at the generator's size")
 
     def after_loss(self):
         self.learn.terms.pop(self.name, None)

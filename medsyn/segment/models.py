@@ -66,6 +66,7 @@ def read_weights(path: str | Path   # a .safetensors file, or a PyTorch state di
     "The tensors in a file, never its code; `MedsynError` if it is missing, damaged, or holds other things."
     path = Path(path)
     advice = "save the state_dict alone, best as .safetensors"
+    if path.is_dir(): raise MedsynError(f"weights {path}: this is a folder, give the file of the weights")
     if not path.is_file(): raise MedsynError(f"weights {path} do not exist: check the path")
     if path.suffix != '.safetensors': _check_pickle(path)
     try:
@@ -297,8 +298,8 @@ def segmenter(name: str = 'unet',           # a key of `NETWORKS`
     try: net = build(encoder_of_smp, classes, **kw)
     except MedsynError: raise
     except Exception as e:
-        reason = str(e).splitlines()[0]
-        raise MedsynError(f"{name} cannot use the encoder {encoder!r} with options {kw} ({reason}):"
+        reason, options = str(e).splitlines()[0].rstrip('.'), f' with options {kw}' if kw else ''
+        raise MedsynError(f"{name} cannot use the encoder {encoder!r}{options} ({reason}):"
                           " choose another encoder") from e
     stride = net.encoder.output_stride
     least = getattr(net, 'least_size', None)

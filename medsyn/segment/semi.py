@@ -325,6 +325,9 @@ def diffusion_unet(encoder: str,    # not used: the networks share a signature
                    **kw             # as in `DiffusionNet`
                   ) -> DiffusionNet: # random weights
     "A diffusion U-Net as a segmenter; `diffusion_segmenter` fills it from a backbone."
+    if 'patch' not in kw:
+        raise MedsynError("diffusion-unet has the shape and the weights of a backbone: use the arm"
+                          " diffusion-init:BACKBONE (in Python: diffusion_segmenter)")
     net = DiffusionNet(classes=classes, **kw)
     net.encoder = _NoEncoder(kw['patch']*2**(len(net.unet.config.block_out_channels) - 1))
     return net
