@@ -294,7 +294,7 @@ def saved_margin(folder: Path   # what `medsyn train` wrote
     return float(values.iloc[-1]) if len(values) else None
 
 def measured_margin(generator: object,  # takes a mask
-                    pairs: list,    # real `Pair`s with images, the masks of one are those of another, see `of_another`
+                    pairs: list,    # real `Pair`s with images; of wrong masks see `of_another`
                     size: int | tuple,  # side, or (height, width), in pixels
                     n: int = 16     # at most so many pairs are used, the first
                    ) -> float:      # see `diffusion.learner.margin`

@@ -17,7 +17,8 @@ from medsyn.diffusion.schedule import SAMPLERS, Schedule
 from medsyn.experiment import make_generator
 from medsyn.generate.arsdm import (AdaptiveWeightCB, ArSDMGenerator, RefineCB, Spade, absolute_loss,
                                    adaptive_weights, arsdm_learner, decoder_norms, mask_loss, modulated)
-from medsyn.generate.catalog import METHODS, ddpm_learner, generator_learner, load_generator, unconditional_learner
+from medsyn.generate.catalog import (METHODS, ddpm_learner, generator_learner, load_generator,
+                                     unconditional_learner)
 from medsyn.segment.catalog import as_arm
 from medsyn.segment.feedback import feedback, noised_images
 from medsyn.synth import synthesize
@@ -284,7 +285,8 @@ def test_bad_input(dls, backbone, inputs):
     with pytest.raises(MedsynError, match='would count twice'):
         arsdm_learner(dls, lesion_weight=True, **SMALL)
     arsdm_learner(dls, lesion_weight=True, adaptive=False, **SMALL)
-    unseen = ((ddpm_learner, 'drop_mask'), (ddpm_learner, 'drop_prompt'), (unconditional_learner, 'drop_mask'))
+    unseen = ((ddpm_learner, 'drop_mask'), (ddpm_learner, 'drop_prompt'),
+              (unconditional_learner, 'drop_mask'))
     for make, name in unseen:
         with pytest.raises(MedsynError, match=f'leave {name} out'):
             make(dls, small_backbone(), **{name: .5})
@@ -305,7 +307,8 @@ def test_a_mask_that_was_never_dropped_cannot_guide(dls, tmp_path):
             if drop_mask: continue
             with pytest.raises(MedsynError, match='never trained without its mask'):
                 sample(one_of, one, steps=1, guide='mask')
-            with pytest.raises(MedsynError, match='leave guidance out'): sample(one_of, one, steps=1, guidance=3)
+            with pytest.raises(MedsynError, match='leave guidance out'):
+                sample(one_of, one, steps=1, guidance=3)
 
 # From pairs to pairs ------------------------------------------------------------------------------
 

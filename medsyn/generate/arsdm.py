@@ -80,7 +80,7 @@ class ArSDMGenerator(MaskGenerator):
         backbone: Backbone,     # on pixels or on latents; not changed: its U-Net is copied
         hidden: int = 32,       # channels inside SPADE; 128 in the paper
         spade: Spade = None,    # an existing one; used when loading
-        unmasked: bool = True   # it learns to predict without a mask too, so that it can be guided by the mask
+        unmasked: bool = True   # it also learns without a mask, so that the mask can guide sampling
     ):
         own = copy.copy(backbone)
         own._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}

@@ -40,7 +40,7 @@ class ConcatGenerator(MaskGenerator):
     guidance, guide = 2., 'mask'        # of sampling on Stable Diffusion; by the mask, because it was dropped
     def __init__(self,
         backbone: Backbone,     # not changed: its U-Net is copied
-        unmasked: bool = True   # it learns to predict without a mask too, so that it can be guided by the mask
+        unmasked: bool = True   # it also learns without a mask, so that the mask can guide sampling
     ):
         own = copy.copy(backbone)
         own._modules = {**backbone._modules, 'unet': copy.deepcopy(backbone.unet)}
