@@ -1,7 +1,7 @@
 """What several pages share: rows to compare with, tables, curves and figures.
 
 The rows are of the same labelled images, test images, network and steps. The controls are those of `rivals` and
-`does_it_pay`, and so is the spread of runs; a run that both pages have counts once."""
+`does_it_pay`; the spread of runs is that of all pages of this regime. A run that two pages have counts once."""
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -20,24 +20,29 @@ def control_runs():
     runs = pd.read_csv('../results/rivals/controls.csv', dtype=dict(name=str))
     return runs.assign(seed=runs.seed + 100, generator='', subset=SUBSET)
 
-def all_runs():
-    "Every stored run, once: they say how far another run of an arm may lie from it."
-    runs = pd.concat([stored_runs(), control_runs()], ignore_index=True)
+PAGES = 'rivals', 'siamese_masks', 'free_lunch_masks'
+
+def all_runs(metric):
+    "Every stored run with this score, once: they say how far another run of an arm may lie from it."
+    own = [pd.read_csv(f'../results/{page}/scores.csv', dtype=dict(name=str)) for page in PAGES]
+    own = [rows.assign(generator='own', subset=SUBSET) for rows in own]
+    runs = pd.concat([stored_runs(), control_runs(), *own], ignore_index=True).dropna(subset=[metric])
     return runs.drop_duplicates(['arm', 'subset', 'generator', 'seed', 'testset', 'name'])
 
-def with_controls(scores):
-    "A page's rows under the controls and FixMatch."
+def with_controls(scores, runs):
+    "A page's rows under the controls and FixMatch, which are among all runs."
     controls = ['two-passes', 'real pairs as the stream', 'fixmatch']
-    runs = all_runs().query('subset == @SUBSET and arm in @controls')
-    return pd.concat([*(runs[runs.arm == arm] for arm in controls), scores.assign(generator='own', subset=SUBSET)],
+    found = runs.query('subset == @SUBSET and arm in @controls')
+    return pd.concat([*(found[found.arm == arm] for arm in controls), scores.assign(generator='own', subset=SUBSET)],
                      ignore_index=True)
 
 def beside_baseline(scores, metric):
     "A page's arms, the controls and FixMatch beside *two-passes*: means, runs and differences."
-    rows, by = with_controls(scores), ['testset', 'arm']
+    runs, by = all_runs(metric), ['testset', 'arm']
+    rows = with_controls(scores, runs)
     shown = (100*rows.groupby(by, sort=False)[metric].mean()).rename('mean').to_frame()
     shown['runs'] = rows.drop_duplicates([*by, 'generator', 'seed']).groupby(by).size()
-    found = compare_pooled(rows, 'two-passes', metric, repeated=all_runs()).set_index(by)
+    found = compare_pooled(rows, 'two-passes', metric, repeated=runs).set_index(by)
     return shown.join(found[['diff', 'lo', 'hi', 'shown']]).reset_index()
 
 def points(row):
@@ -55,7 +60,8 @@ def table_of(rows):
 
 def contrasts(scores, metric, questions):
     "The difference of two arms of a page for each question, (name, arm, other arm)."
-    rows, runs, told = with_controls(scores), all_runs(), {}
+    runs, told = all_runs(metric), {}
+    rows = with_controls(scores, runs)
     for name, arm, other in questions:
         found = compare_pooled(rows[rows.arm.isin([arm, other])], other, metric, repeated=runs)
         told[name] = found.set_index('testset').apply(points, axis=1)
