@@ -73,13 +73,16 @@ def _intact(out, row):
 
 def finished(out: Path      # folder of a synthesis run
             ) -> list:      # the manifest's lines (str) that can be trusted, from the first
-    "The part of a manifest whose files are complete."
+    "The part of a manifest whose files are complete; an image that two processes wrote counts once."
     out, good = Path(out), []
     manifest = out/'manifest.jsonl'
     for line in manifest.read_text().splitlines() if manifest.exists() else []:
         try:
-            if not _intact(out, json.loads(line)): break
-        except (ValueError, KeyError, TypeError, RecursionError, OSError): break
+            row = json.loads(line)
+            index = row.get('index', len(good))
+            if index < len(good): continue
+            if index > len(good) or not _intact(out, row): break
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError): break
         good.append(line)
     return good
 

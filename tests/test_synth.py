@@ -17,7 +17,7 @@ from medsyn.diffusion.schedule import SAMPLE_STEPS, SAMPLER, Schedule
 from medsyn.generate.control import ControlGenerator
 from medsyn.segment.mixing import find_partners
 from medsyn.segment.streams import read_ignored
-from medsyn.synth import Job, from_inpaint, from_paste, keep_all, keep_new, synthesize
+from medsyn.synth import Job, finished, from_inpaint, from_paste, keep_all, keep_new, synthesize
 
 SIZE = 32
 QUICK = dict(n=6, steps=3, bs=4, seed=3)
@@ -57,6 +57,17 @@ def test_a_run_resumes_with_the_same_bytes(made, tmp_path, kw):
         assert tree(tmp_path/f'b{cut}') == tree(tmp_path/'a')
     with pytest.raises(MedsynError, match='holds another synth run'):
         synthesize(generator, pairs, tmp_path/'a', **QUICK, **dict(kw, strength=.9))
+
+def test_a_manifest_of_two_processes(made, tmp_path):
+    "Two that worked in one folder at once: each pair counts once; a gap ends what is trusted."
+    pairs, _, generator = made
+    first = synthesize(generator, pairs, tmp_path/'a', **QUICK)
+    manifest, before = tmp_path/'a'/'manifest.jsonl', tree(tmp_path/'a')
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(''.join([*lines[:2], lines[0], *lines[2:], *lines]))
+    assert synthesize(generator, pairs, tmp_path/'a', **QUICK) == first and tree(tmp_path/'a') == before
+    manifest.write_text(''.join([lines[0], *lines[2:]]))
+    assert finished(tmp_path/'a') == [lines[0].strip()]
 
 def test_guidance_within_an_interval(made, tmp_path):
     "The whole interval is none, byte for byte; an empty one is no guidance; another one is neither."
