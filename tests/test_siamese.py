@@ -192,7 +192,8 @@ def test_settings_are_the_signatures(method):
         assert isinstance(kind, type | UnionType) and doc, (name, kind, default)
         assert default is None or isinstance(default, kind), (name, kind, default)
     assert not {'dls', 'backbone', 'model', 'lr', 'seed', 'probe', 'cbs', 'kwargs'} & set(settings)
-    if METHODS[method].backbone: assert {'drop_mask', 'min_snr', 'drop_prompt'} <= set(settings)
+    if METHODS[method].backbone: assert {'min_snr', 'drop_prompt'} <= set(settings)
+    assert ('drop_mask' in settings) == METHODS[method].opens.needs_mask
     check_settings(method, {name: default for name, (_, default, _) in settings.items()})
     name = next(iter(settings))
     with pytest.raises(MedsynError, match=f"did you mean {name!r}"): check_settings(method, {name + 'x': 1})
